@@ -1,0 +1,168 @@
+"""Tokenised rows on disk as flat memory maps: tokenised once, then read in microseconds a batch.
+
+A cache folder holds `tokens.bin` (all ids one after the other), `offsets.npy`, `boundaries.npy`, `numbers.npy`,
+`ids.json`, `skipped.json` and `manifest.json`. It is named by a hash of the CSV's bytes, the tokenizer, the template
+and the options, so a stale one is never used, and made beside its place and renamed, so a half-made one is never seen.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles
+from data.prompts import PromptFormat, RowTooLong
+
+VERSION = 1  # raise it when the same input gives other files
+CHUNK = 512  # rows tokenised at a time, on all cores
+
+
+class TokenTable:
+    """Rows of token ids, memory-mapped.
+
+    len(table): rows. lengths, boundaries: int64 [rows]; the labels of row i are its ids from boundaries[i] on.
+    skipped: the bad rows that were left out.
+    """
+
+    def __init__(self, folder: Path):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        self.folder = folder
+        self._tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
+        self._offsets = np.load(folder / "offsets.npy")
+        self.boundaries = np.load(folder / "boundaries.npy")
+        self.numbers = np.load(folder / "numbers.npy")
+        self.lengths = np.diff(self._offsets)
+        self.skipped = [BadRow(**row) for row in json.loads((folder / "skipped.json").read_text(encoding="utf-8"))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of a row."""
+        return self._tokens[self._offsets[row] : self._offsets[row + 1]]
+
+    @property
+    def label_counts(self) -> np.ndarray:
+        """Label tokens of each row, int64 [rows]."""
+        return self.lengths - self.boundaries
+
+    def names(self, rows) -> list[str]:
+        """`id (row number)` of each row, for messages."""
+        ids = json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
+        return [f"{ids[row]} (row {self.numbers[row]})" for row in rows]
+
+
+def open_token_table(
+    csv_path: str | Path,
+    prompt_format: PromptFormat,
+    cache_dir: str | Path,
+    columns: dict | None = None,
+    on_bad_row: str = "error",
+    progress: Callable[[int], None] = lambda rows: None,
+) -> TokenTable:
+    """The token table of a CSV: from the cache where it is there and whole, else made.
+
+    on_bad_row: "error" refuses the file after reading all of it, "skip" leaves bad rows out and lists them. A row whose
+    highlights do not fit is a bad row. progress is called with the number of rows just tokenised.
+
+    Raises:
+        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row.
+    """
+    folder = Path(cache_dir) / cache_key(csv_path, prompt_format, columns, on_bad_row)
+    if not is_whole(folder):
+        build_table(folder, csv_path, prompt_format, columns, on_bad_row, progress)
+    return TokenTable(folder)
+
+
+def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_bad_row: str) -> str:
+    try:
+        with Path(csv_path).open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{csv_path} cannot be read: {error.strerror or error}") from error
+    options = json.dumps([VERSION, content, prompt_format.fingerprint(), columns, on_bad_row], sort_keys=True)
+    return f"{Path(csv_path).stem}-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of the cache is there with the size and the sha256 it was written with."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return all(digest(folder / name) == value for name, value in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    except OSError as error:
+        raise DataError(f"dataset_kwargs.cache_dir: {folder.parent} cannot be written: {error.strerror}") from error
+    try:
+        write_table(scratch, csv_path, prompt_format, columns, on_bad_row, progress)
+        if folder.exists() and not is_whole(folder):
+            shutil.rmtree(folder)
+        scratch.chmod(0o755)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not is_whole(folder):  # else another process was faster, with the same content
+                raise
+    except OSError as error:
+        raise DataError(f"dataset_kwargs.cache_dir: {folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
+    dtype = "uint16" if len(prompt_format.tokenizer) <= 1 << 16 else "uint32"
+    lengths, boundaries, numbers, ids, bad_rows = [], [], [], [], []
+    with (folder / "tokens.bin").open("wb") as tokens:
+        for chunk in chunks(iterate_articles(csv_path, columns), CHUNK):
+            good = [row for row in chunk if isinstance(row, Article)]
+            bad_rows += [row for row in chunk if isinstance(row, BadRow)]
+            rows = prompt_format.training_rows([row.article for row in good], [row.highlights for row in good])
+            for article, row in zip(good, rows, strict=True):
+                if isinstance(row, RowTooLong):
+                    bad_rows.append(BadRow(article.number, article.line, article.id, str(row)))
+                    continue
+                tokens.write(np.array(row[0], dtype=dtype).tobytes())
+                lengths.append(len(row[0]))
+                boundaries.append(row[1])
+                numbers.append(article.number)
+                ids.append(article.id)
+            progress(len(chunk))
+    total = len(ids) + len(bad_rows)
+    if bad_rows and (on_bad_row == "error" or not ids):
+        raise DataError(describe_bad_rows(csv_path, sorted(bad_rows, key=lambda row: row.number), total))
+    if not ids:
+        raise DataError(f"{csv_path} has no rows: expected at least one article with highlights")
+    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(folder / "boundaries.npy", np.array(boundaries, dtype=np.int64))
+    np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
+    dump(folder / "ids.json", ids)
+    dump(folder / "skipped.json", [asdict(row) for row in sorted(bad_rows, key=lambda row: row.number)])
+    files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+    dump(folder / "manifest.json", {"version": VERSION, "dtype": dtype, "files": files})
+
+
+def dump(path: Path, value) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def chunks(rows: Iterator, size: int) -> Iterator[list]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk

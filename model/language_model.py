@@ -1,0 +1,197 @@
+"""`LanguageModel`: a causal LM of `transformers` with its tokenizer, and the operations the rest is made of."""
+
+import inspect
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # label of a position that takes no loss
+
+
+class ModelError(ValueError):
+    """A model that cannot be had or used as asked: one line for the user."""
+
+
+class LabelPositions(NamedTuple):
+    """index [N] int64: hidden states, flattened to [B * T, D], that predict a label; targets [N] int64: the labels."""
+
+    index: Tensor
+    targets: Tensor
+
+
+def label_positions(labels: Tensor) -> LabelPositions:
+    """Which hidden states predict which label; the one place where the shift by one lives.
+
+    labels [B, T] int64, -100 where no loss is taken. The hidden state at t predicts labels[:, t + 1], so labels[:, 0]
+    is never predicted. Both results lie on the device of `labels`, in row order.
+    """
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return LabelPositions(rows * labels.shape[1] + columns, labels[rows, columns + 1])
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions [B, T] of the attended tokens, counted from 0 at each row's first one, wherever the padding is."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only LM whose logits are head(hidden states), with its tokenizer.
+
+    model: `PreTrainedModel` with float32 weights. tokenizer: a fast tokenizer. Where it has no pad token,
+    end-of-text pads: the vocabulary never grows (padding is told by the mask, never by its id).
+
+    Raises:
+        ModelError: the tokenizer is slow, has no end-of-text, or has more tokens than the embedding has rows.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer):
+        super().__init__()
+        check_tokenizer(model, tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.model = model
+        self.tokenizer = tokenizer
+        accepted = inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self._logit_scale, self._logit_cap = logit_transform(model)
+
+    # -- facts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def context(self) -> int:
+        """The most tokens that fit: positions of the model, else what the tokenizer says, else 1024."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if isinstance(value := getattr(self.model.config, name, None), int) and value > 0:
+                return value
+        said = self.tokenizer.model_max_length
+        return said if said < 10**9 else 1024
+
+    @property
+    def end_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prompt_template(self) -> str | None:
+        """Template of the prompts this model was trained on; travels with its weights in config.json."""
+        return getattr(self.model.config, "prompt_template", None)
+
+    @property
+    def prompt_max_length(self) -> int | None:
+        """`max_length` of the rows this model was trained on, or None."""
+        return getattr(self.model.config, "prompt_max_length", None)
+
+    def record_training(self, prompt_template: str, prompt_max_length: int) -> None:
+        """Keep with the weights what a later user needs to prompt the model as it was trained."""
+        self.model.config.prompt_template = prompt_template
+        self.model.config.prompt_max_length = prompt_max_length
+
+    def parameter_count(self) -> int:
+        """Number of parameters, a head tied to the embedding counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, T, D], ready for `lm_head`.
+
+        input_ids [B, T] on the model's device; attention_mask [B, T] (1 = token, 0 = padding) there or on the CPU.
+        With padding on the right causal attention needs no mask: a token never sees what follows it. A mask on the
+        CPU is looked at, so that right padding runs without one; for one on another device, looking would mean
+        waiting. Padding on the left gets its mask and positions that start at each row's first token.
+        """
+        arguments = {}
+        if attention_mask is not None and not is_right_padded(attention_mask):
+            attention_mask = attention_mask.to(input_ids.device, non_blocking=True)
+            arguments["attention_mask"] = attention_mask
+            if self._takes_positions:
+                arguments["position_ids"] = position_ids(attention_mask)
+        return self.model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], with the family's scaling or cap of logits."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+        return logits
+
+    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache) -> Tensor:
+        """Hidden states [B, D] of the last of new tokens [B, S] that continue `cache` (a `transformers` Cache).
+
+        attention_mask [B, past + S] on the model's device, or None where no row is padded. `cache` grows by S.
+        """
+        arguments = {self.cache_argument: cache}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+            if self._takes_positions:
+                arguments["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        return self.model.base_model(input_ids=input_ids, use_cache=True, **arguments)[0][:, -1]
+
+    @torch.no_grad()
+    def check_family(self) -> None:
+        """Compare with the model's own logits once: this wrapper must be exact or refuse.
+
+        Raises:
+            ModelError: the family's logits are not head(hidden states), or padding on the left changes them.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        ids = torch.arange(6, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
+        padded = torch.cat([ids[:, :1].expand(1, 3), ids], dim=1)
+        mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+        own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        name = type(self.model).__name__
+        for hidden, case in (
+            (self.hidden_states(ids)[0], "logits are not head(hidden states)"),
+            (self.hidden_states(padded, mask)[0, 3:], "logits change with padding on the left"),
+        ):
+            ours = self.lm_head(hidden).float()
+            if ours.shape != own.shape or (ours - own).abs().max() > 1e-3 * max(1.0, own.abs().max().item()):
+                raise ModelError(f"{name}: its {case}: this family is not supported; GPT-2, Llama, Qwen2, GPT-NeoX are")
+        self.model.train(was_training)
+
+    def save(self, folder: Path) -> None:
+        """Write a standard folder that `AutoModelForCausalLM` and `AutoTokenizer` load with the library alone."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def is_right_padded(attention_mask: Tensor) -> bool:
+    """Whether a mask on the CPU is 1...1 0...0 in each row. False for a mask on another device."""
+    if attention_mask.device.type != "cpu":
+        return False
+    return bool((attention_mask[:, :-1] >= attention_mask[:, 1:]).all())
+
+
+def check_tokenizer(model: nn.Module, tokenizer) -> None:
+    """Raises ModelError where the tokenizer cannot serve the model."""
+    if not tokenizer.is_fast:
+        raise ModelError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json): choose another tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-text token (eos_token): the end of a summary could not be learnt")
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows: "
+            "give the model's own tokenizer (model_arch.tokenizer), or train that size with from_scratch"
+        )
+
+
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """(factor, cap) that the family applies to its head's output: logits = cap * tanh(factor * head(hidden) / cap)."""
+    config = model.config
+    scale = 1.0
+    if isinstance(factor := getattr(config, "logit_scale", None), (int, float)):  # Cohere
+        scale *= factor
+    if isinstance(divisor := getattr(config, "logits_scaling", None), (int, float)):  # Granite
+        scale /= divisor
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return scale, cap

@@ -1,0 +1,201 @@
+"""Where a `LanguageModel` comes from: hub, local folder, built-in demo size, random weights, legacy `.pt` file."""
+
+import difflib
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants as hub
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from model.language_model import LanguageModel, ModelError
+from model.legacy import load_legacy_weights
+
+# Radford et al. (2019), "Language Models are Unsupervised Multitask Learners", table 2; distilgpt2: Sanh et al. (2019).
+GPT2_SHAPES = {
+    "distilgpt2": {"n_layer": 6, "n_embd": 768, "n_head": 12},
+    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12},
+    "gpt2-medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
+    "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
+    "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
+}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+DEMO_SHAPES = {
+    "demo-teacher": {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
+    "demo-student": {"n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
+}
+DEMO_TOKENIZER = Path("data/demo/tokenizer")
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)
+
+
+def load_language_model(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    from_scratch: bool = False,
+    architecture: dict | None = None,
+    dropout: float | None = None,
+    weights: str | Path | None = None,
+) -> LanguageModel:
+    """A language model with float32 weights on the CPU, in training mode.
+
+    name: hub id, local folder, or "demo-teacher" / "demo-student" (random weights, to be trained on the demo news).
+    tokenizer: hub id or folder; None = the model's own.
+    from_scratch: random weights of that architecture; `architecture` overrides single values such as n_layer.
+    dropout: one number for all dropouts of the model; None = its own.
+    weights: a legacy `.pt` state dict to load into that architecture.
+
+    Raises:
+        ModelError: one line that says what is missing and how to get it.
+    """
+    random_weights = from_scratch or name in DEMO_SHAPES
+    if architecture and not random_weights:
+        raise ModelError(
+            f"architecture {architecture} changes the shape of '{name}', so its weights cannot be used: "
+            "set from_scratch to true, or remove architecture"
+        )
+    the_tokenizer = load_tokenizer(tokenizer or name)
+    config = model_config(name, without_hub=random_weights or weights is not None)
+    if random_weights:
+        apply_architecture(config, architecture or {}, the_tokenizer)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    build = build_model if random_weights or weights is not None else pretrained_model
+    model = build(name, config)
+    if weights is not None:
+        load_legacy_weights(model, weights)
+    model.train()
+    return LanguageModel(model, the_tokenizer)
+
+
+def model_config(name: str, without_hub: bool = False):
+    """The architecture of `name`. without_hub: GPT-2's family is known here, so that its shapes need no hub."""
+    family = name.removeprefix("openai-community/")
+    if name in DEMO_SHAPES:
+        return GPT2Config(**DEMO_SHAPES[name], **_NO_DROPOUT)
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise ModelError(no_config_message(Path(name)))
+        return from_source(AutoConfig, name, "config.json")
+    if without_hub and family in GPT2_SHAPES:
+        return GPT2Config(**GPT2_SHAPES[family])
+    return from_source(AutoConfig, name, "config.json")
+
+
+def no_config_message(folder: Path) -> str:
+    inside = [path for path in ("model_checkpoints/best", "model_checkpoints/last", "best", "last")
+              if (folder / path / "config.json").is_file()]
+    hint = f"did you mean {folder / inside[0]}?" if inside else "a model folder is what save_pretrained writes"
+    return f"{folder} has no config.json: {hint}"
+
+
+def load_tokenizer(source: str):
+    """The fast tokenizer of a hub id, a folder, or a built-in demo model."""
+    if source in DEMO_SHAPES:
+        if not DEMO_TOKENIZER.is_dir():
+            raise ModelError(
+                f"{DEMO_TOKENIZER} is missing: '{source}' needs the demo's tokenizer: run python -m data.demo_news"
+            )
+        source = str(DEMO_TOKENIZER)
+    return from_source(AutoTokenizer, source, "tokenizer.json")
+
+
+def pretrained_model(name: str, config):
+    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in WEIGHT_FILES):
+        raise ModelError(
+            f"{name} has no weights (model.safetensors): give a folder that save_pretrained wrote, or train that "
+            "architecture from random weights with from_scratch"
+        )
+    model, report = from_source(
+        AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        raise ModelError(f"{name}: {len(wrong)} of its weights do not fit its config.json, the first is {wrong[0]}")
+    return model
+
+
+def build_model(name: str, config):
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        raise ModelError(f"'{name}' cannot be built with this architecture: {one_line(error)}") from error
+
+
+def apply_architecture(config, overrides: dict, tokenizer) -> None:
+    """Overrides on a config whose weights will be random; vocabulary and end-of-text are the tokenizer's."""
+    known = {**config.to_dict(), **dict.fromkeys(config.attribute_map)}
+    for key, value in overrides.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"{config.model_type} has no such value"
+            raise ModelError(f"architecture.{key} is unknown: {hint}")
+        setattr(config, key, value)
+    if "vocab_size" not in overrides:
+        config.vocab_size = len(tokenizer)
+    config.bos_token_id = tokenizer.bos_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def set_dropout(config, rate: float) -> None:
+    """One rate for every dropout that the family's config names (GPT-2: embeddings, attention, residual)."""
+    for key, value in config.to_dict().items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key.endswith(("pdrop", "dropout")):
+            setattr(config, key, rate)
+
+
+def check_same_architecture(model, name: str) -> None:
+    """Raises ModelError where a checkpoint is not of the architecture that the user names."""
+    expected = model_config(name, without_hub=True)
+    for field in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"):
+        want, have = getattr(expected, field, None), getattr(model.config, field, None)
+        if want is not None and want != have:
+            raise ModelError(f"the checkpoint is not a '{name}': its {field} is {have}, '{name}' has {want}")
+
+
+# -- hub -------------------------------------------------------------------------------------------------------
+
+
+def from_source(library_class, name: str, file: str, **arguments):
+    """`library_class.from_pretrained`, with one line for the user where that fails."""
+    local = Path(name).is_dir()
+    if not local and looks_like_path(name):
+        raise ModelError(f"{name} does not exist: expected a model folder or a hub id such as gpt2")
+    try:
+        return library_class.from_pretrained(name, local_files_only=local or not hub_reachable(name, file), **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if local:
+            raise ModelError(f"{name} cannot be loaded: {one_line(error)}") from error
+        raise ModelError(
+            f"cannot get '{name}' from the hub, and it is not in this machine's cache: download it once with "
+            f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
+        ) from error
+
+
+def looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pt", ".bin", ".safetensors"))
+
+
+def hub_reachable(name: str, file: str) -> bool:
+    """One quick question to the hub, since the library would try again for half a minute where there is no network."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(f"{hub.ENDPOINT}/{name}/resolve/main/{file}", method="HEAD")
+    if token := os.environ.get("HF_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        urllib.request.urlopen(request, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True  # the hub answers; the library will say what is wrong
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
