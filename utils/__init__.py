@@ -1,0 +1,1 @@
+"""Running an experiment: configuration, training, checkpoints, logs, evaluation and reports."""

@@ -1,0 +1,350 @@
+"""Checkpoints that are whole or absent: written beside their place, synced, read back, then renamed.
+
+`model_checkpoints/step-N/` is a standard `save_pretrained` folder plus `trainer_state/` with `state.json`, one `.pt`
+for each entry of the tensors and `manifest.json` (size and SHA-256 of every other file). `last` and `best` are
+relative symbolic links, or copies where the file system has no links. Names of the form `.tmp-...` are work in
+progress: opening the folder clears what a dead writer left and brings back a step whose replacement was cut off.
+Only the main process of a run calls this module.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from utils.files import delete, folder_lock, json_text, sha256_of, sync_folder, sync_tree, write_json
+
+FORMAT_VERSION = 1
+_STATE = "trainer_state/state.json"
+_MANIFEST = "trainer_state/manifest.json"
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
+_TEMPORARY = re.compile(r"\.tmp-(new|old|gone)-(.+)-[0-9a-f]{8}")
+_LOCK_SECONDS = 60.0
+_ROOM = "free space on that disk (or lift the file size limit) or choose another trainer_kwargs.output_dir"
+_OTHER = "resume from another checkpoint (trainer_kwargs.resume_from) or start anew"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the message is one line with folder, reason and remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class Checkpoints:
+    """The checkpoints of one run below `root` (`output_dir/model_checkpoints`)."""
+
+    def __init__(self, root: Path, run_id: str | None, keep: int):
+        """`keep`: how many of this run's steps stay, at least 1. `run_id` None: for reading those of any run."""
+        if keep < 1:
+            raise CheckpointError(f"trainer_kwargs.keep_checkpoints is {keep}: at least 1 must be kept")
+        self.root, self.run_id, self.keep = Path(root), run_id, keep
+        # A folder that may only be read can still be resumed from, so a repair that fails is no error here.
+        with contextlib.suppress(OSError), folder_lock(self.root) as held:
+            if held:
+                self._repair()
+
+    def save(
+        self, step: int, write_model: Callable[[Path], object], state: dict, tensors: dict[str, object],
+        best: bool = False,
+    ) -> Path:
+        """Write `step-{step}`, point `last` (and `best`) to it and retire old steps; returns its folder.
+
+        `write_model(folder)` writes the model's files. `state`: JSON values; step, run_id, format_version and
+        saved_at are added. `tensors`: file name without `.pt` -> what `torch.load(weights_only=True)` can read back.
+        Raises CheckpointError if it cannot be written (earlier checkpoints and links are then as before); what
+        `write_model` raises for other reasons than writing passes through.
+        """
+        added = {"step": step, "run_id": self.run_id, "format_version": FORMAT_VERSION}
+        place = self.root / f"step-{step}"
+        self._check_arguments(place, added, state, tensors)
+        with self._writing(place):
+            self._check_space(place)
+            new = self._temporary("new", place.name)
+            (new / "trainer_state").mkdir(parents=True)
+            write_model(new)
+            for name, value in tensors.items():
+                _save_tensors(value, new / "trainer_state" / f"{name}.pt")
+            write_json(new / _STATE, {**state, **added, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
+            write_json(new / _MANIFEST, {"format_version": FORMAT_VERSION, "files": _describe(new)})
+            sync_tree(new)
+            try:
+                verify(new)
+                _load_tensors(new, mmap=True)
+            except CheckpointError as error:
+                raise CheckpointError(f"{place}: not written, it does not read back: {error}") from error
+            self._put(new, place)
+            for link in ("last", "best") if best else ("last",):
+                self._point(link, step)
+            self._retire(step)
+        return place
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The step folder with the highest number that verifies, and a notice for each higher one passed over.
+
+        Only folders of `run_id` count, or of any run if that is None.
+        """
+        notices = []
+        for step in sorted(self._steps(), reverse=True):
+            folder = self.root / f"step-{step}"
+            try:
+                self._check_belongs(folder, step)
+                verify(folder)
+                return folder, notices
+            except CheckpointError as error:
+                notices.append(f"passed over {folder.name}: {error}")
+        return None, notices
+
+    def mark_best(self, step: int) -> None:
+        """Point `best` to `step-{step}`, which must be there (CheckpointError)."""
+        with self._writing(self.root / "best"):
+            _read_state(self.root / f"step-{step}")
+            self._point("best", step)
+
+    def best_step(self) -> int | None:
+        """The step that `best` points to; None if there is none or it is another run's."""
+        with contextlib.suppress(CheckpointError):
+            state = _read_state(self.root / "best")
+            if self.run_id in (None, state["run_id"]):
+                return state["step"]
+        return None
+
+    def _check_arguments(self, place: Path, added: dict, state: dict, tensors: dict) -> None:
+        if self.run_id is None:
+            raise CheckpointError(f"{place}: opened without a run_id, for reading; give one to save")
+        if not _STEP_NAME.fullmatch(place.name):
+            raise CheckpointError(f"{place}: the step must be a whole number of optimizer steps from 0")
+        for key in added.keys() & state.keys():
+            if state[key] != added[key]:
+                raise CheckpointError(f"{place}: the state has {key} {state[key]!r} of its own; rename that key")
+        for name in tensors:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise CheckpointError(f"{place}: {name!r} cannot be a file name; use letters, digits, '_', '-' and '.'")
+        try:
+            json_text({**state, **added})
+        except ValueError as error:
+            raise CheckpointError(f"{place}: its state is {error}") from error
+
+    def _check_belongs(self, folder: Path, step: int) -> None:
+        state = _read_state(folder)
+        if state["step"] != step:
+            raise CheckpointError(f"{folder / _STATE}: says step {state['step']}; give the folder its right name")
+        if self.run_id not in (None, state["run_id"]):
+            raise CheckpointError(f"{folder}: is of run {state['run_id']}, not {self.run_id}; {_OTHER}")
+
+    def _check_space(self, place: Path) -> None:
+        previous = next(self._own_steps(), None)
+        if previous is None:
+            return
+        files = (self.root / f"step-{previous}").rglob("*")
+        needed = sum(path.stat().st_size for path in files if path.is_file())
+        free = shutil.disk_usage(self.root).free
+        if free < needed:
+            room = f"{free / 1e6:,.1f} MB free, about {needed / 1e6:,.1f} MB needed"
+            raise CheckpointError(f"{place}: not written, {room}; {_ROOM}, or lower trainer_kwargs.keep_checkpoints")
+
+    @contextlib.contextmanager
+    def _writing(self, place: Path) -> Iterator[None]:
+        """Alone in the folder; what goes wrong is cleared away and, if it was the writing, told in one line."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with folder_lock(self.root, _LOCK_SECONDS) as held:
+                if not held:
+                    raise CheckpointError(f"{place}: another process writes there; give each run its own output_dir")
+                try:
+                    yield
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        self._repair()
+                    raise
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{place}: not written ({error}); the earlier ones are unchanged; {_ROOM}") from error
+
+    def _temporary(self, kind: str, name: str) -> Path:
+        return self.root / f".tmp-{kind}-{name}-{secrets.token_hex(4)}"
+
+    def _put(self, new: Path, place: Path) -> None:
+        """Rename `new` to `place`; what is there is kept aside until then, where `_repair` finds it after a crash."""
+        old = self._temporary("old", place.name)
+        if os.path.lexists(place):
+            place.rename(old)
+        new.rename(place)
+        sync_folder(self.root)
+        if os.path.lexists(old):
+            self._discard(old, place.name)
+
+    def _point(self, link: str, step: int) -> None:
+        new, place = self._temporary("new", link), self.root / link
+        try:
+            new.symlink_to(f"step-{step}", target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(self.root / f"step-{step}", new)
+            sync_tree(new)
+        if new.is_symlink() and (place.is_symlink() or not place.exists()):
+            new.replace(place)
+            sync_folder(self.root)
+        else:
+            self._put(new, place)
+
+    def _discard(self, path: Path, name: str) -> None:
+        """Delete; renamed first, so that a half-deleted folder is never taken for a checkpoint."""
+        gone = self._temporary("gone", name)
+        with contextlib.suppress(OSError):
+            path.rename(gone)
+            delete(gone)
+
+    def _repair(self) -> None:
+        """Bring back what was moved aside and not replaced, delete all other temporaries. Needs the folder's lock."""
+        for path in list(self.root.iterdir()):
+            kind, name = match.groups() if (match := _TEMPORARY.fullmatch(path.name)) else ("", "")
+            if kind == "old" and not os.path.lexists(self.root / name):
+                path.rename(self.root / name)
+            elif kind:
+                self._discard(path, name)
+        sync_folder(self.root)
+
+    def _steps(self) -> list[int]:
+        if not self.root.is_dir():
+            return []
+        matches = [_STEP_NAME.fullmatch(path.name) for path in self.root.iterdir() if path.is_dir()]
+        return [int(match[1]) for match in matches if match]
+
+    def _own_steps(self) -> Iterator[int]:
+        """This run's steps, newest first; folders of other runs and unreadable ones are left out."""
+        for step in sorted(self._steps(), reverse=True):
+            with contextlib.suppress(CheckpointError):
+                if _read_state(self.root / f"step-{step}")["run_id"] == self.run_id:
+                    yield step
+
+    def _retire(self, current: int) -> None:
+        """Keep the newest steps up to `current` and those that a link names."""
+        linked = {os.path.realpath(self.root / link) for link in ("last", "best")}
+        # A later step is left from before the run was set back; it pushes out nothing.
+        for step in [step for step in self._own_steps() if step <= current][self.keep :]:
+            if os.path.realpath(folder := self.root / f"step-{step}") not in linked:
+                self._discard(folder, folder.name)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest, sizes first; CheckpointError names the first one that is not as written."""
+    with _opened(folder) as folder:
+        for name, entry in _check_sizes(folder).items():
+            if sha256_of(folder / name) != entry["sha256"]:
+                raise CheckpointError(f"{folder / name}: changed since it was written (other SHA-256); {_OTHER}")
+
+
+def load_state(folder: Path) -> tuple[dict, dict]:
+    """`(state, tensors)` of a checkpoint folder or of `last`/`best`, all from one step, tensors on the CPU.
+
+    Sizes are checked, hashes are not: `verify` does that. Raises CheckpointError.
+    """
+    with _opened(folder) as folder:
+        _check_sizes(folder)
+        return _read_state(folder), _load_tensors(folder)
+
+
+def set_aside(output_dir: Path, names: Iterable[str]) -> Path | None:
+    """Move those of `names` that are in `output_dir` to a new `earlier-run-N` in it; returns that folder or None."""
+    output_dir = Path(output_dir)
+    present = [name for name in dict.fromkeys(names) if os.path.lexists(output_dir / name)]
+    if not present:
+        return None
+    numbers = [re.fullmatch(r"earlier-run-([0-9]+)", path.name) for path in output_dir.iterdir()]
+    folder = output_dir / f"earlier-run-{1 + max((int(match[1]) for match in numbers if match), default=0)}"
+    try:
+        folder.mkdir()
+        for name in present:
+            (output_dir / name).rename(folder / name)
+        sync_folder(output_dir)
+    except OSError as error:
+        reason = f"{folder}: the earlier run's files cannot be moved there ({error}); choose another output_dir"
+        raise CheckpointError(reason) from error
+    return folder
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Path]:
+    """The real folder: links are followed once, so that all parts are of one step even if `last` moves meanwhile."""
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder; {_OTHER}")
+    try:
+        yield Path(folder).resolve()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); {_OTHER}") from error
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, so this is no complete checkpoint of a run; {_OTHER}")
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_OTHER}") from error
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_OTHER}")
+    return value
+
+
+def _read_state(folder: Path) -> dict:
+    state = _read_json(folder / _STATE)
+    if type(state.get("step")) is not int or not isinstance(state.get("run_id"), str):
+        raise CheckpointError(f"{folder / _STATE}: has no step or no run_id; {_OTHER}")
+    return state
+
+
+def _describe(folder: Path) -> dict[str, dict]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+
+
+def _check_sizes(folder: Path) -> dict[str, dict]:
+    """The manifest's entries, each file of them there and as long as it was."""
+    files = _read_json(folder / _MANIFEST).get("files")
+    entries = files.values() if isinstance(files, dict) else [None]
+    if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in entries):
+        raise CheckpointError(f"{folder / _MANIFEST}: has no list of files; {_OTHER}")
+    for name, entry in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; {_OTHER}")
+        size, expected = (folder / name).stat().st_size, entry["bytes"]
+        if size != expected:
+            what = "cut short" if size < expected else "changed"
+            raise CheckpointError(f"{folder / name}: {what}, {size} bytes instead of {expected}; {_OTHER}")
+    return files
+
+
+def _save_tensors(value: object, path: Path) -> None:
+    """`torch.save` whose failing to write is an OSError: torch hides it behind a RuntimeError of its zip writer."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+def _load_tensors(folder: Path, mmap: bool = False) -> dict[str, object]:
+    tensors = {}
+    for name in _read_json(folder / _MANIFEST)["files"]:
+        path = folder / name
+        if path.parent != folder / "trainer_state" or path.suffix != ".pt":
+            continue
+        try:
+            tensors[path.stem] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # torch has no common class for what a damaged or unsafe file raises
+            reason = str(error).split(". ")[0]
+            raise CheckpointError(f"{path}: not readable with weights_only ({reason}); {_OTHER}") from error
+    return tensors

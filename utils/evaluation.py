@@ -1,0 +1,162 @@
+"""Loss, predictions and scores of a model on rows it is not trained on. Nothing here changes the training."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.articles import Article
+from data.batches import evaluation_batches, load_batches
+from data.prompts import PromptFormat
+from data.token_cache import TokenTable
+from model.decoding import beam_search, evaluating, greedy_decode
+from model.language_model import LanguageModel
+from utils import rouge
+from utils.devices import Place
+from utils.random_state import forked_random_state
+from utils.run_log import progress_bar
+
+
+class Interrupted(Exception):
+    """A signal asked to stop in the middle of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to decode: greedy where num_beams is 1."""
+
+    max_new_tokens: int = 80
+    num_beams: int = 1
+    early_stopping: bool = False
+    batch_size: int = 8
+
+
+def never() -> bool:
+    return False
+
+
+@contextmanager
+def apart(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients; modes and random generators afterwards as before."""
+    with forked_random_state(), evaluating(module), torch.no_grad():
+        yield
+
+
+def measure_loss(
+    objective: nn.Module,
+    table: TokenTable,
+    batch_size: int,
+    place: Place,
+    interrupted: Callable[[], bool] = never,
+    name: str = "validation loss",
+) -> dict[str, float]:
+    """Means over all label tokens of the table: the loss, its parts, and perplexity = exp(cross-entropy)."""
+    batches = evaluation_batches(table.lengths, batch_size)[place.rank :: place.world_size]
+    pad_id = objective.language_model.tokenizer.pad_token_id
+    sums: dict[str, float] = {}
+    bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
+    with apart(objective), bar:
+        for batch in load_batches(table, batches, pad_id):
+            if interrupted():
+                raise Interrupted
+            with place.autocast():
+                terms = objective(batch["input_ids"].to(place.device), batch["attention_mask"], batch["labels"])
+            for part, value in {"loss": terms.loss_sum, **terms.parts, "tokens": terms.token_count}.items():
+                sums[part] = sums.get(part, 0.0) + float(value)
+            bar.update()
+    totals: dict[str, float] = {}
+    for of_process in place.gather(sums):
+        for part, value in of_process.items():
+            totals[part] = totals.get(part, 0.0) + value
+    tokens = totals.pop("tokens")
+    means = {part: value / tokens for part, value in totals.items()}
+    nats = means.get("cross_entropy", means["loss"])
+    return {**means, "perplexity": math.exp(nats) if nats < 700 else math.inf}
+
+
+def predict(
+    language_model: LanguageModel,
+    prompt_format: PromptFormat,
+    articles: list[Article],
+    generation: Generation,
+    place: Place,
+    interrupted: Callable[[], bool] = never,
+    name: str = "predictions",
+) -> list[str]:
+    """The generated highlights of each article, in order, on every process."""
+    prompts = prompt_format.prediction_prompts([row.article for row in articles], generation.max_new_tokens)
+    own = range(place.rank, len(prompts), place.world_size)
+    bar = progress_bar(name, len(own), "row", is_main=place.is_main)
+    made = 0
+
+    def progress(rows: int, tokens: int) -> None:
+        nonlocal made
+        if interrupted():
+            raise Interrupted
+        made += tokens
+        bar.update(rows)
+        if elapsed := bar.format_dict["elapsed"]:
+            bar.set_postfix_str(f"{made / elapsed:,.0f} tokens/s", refresh=False)
+
+    arguments = [language_model, [prompts[row] for row in own], generation.max_new_tokens]
+    options = {"batch_size": generation.batch_size, "progress": progress}
+    with apart(language_model), bar, place.autocast():
+        if generation.num_beams > 1:
+            beams = {"num_beams": generation.num_beams, "early_stopping": generation.early_stopping}
+            ids = beam_search(*arguments, **beams, **options)
+        else:
+            ids = greedy_decode(*arguments, **options)
+    texts = [""] * len(prompts)
+    for of_process in place.gather(dict(zip(own, map(prompt_format.decode, ids), strict=True))):
+        for row, text in of_process.items():
+            texts[row] = text
+    return texts
+
+
+def prediction_records(articles: list[Article], texts: list[str], scores: list[dict[str, float]]) -> list[dict]:
+    """What `predictions.json` holds for each row: extra columns of the CSV are carried along."""
+    records = []
+    for article, text, score in zip(articles, texts, scores, strict=True):
+        extra = article.extra
+        sentiment = extra.get("sentiment_label", extra.get("sentiment"))
+        named = {"id": article.id, "article": article.article, "target_highlight": article.highlights,
+                 "generated_highlight": text, "rouge": score, "sentiment": sentiment,
+                 "length_bucket": extra.get("length_bucket"), "category": extra.get("category")}
+        records.append({**named, **{key: value for key, value in extra.items() if key not in named}})
+    return records
+
+
+def scored_predictions(articles: list[Article], texts: list[str]) -> tuple[list[dict], dict]:
+    """(prediction records, scores): means over rows with bootstrap 95 % intervals, and the share of facts.
+
+    `facts` is scored where the CSV has such a column: JSON lists of strings that the highlights hold.
+    """
+    rows = rouge.score_rows(texts, [row.highlights for row in articles])
+    scores = {**rouge.mean_scores(rows), "confidence_intervals": rouge.confidence_intervals(rows), "rows": len(rows)}
+    facts = [row.extra["facts"] for row in articles if "facts" in row.extra]
+    if len(facts) == len(texts) and (share := fact_share(texts, facts)) is not None:
+        scores["facts"] = share
+    return prediction_records(articles, texts, rows), scores
+
+
+def fact_share(texts: list[str], facts: list[str]) -> float | None:
+    """Share of all facts (JSON lists of strings, one list a row) that stand in their row's text as whole words.
+
+    None where a list cannot be read, or where there are no facts at all.
+    """
+    found = total = 0
+    for text, listed in zip(texts, facts, strict=True):
+        try:
+            values = json.loads(listed)
+        except ValueError:
+            return None
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            return None
+        total += len(values)
+        found += sum(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None for value in values)
+    return found / total if total else None

@@ -1,0 +1,82 @@
+"""The optimizer's parameter groups, and the learning rate as a pure function of the step."""
+
+import inspect
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from utils.config import ConfigError
+
+
+def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay_all: bool = False):
+    """An optimizer of `torch.optim` over the trainable parameters of `module`.
+
+    Weight decay leaves out biases and norms (parameters of one dimension) unless decay_all. The fused version is used
+    where torch has one, unless kwargs say otherwise.
+
+    Raises:
+        ConfigError: an unknown type, one that this loop cannot drive, or kwargs that it refuses.
+    """
+    cls = getattr(torch.optim, kind, None)
+    if not inspect.isclass(cls) or not issubclass(cls, torch.optim.Optimizer) or cls is torch.optim.Optimizer:
+        known = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
+        expected = ", ".join(sorted(known))
+        raise ConfigError(f'optimizer_kwargs.type is "{kind}": expected a class of torch.optim: {expected}')
+    if kind in ("LBFGS", "SparseAdam"):
+        raise ConfigError(f'optimizer_kwargs.type is "{kind}": it needs another kind of loop; expected such as AdamW')
+    if "lr" in kwargs:
+        raise ConfigError("optimizer_kwargs.kwargs.lr: set optimizer_kwargs.lm_lr instead")
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [{"params": parameters}]
+    if not decay_all:
+        flat = [parameter for parameter in parameters if parameter.dim() < 2]
+        groups = [{"params": [parameter for parameter in parameters if parameter.dim() >= 2]}]
+        if flat:
+            groups.append({"params": flat, "weight_decay": 0.0})
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
+    accepted = inspect.signature(cls.__init__).parameters
+    if not decay_all and "weight_decay" not in accepted:
+        groups = [{"params": parameters}]
+    if "fused" in accepted and not settings.keys() & {"fused", "foreach", "differentiable"}:
+        settings["fused"] = True
+    try:
+        return cls(groups, lr=lr, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"optimizer_kwargs.kwargs: {kind} refuses them: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up and decay of the learning rate, counted in optimizer steps.
+
+    kind: "linear" or "cosine" decay, from the peak to peak * floor at `total` steps.
+    """
+
+    peak: float
+    warmup: int
+    total: int
+    kind: str = "linear"
+    floor: float = 0.0
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step `step`, counted from 0: 0 at first where there is a warm-up."""
+        if step < self.warmup:
+            return self.peak * step / self.warmup
+        remaining = max(0.0, (self.total - step) / max(1, self.total - self.warmup))
+        share = remaining if self.kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * remaining)
+        return self.peak * (self.floor + (1.0 - self.floor) * share)
+
+
+def make_schedule(scheduler_kwargs, peak: float, total: int) -> Schedule:
+    """The schedule of a config's `lr_scheduler_kwargs`; total: optimizer steps that the data give."""
+    if scheduler_kwargs.num_training_steps != -1:
+        total = scheduler_kwargs.num_training_steps
+    warmup = scheduler_kwargs.num_warmup_steps
+    if warmup == -1:
+        warmup = total // 10
+    if scheduler_kwargs.max_warmup_steps is not None:
+        warmup = min(warmup, scheduler_kwargs.max_warmup_steps)
+    return Schedule(peak, min(warmup, total), total, scheduler_kwargs.type, scheduler_kwargs.min_lr_ratio)

@@ -1,0 +1,113 @@
+"""The run folder `output_dir/`: resume what is in it, or set it aside and start anew."""
+
+import json
+import subprocess
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from uuid import uuid4
+
+from utils.checkpoint import CheckpointError, Checkpoints, load_state, set_aside, verify
+from utils.config import FineTuneConfig
+from utils.config_files import ConfigError, config_json
+from utils.files import write_text
+
+RUN_FILES = (
+    "config.json", "metrics.jsonl", "tensorboard", "model_checkpoints", "predictions", "scores.json",
+    "skipped_rows.json",
+)
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
+
+
+@dataclass
+class Start:
+    """How a run begins: anew (folder None), or from the checkpoint in `folder`."""
+
+    run_id: str
+    folder: Path | None = None
+    state: dict = field(default_factory=dict)
+    tensors: dict = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def find_start(config: FineTuneConfig) -> Start:
+    """What to start from. Changes nothing on the disk.
+
+    Raises:
+        CheckpointError: `resume_from` is no whole checkpoint.
+    """
+    options = config.trainer_kwargs
+    root = Path(options.output_dir) / "model_checkpoints"
+    notices: list[str] = []
+    folder = None
+    if options.resume_from is not None:
+        folder = Path(options.resume_from)
+        verify(folder)
+    elif options.load_from_checkpoint:
+        folder, notices = Checkpoints(root, run_of(root / "last"), options.keep_checkpoints).newest()
+    if folder is None:
+        return Start(uuid4().hex, notices=notices)
+    state, tensors = load_state(folder)
+    notices.append(f"resuming from {folder} (optimizer step {state['step']})")
+    return Start(state["run_id"], folder, state, tensors, notices)
+
+
+def run_of(folder: Path) -> str | None:
+    try:
+        return load_state(folder)[0]["run_id"]
+    except CheckpointError:
+        return None
+
+
+def check_resumable(identity: dict, state: dict) -> None:
+    """Raises ConfigError where what decides the next rows is not what it was when the checkpoint was written."""
+    before = state.get("identity", {})
+    changed = [f"{key} was {before[key]!r} and is {identity[key]!r}" for key in identity
+               if key in before and before[key] != identity[key]]
+    if changed:
+        raise ConfigError(
+            f"cannot resume: {'; '.join(changed)}; put it back, or set trainer_kwargs.load_from_checkpoint to false "
+            "to start anew (the earlier run is kept), or choose another output_dir"
+        )
+
+
+def open_run_folder(config: FineTuneConfig, start: Start) -> list[str]:
+    """Make the folder ready and write the resolved config into it; what is there of other runs is set aside."""
+    output_dir = Path(config.trainer_kwargs.output_dir)
+    root = output_dir / "model_checkpoints"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"trainer_kwargs.output_dir: {output_dir} cannot be made: {error.strerror}") from error
+    notices = []
+    if start.folder is None or start.folder.resolve().parent != root.resolve():
+        if earlier := set_aside(output_dir, RUN_FILES):
+            notices.append(f"an earlier run was in {output_dir}: moved to {earlier}")
+    elif later := later_checkpoints(root, start.state["step"]):
+        notices.append(f"checkpoints after step {start.state['step']}: moved to {set_aside(root, later)}")
+    write_text(output_dir / "config.json", with_environment(config))
+    return notices
+
+
+def later_checkpoints(root: Path, step: int) -> list[str]:
+    """Names of the step folders after `step`, and of the links to them."""
+    steps = [path for path in root.glob("step-*") if path.name[5:].isdigit() and int(path.name[5:]) > step]
+    links = [path for path in (root / "last", root / "best") if path.is_symlink() and path.resolve() in
+             {folder.resolve() for folder in steps}]
+    return [path.name for path in (*steps, *links)]
+
+
+def with_environment(config: FineTuneConfig) -> str:
+    """The config as JSON, with versions and commit in a `_description` key, so that it can be used as a config."""
+    found = {"python": python_version(), **{name: version(name) for name in PACKAGES}, "commit": commit()}
+    text = {"_description_environment": found, **json.loads(config_json(config))}
+    return json.dumps(text, indent=2, ensure_ascii=False) + "\n"
+
+
+def commit() -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

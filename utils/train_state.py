@@ -1,0 +1,80 @@
+"""Where a run stands: all of it that is neither weights, optimizer nor random generators, as plain JSON values."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass
+class TrainState:
+    """Counters and decisions of a run. A checkpoint holds them, so a resumed run decides as the uninterrupted one.
+
+    step: optimizer steps done. epoch: of the next step, from 0. step_in_epoch: steps done in it.
+    micro_batches: done in all; micro_batches_in_epoch: in this epoch.
+    accumulation: micro-batches a step (doubled on a plateau). loss_scale, baseline: adaptive loss scaling.
+    best_score, best_step: best validation; reference_score, evaluations_without_gain: early stopping.
+    epoch_loss, epoch_tokens: sums of this epoch. evaluation_pending: the epoch's validation is still to be done.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    micro_batches: int = 0
+    accumulation: int = 1
+    loss_scale: float = 1.0
+    baseline: float = 0.15
+    best_score: float | None = None
+    best_step: int | None = None
+    reference_score: float | None = None
+    evaluations_without_gain: int = 0
+    epoch_loss: float = 0.0
+    epoch_tokens: int = 0
+    evaluation_pending: bool = False
+    stopped_early: bool = False
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "TrainState":
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    def judge(self, score: float, mode: str, threshold: float) -> bool:
+        """Take note of a validation score; True where it is the best so far.
+
+        mode: "max" or "min". A gain of `threshold` or less over the last real gain does not reset the patience.
+        """
+        sign = 1.0 if mode == "max" else -1.0
+        if self.reference_score is None or sign * (score - self.reference_score) > threshold:
+            self.reference_score, self.evaluations_without_gain = score, 0
+        else:
+            self.evaluations_without_gain += 1
+        if self.best_score is None or sign * (score - self.best_score) > 0:
+            self.best_score, self.best_step = score, self.step
+            return True
+        return False
+
+    def on_plateau(self, patience: int | None, increase_batch_size: bool, most: int) -> str | None:
+        """What to do when `patience` evaluations brought no gain: "stop", "increase" (accumulation doubled) or None.
+
+        most: micro-batches in an epoch; once a step holds that many, doubling changes nothing more and the run stops.
+        """
+        if patience is None or self.evaluations_without_gain < max(1, patience):
+            return None
+        if increase_batch_size and self.accumulation < most:
+            self.accumulation *= 2
+            self.evaluations_without_gain = 0
+            return "increase"
+        self.stopped_early = True
+        return "stop"
+
+    def scale_loss(self, score: float, metric: str) -> None:
+        """Adaptive loss scaling: sigmoid(baseline - score), and a better score becomes the baseline.
+
+        With metric "perplexity" (where score is the perplexity) the scale is sigmoid(perplexity).
+        """
+        difference = score if metric == "perplexity" else self.baseline - score
+        self.loss_scale = 1.0 / (1.0 + math.exp(-min(difference, 700.0)))
+        if metric != "perplexity":
+            self.baseline = max(self.baseline, score)

@@ -1,0 +1,321 @@
+"""The loop: epochs of optimizer steps, validation after each, checkpoints on the way.
+
+Micro-batches back-propagate SUMS over label tokens; each optimizer step divides its gradients once by the label tokens
+of all its micro-batches on all processes. So a step is the same whatever the micro-batch size, the accumulation and
+the number of processes.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import nn
+
+from data.batches import Step, load_batches, plan_epoch
+from data.token_cache import TokenTable
+from model.language_model import LanguageModel
+from utils.checkpoint import Checkpoints
+from utils.config import FineTuneConfig
+from utils.devices import Place
+from utils.evaluation import Interrupted, never
+from utils.gradients import divide_and_clip, gradient_norm, sum_gradients
+from utils.optimization import Schedule, make_schedule
+from utils.random_state import random_state, seed_everything, set_random_state
+from utils.run_log import RunLog, progress_bar
+from utils.signals import StopRequest
+from utils.train_state import TrainState
+from utils.validation import Validation
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: one line for the user."""
+
+
+@dataclass
+class StepResult:
+    """Means over the label tokens of one optimizer step, for the log."""
+
+    losses: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    label_tokens: int
+
+
+class Trainer:
+    """Trains `objective` (an `nn.Module` returning `LossTerms`) and keeps `language_model`, which is part of it.
+
+    It knows nothing of teachers; objectives know nothing of optimizers.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        language_model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        config: FineTuneConfig,
+        table: TokenTable,
+        validation: Validation,
+        place: Place,
+        log: RunLog,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+    ):
+        self.objective, self.language_model, self.optimizer = objective, language_model, optimizer
+        self.config, self.table, self.validation = config, table, validation
+        self.place, self.log, self.checkpoints, self.stop = place, log, checkpoints, stop
+        self.options = config.trainer_kwargs
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.state = TrainState(
+            accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline
+        )
+        self.saved: dict | None = None
+        seed_everything((self.options.seed + place.rank) % 2**32)  # dropout differs between processes
+
+    # -- whole runs ----------------------------------------------------------------------------------------------
+
+    def restore(self, state: dict, tensors: dict) -> list[str]:
+        """Go on from a checkpoint's state; returns notices."""
+        self.state = TrainState.from_json(state)
+        self.saved = self.checkpoint_state()
+        self.optimizer.load_state_dict(tensors["optimizer"])
+        patience = self.config.callbacks_kwargs.kwargs.patience
+        self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
+        generators = tensors["random"]
+        if len(generators) != self.place.world_size:
+            return [f"the checkpoint was made by {len(generators)} processes, now there are {self.place.world_size}: "
+                    "dropout will not repeat number for number"]
+        return set_random_state(generators[self.place.rank])
+
+    def finished(self) -> bool:
+        most = self.options.max_steps
+        done = self.state.epoch >= self.options.epochs or (most is not None and self.state.step >= most)
+        return not self.state.evaluation_pending and (done or self.state.stopped_early)
+
+    def fit(self) -> None:
+        """Train to the end. The last weights are in `model_checkpoints/last`.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite; the weights are as before that step.
+            Stopped: a signal asked to stop; a checkpoint has been written.
+        """
+        while not self.finished():
+            if self.state.evaluation_pending:
+                self.finish_epoch()
+            else:
+                self.train_epoch()
+        if self.saved is None:
+            self.save()
+
+    # -- an epoch ------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Step]:
+        data = self.config.dataset_kwargs
+        return plan_epoch(
+            self.table.lengths, data.train_batch_size, self.state.accumulation, self.options.seed, self.state.epoch,
+            data.tokens_per_batch, self.options.batches_per_epoch,
+        )
+
+    def schedule(self, steps_in_epoch: int) -> Schedule:
+        """The learning rates, from the steps done before this epoch and those that are to come at its length."""
+        total = self.state.step - self.state.step_in_epoch
+        total += steps_in_epoch * (self.options.epochs - self.state.epoch)
+        if self.options.max_steps is not None:
+            total = min(total, self.options.max_steps)
+        return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, total)
+
+    def train_epoch(self) -> None:
+        plan = self.plan()
+        schedule = self.schedule(len(plan))
+        most = self.options.max_steps
+        remaining = plan[self.state.step_in_epoch :]
+        if most is not None:
+            remaining = remaining[: most - self.state.step]
+        own = [rows for step in remaining for rows in self.own_share(step)]
+        pin = self.place.device.type == "cuda"
+        pad_id = self.language_model.tokenizer.pad_token_id
+        batches = iter(load_batches(self.table, own, pad_id, self.config.dataset_kwargs.num_workers, pin))
+        self.objective.train()
+        bar = progress_bar(
+            f"epoch {self.state.epoch + 1}/{self.options.epochs}", len(plan), "step", self.state.step_in_epoch,
+            self.place.is_main,
+        )
+        clock, tokens = time.perf_counter(), 0
+        with bar:
+            for step in remaining:
+                result = self.train_step(step, batches, schedule.learning_rate(self.state.step))
+                self.count(step, result)
+                tokens += int(self.table.lengths[list(chain(*step))].sum())
+                bar.update()
+                if self.state.step == 1 or self.state.step % self.options.log_every == 0 or step is remaining[-1]:
+                    now = time.perf_counter()
+                    self.record(result, tokens / (now - clock))
+                    bar.set_postfix_str(f"loss {result.losses['loss']:.3f}, lr {result.learning_rate:.2e}, "
+                                        f"{tokens / (now - clock):,.0f} tokens/s", refresh=False)
+                    clock, tokens = now, 0
+                self.rescale_loss(len(step))
+                if step is not remaining[-1]:
+                    self.checkpoint_on_the_way(len(step))
+        if self.state.step_in_epoch == len(plan):
+            self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
+        self.state.evaluation_pending = True
+
+    def own_share(self, step: Step) -> Step:
+        """The micro-batches of a step that this process does."""
+        return step[self.place.rank :: self.place.world_size]
+
+    def count(self, step: Step, result: StepResult) -> None:
+        self.state.step += 1
+        self.state.step_in_epoch += 1
+        self.state.micro_batches += len(step)
+        self.state.epoch_loss += result.losses["loss"] * result.label_tokens
+        self.state.epoch_tokens += result.label_tokens
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def train_step(self, step: Step, batches: Iterator, learning_rate: float) -> StepResult:
+        """One optimizer step over the micro-batches of `step`, whose collated rows come from `batches`."""
+        device, scale = self.place.device, self.state.loss_scale
+        sums: dict[str, torch.Tensor] = {}
+        micro_losses = []
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in self.own_share(step):
+            batch = next(batches)
+            with self.place.autocast():
+                terms = self.objective(
+                    batch["input_ids"].to(device, non_blocking=True), batch["attention_mask"], batch["labels"]
+                )
+            loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
+            loss.backward()
+            micro_losses.append(loss.detach())
+            for name, value in {"loss": loss.detach(), **terms.parts}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        sum_gradients(self.parameters, self.place)
+        tokens = int(self.table.label_counts[list(chain(*step))].sum())
+        means = self.mean_losses(sums, tokens)
+        norm = gradient_norm(self.parameters).item() / tokens
+        if not math.isfinite(norm) or not math.isfinite(means["loss"]):
+            self.refuse(step, micro_losses, means["loss"], norm)
+        divide_and_clip(self.parameters, tokens, norm, self.options.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return StepResult(means, norm, learning_rate, tokens)
+
+    def mean_losses(self, sums: dict[str, torch.Tensor], tokens: int) -> dict[str, float]:
+        """Means over the step's label tokens on all processes: one wait for the device a step."""
+        values = torch.stack([value.float() for value in sums.values()]).tolist() if sums else []
+        totals: dict[str, float] = {}
+        for of_process in self.place.gather(dict(zip(sums, values, strict=True))):
+            for name, value in of_process.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: value / tokens for name, value in totals.items()}
+
+    def refuse(self, step: Step, micro_losses: list[torch.Tensor], loss: float, norm: float) -> None:
+        """Stop before the weights are touched, naming the rows of the micro-batches that are to blame."""
+        own = zip(self.own_share(step), micro_losses, strict=True)
+        bad = [rows for rows, micro_loss in own if not math.isfinite(micro_loss.item())]
+        of_all = [rows for of_process in self.place.gather(bad) for rows in of_process]
+        names = self.table.names(chain(*(of_all or step)))
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise TrainingError(
+            f"optimizer step {self.state.step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before "
+            f"the weights were changed; rows: {', '.join(names[:8])}{more}; the last checkpoint is good: look at these "
+            "rows, lower optimizer_kwargs.lm_lr, or set trainer_kwargs.precision to float32"
+        )
+
+    def record(self, result: StepResult, tokens_per_second: float) -> None:
+        extra = {"loss_scale": self.state.loss_scale} if self.options.adaptive_loss_scaling else {}
+        self.log.record(
+            "train", self.state.step, epoch=self.state.epoch, **result.losses, learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm, label_tokens=result.label_tokens, tokens_per_second=tokens_per_second, **extra,
+        )
+
+    # -- between steps -------------------------------------------------------------------------------------------
+
+    def passed(self, every: int | None, micro_batches: int) -> bool:
+        """Whether the step just done, of so many micro-batches, passed a multiple of `every` micro-batches."""
+        done = self.state.micro_batches
+        return every is not None and done // every > (done - micro_batches) // every
+
+    def rescale_loss(self, micro_batches: int) -> None:
+        if self.options.adaptive_loss_scaling and self.passed(self.options.loss_scaling_interval, micro_batches):
+            score = self.validation.score(self.options.scaling_metric)
+            if score is not None:
+                self.state.scale_loss(score, self.options.scaling_metric)
+                self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
+
+    def checkpoint_on_the_way(self, micro_batches: int) -> None:
+        stopping = any(self.place.gather(self.stop.requested))
+        if stopping or self.passed(self.options.checkpoint_every, micro_batches):
+            self.save()
+        if stopping:
+            self.stop.leave(self.state.step)
+
+    def interruption(self):
+        """Evaluations stop at once on a signal, but not in a group, where the others would wait for ever."""
+        return (lambda: self.stop.requested) if self.place.world_size == 1 else never
+
+    def finish_epoch(self) -> None:
+        """Validate, decide about stopping, save."""
+        state, callbacks = self.state, self.config.callbacks_kwargs.kwargs
+        epoch = state.epoch if state.step_in_epoch else state.epoch - 1
+        best = False
+        try:
+            if self.options.monitor_train and state.epoch_tokens:
+                self.log.record("train_epoch", state.step, epoch=epoch, loss=state.epoch_loss / state.epoch_tokens)
+            if epoch >= self.options.first_val_epoch:
+                metrics = self.validation.run(state.step, epoch, self.interruption())
+                score = metrics.get(self.config.monitored_metric)
+                if score is not None and math.isfinite(score):
+                    best = state.judge(score, callbacks.mode, callbacks.threshold)
+                    self.decide(callbacks)
+        except Interrupted:
+            self.save()
+            self.stop.leave(state.step)
+        state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
+        if best or callbacks.save_final_model or not self.finished():
+            self.save(best)
+        if any(self.place.gather(self.stop.requested)) and not self.finished():
+            self.stop.leave(state.step)
+
+    def decide(self, callbacks) -> None:
+        most = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
+        increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
+        decision = self.state.on_plateau(callbacks.patience, increase, most)
+        if decision == "increase":
+            self.log.say(f"no gain in {callbacks.patience} evaluations: accumulation is now {self.state.accumulation}")
+        elif decision == "stop":
+            best = self.state.best_step
+            self.log.say(f"no gain in {callbacks.patience} evaluations: stopped early; the best was step {best}")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict:
+        """What must be the same for a checkpoint to be continued: it decides which rows come next."""
+        data, options = self.config.dataset_kwargs, self.options
+        return {
+            "dataset_kwargs.train_dataset": self.table.folder.name,
+            "dataset_kwargs.train_batch_size": data.train_batch_size,
+            "dataset_kwargs.tokens_per_batch": data.tokens_per_batch,
+            "trainer_kwargs.gradient_accumulation_steps": options.accumulation_steps,
+            "trainer_kwargs.ckpt_training_batch": options.batches_per_epoch,
+            "trainer_kwargs.seed": options.seed,
+        }
+
+    def checkpoint_state(self) -> dict:
+        return {**self.state.to_json(), "identity": self.identity()}
+
+    def save(self, best: bool = False) -> None:
+        """Write `step-N`, unless just this state is saved already."""
+        generators = self.place.gather(random_state())
+        state = self.checkpoint_state()
+        if state == self.saved and not best:
+            return
+        if self.place.is_main:
+            tensors = {"optimizer": self.optimizer.state_dict(), "random": generators}
+            self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
+        self.saved = state
+        self.place.wait_for_all()

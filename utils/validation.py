@@ -1,0 +1,83 @@
+"""What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from data.articles import Article
+from data.prompts import PromptFormat
+from data.token_cache import TokenTable
+from utils.devices import Place
+from utils.evaluation import Generation, measure_loss, never, predict, scored_predictions
+from utils.files import write_json
+from utils.rouge import METRICS
+from utils.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """name: "validation" or "test". table: rows for the loss. articles: rows for ROUGE; empty where none is asked."""
+
+    name: str
+    table: TokenTable
+    articles: list[Article]
+
+
+@dataclass
+class Validation:
+    """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir."""
+
+    objective: nn.Module
+    prompt_format: PromptFormat
+    sets: list[EvaluationSet]
+    generation: Generation
+    place: Place
+    log: RunLog
+    output_dir: Path
+    save_predictions: bool = False
+
+    def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
+        """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
+        results, scores = {}, {}
+        for each in self.sets:
+            metrics = self.losses(each, interrupted)
+            if each.articles:
+                records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
+                metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
+                self.keep_predictions(f"{each.name}-step-{step}.json", records)
+            self.log.record(each.name, step, epoch=epoch, **metrics)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "cross_entropy")
+            self.log.say(f"{each.name} after step {step}: {shown}")
+            results[each.name] = metrics
+        if scores and self.place.is_main:
+            write_json(self.output_dir / "scores.json", {"step": step, **scores})
+        return results.get("validation", {})
+
+    def losses(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> dict[str, float]:
+        batch_size = self.generation.batch_size
+        return measure_loss(self.objective, each.table, batch_size, self.place, interrupted, f"{each.name} loss")
+
+    def predict(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> list[str]:
+        return predict(
+            self.objective.language_model, self.prompt_format, each.articles, self.generation, self.place, interrupted,
+            f"{each.name} ROUGE",
+        )
+
+    def keep_predictions(self, name: str, records: list[dict]) -> None:
+        if self.save_predictions and self.place.is_main:
+            folder = self.output_dir / "predictions"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / name, records)
+
+    def score(self, metric: str) -> float | None:
+        """One metric of the validation set, for adaptive loss scaling."""
+        for each in self.sets:
+            if each.name != "validation":
+                continue
+            if metric == "perplexity":
+                return self.losses(each, never)[metric]
+            if each.articles:
+                return scored_predictions(each.articles, self.predict(each, never))[1][metric]
+        return None
