@@ -1,10 +1,12 @@
-"""What the scripts share: quiet libraries, and errors told in one line."""
+"""What the scripts share: arguments, quiet libraries, and errors told in one line."""
 
+import argparse
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -12,7 +14,7 @@ import transformers
 from data.articles import DataError
 from model.language_model import ModelError
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from utils.config_files import ConfigError
 from utils.devices import DeviceError
 from utils.signals import Stopped
 from utils.trainer import TrainingError
@@ -20,10 +22,31 @@ from utils.trainer import TrainingError
 USER_ERRORS = (ConfigError, DataError, ModelError, DeviceError, CheckpointError)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Usage errors in one line, with exit code 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def training_parser(name: str, description: str, examples: str, default_config: str) -> argparse.ArgumentParser:
+    """The arguments of the training scripts."""
+    parser = OneLineParser(
+        name, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path(default_config), metavar="FILE",
+                        help="JSON file with the settings (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
+                        help="change one setting; may be given several times")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def run_command(name: str, command: Callable[[], int], debug: bool = False) -> int:
     """The exit code of a script: 2 for what the user can mend (config, data, model), 1 for what went wrong later.
 
-    debug: let errors through with their traceback.
+    debug: show the traceback of an error.
     """
     quiet_libraries()
     try:
@@ -37,7 +60,7 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     except USER_ERRORS as error:
         return fail(name, str(error), 2, debug)
     except torch.OutOfMemoryError:
-        remedy = "lower dataset_kwargs.train_batch_size, tokens_per_batch or max_length (accumulation keeps the step's size)"
+        remedy = "lower dataset_kwargs.train_batch_size and raise trainer_kwargs.gradient_accumulation_steps as much"
         return fail(name, f"the GPU's memory is full: {remedy}", 1, debug)
     except (TrainingError, OSError) as error:
         return fail(name, str(error), 1, debug)
@@ -55,7 +78,7 @@ def fail(name: str, message: str, code: int, debug: bool) -> int:
 
 
 def quiet_libraries() -> None:
-    """One progress bar a phase is ours; the libraries' own and their advice would hide it."""
+    """One progress bar a phase is ours; the libraries' own, and their advice, would hide it."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

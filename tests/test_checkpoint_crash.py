@@ -1,0 +1,191 @@
+"""A full disk, a crash or a kill at any moment of saving costs no earlier checkpoint: utils/checkpoint.py."""
+
+import errno
+import functools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import assert_of_step, leftovers, save, snapshot, steps_of
+
+from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "run" / "model_checkpoints"
+
+
+FILES = ["weights.bin", "optimizer.pt", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 100])
+@pytest.mark.parametrize("number", range(len(FILES)), ids=FILES)
+def test_writer_fails_after_some_bytes(root, monkeypatch, number, length):
+    """A half-written checkpoint replaces the good one, moves `last` or is left lying about (A21)."""
+    checkpoints = Checkpoints(root, "run-a", 2)
+    save(checkpoints, 1, best=True)
+    before, calls = snapshot(root), []
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def broken_model(folder):
+        (folder / "weights.bin").write_bytes(b"x" * length)
+        raise full
+
+    def broken_torch(_, file):
+        file.write(b"x" * length)
+        raise full
+
+    def broken_text(descriptor, mode):
+        calls.append(descriptor)
+        if len(calls) == number - 1:
+            os.write(descriptor, b"x" * length)
+            os.close(descriptor)
+            raise full
+        return original(descriptor, mode)
+
+    original = os.fdopen
+    if number == 1:
+        monkeypatch.setattr(torch, "save", broken_torch)
+    elif number > 1:
+        monkeypatch.setattr(os, "fdopen", broken_text)
+    with pytest.raises(CheckpointError, match=r"step-2: not written .*No space left.*output_dir") as caught:
+        save(checkpoints, 2, broken_model if number == 0 else None)
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert snapshot(root) == before and sorted(p.name for p in root.iterdir()) == ["best", "last", "step-1"]
+    assert checkpoints.newest() == (root / "step-1", [])
+
+
+LIMITED = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from utils.checkpoint import CheckpointError, Checkpoints
+checkpoints = Checkpoints(Path(sys.argv[1]), "run-a", 2)
+big, small = {"a": torch.zeros(300_000)}, {"a": torch.zeros(3)}
+for model, optimizer, note in [(big, small, ""), (small, big, ""), (small, small, "x" * 1_200_000)]:
+    try:
+        write = lambda folder: save_file(model, folder / "model.safetensors")
+        checkpoints.save(2, write, {"note": note}, {"optimizer": optimizer})
+        print("no error")
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def test_file_size_limit(root):
+    """`ulimit -f 500` cuts a 1.2 MB file to 512,000 bytes that cannot be loaded (A21), in each library's own way."""
+    save(Checkpoints(root, "run-a", 2), 1)
+    before = snapshot(root)
+    command = ["bash", "-c", 'ulimit -f 500; exec "$@"', "bash", sys.executable, "-c", LIMITED, str(root)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line in lines:
+        assert "step-2: not written" in line and "File too large" in line and "file size limit" in line
+    assert snapshot(root) == before and not leftovers(root)
+
+
+class Crash(BaseException):
+    """The process is gone: nothing that it would still do happens."""
+
+
+def crash_at(monkeypatch, number: int, after: bool) -> None:
+    """Before or after the `number`-th rename, link or deletion, and at all later ones, the process is dead."""
+    calls = []
+    for owner, name in [(os, "rename"), (os, "replace"), (os, "symlink"), (os, "unlink"), (shutil, "rmtree")]:
+
+        def call(*args, original, **kwargs):
+            calls.append(original.__name__)
+            if len(calls) == number and after:
+                original(*args, **kwargs)
+            if len(calls) >= number:
+                raise Crash
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, functools.partial(call, original=getattr(owner, name)))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("step", [2, 3])
+def test_crash_at_each_rename(tmp_path, monkeypatch, step, after):
+    """Between two renames there is a moment without any whole checkpoint, for a new step (3) or a repeated one (2)."""
+    number = 0
+    while True:
+        number += 1
+        root = tmp_path / str(number)
+        checkpoints = Checkpoints(root, "run-a", 1)
+        for earlier in (1, 2):
+            save(checkpoints, earlier)
+        crash_at(monkeypatch, number, after)
+        try:
+            save(checkpoints, step, best=True)
+            break
+        except Crash:
+            monkeypatch.undo()
+        newest, notices = Checkpoints(root, "run-a", 1).newest()
+        assert newest in (root / "step-2", root / f"step-{step}") and notices == [] and not leftovers(root)
+        assert_of_step(newest, int(newest.name[5:]))
+        verify(root / "last")
+        assert load_state(root / "last")[0]["step"] in (2, step)
+        save(Checkpoints(root, "run-a", 1), 3)
+        assert_of_step(root / "last", 3)
+    monkeypatch.undo()
+    assert number > 8 and steps_of(root) == [f"step-{step}"]
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_checkpoint import Checkpoints, save
+checkpoints = Checkpoints(Path(sys.argv[1]), "run-a", 2)
+step = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    save(checkpoints, step, best=step % 3 == 0)
+    step += step % 2 or len(list(checkpoints.root.glob(".tmp-*"))) + 1
+    save(checkpoints, step)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_saving(root):
+    """SIGKILL at a random moment of endless saving leaves no checkpoint that verifies, or parts of two steps."""
+    root.mkdir(parents=True)
+    step, moments = 1, random.Random(20)
+    for _ in range(10):
+        command = [sys.executable, "-c", ENDLESS, str(root), str(step)]
+        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(0.1 + moments.random() * 0.4)
+            process.send_signal(signal.SIGKILL)
+        newest, notices = Checkpoints(root, "run-a", 2).newest()
+        assert newest is not None and notices == [] and not leftovers(root)
+        step = int(newest.name[5:])
+        assert_of_step(newest, step)
+        verify(root / "last")
+        assert step - load_state(root / "last")[0]["step"] in (0, 1)
+        assert len(steps_of(root)) <= 4
+
+
+def test_no_room_for_another(root, monkeypatch):
+    """Hours of training end in a full disk that could be foreseen; another run's bigger model is no measure."""
+    save(Checkpoints(root, "run-b", 2), 1, lambda folder: (folder / "weights.bin").write_bytes(bytes(99_000)))
+    checkpoints = Checkpoints(root, "run-a", 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 50_000, 50_000))
+    save(checkpoints, 2, lambda folder: (folder / "weights.bin").write_bytes(bytes(60_000)))
+    before = snapshot(root)
+    with pytest.raises(CheckpointError, match=r"step-3: not written, 0\.1 MB free.*keep_checkpoints") as caught:
+        save(checkpoints, 3)
+    assert snapshot(root) == before and "\n" not in str(caught.value)

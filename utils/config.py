@@ -1,0 +1,334 @@
+"""The fine-tuning config (`config.json`) as pydantic models: every key, its type, range, default and meaning.
+
+The descriptions below are the only reference: `config.schema.json` and the tables in README.md are generated from them
+(`python -m utils.config_reference`). Values are never converted: only a whole number where a number is expected is
+taken as it is. A script for another task can make its own model of the same sections and call `contradictions`.
+Nothing here imports torch, so that a wrong config is refused at once.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticCustomError
+
+COLUMNS = ("id", "article", "highlights")
+NO_EFFECT = ("is_training", "use_cache")
+DEFAULT_SCALING_BATCH, DEFAULT_SCALING_METRIC, DEFAULT_BASELINE = 1024, "rougeL", 0.15
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+def check_template(template: str) -> str:
+    if template.count("{article}") != 1:
+        raise PydanticCustomError("template", "expected the text {article} in it exactly once")
+    return template
+
+
+def complete_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
+    """All three columns: those not named have the name of their key."""
+    for key in ("article", "highlights"):
+        if columns.get(key, key) is None:
+            raise PydanticCustomError("columns", f"{key} is null: expected the name of a column; only id may be null")
+    return {key: columns.get(key, key) for key in COLUMNS}
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys are refused, nothing is converted, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class GenerationKwargs(Section):
+    """Decoding during evaluation."""
+
+    max_generation_length: int = Field(80, ge=1, description="most tokens of a generated summary")
+    num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
+    early_stopping: bool = Field(False, description="beam search ends as soon as num_beams summaries are complete")
+
+
+class ModelArch(Section):
+    """Which model is trained, and where it resides."""
+
+    lang_model: Name = Field(
+        "gpt2", description="hub id (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or any decoder-only causal "
+        "LM), local folder, or a built-in demo size (demo-teacher, demo-student)"
+    )
+    gpu_device_id: Annotated[int, Field(ge=0)] | None = Field(
+        0, description="number of the GPU; null is 0; ignored with a notice where there is no GPU"
+    )
+    from_scratch: bool = Field(False, description="random weights of that architecture instead of trained ones")
+    architecture: dict[str, int | float | bool | str] = Field(
+        default={}, description="with from_scratch: values of the model's own config to change, such as n_layer, n_embd"
+    )
+    tokenizer: Name | None = Field(None, description="hub id or folder; null is the model's own")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="one number for all dropouts; null is the model's own"
+    )
+    generation_kwargs: GenerationKwargs = Field(default_factory=GenerationKwargs)
+
+
+class TrainerKwargs(Section):
+    """The training loop: how long, on what, what is measured and what is kept."""
+
+    epochs: int = Field(1, ge=1, description="passes over the training set")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="most optimizer steps; null is no bound")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is a GPU where there is one")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the forward pass; auto is bfloat16 where the hardware computes it natively"
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile: slower start, faster steps")
+    seed: int = Field(1234, ge=0, le=2**32 - 1, description="of everything that is random")
+    gradient_clipping: Annotated[float, Field(ge=0)] | None = Field(
+        1.0, description="largest norm of the gradient of an optimizer step; null or 0 is off"
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=0)] | None = Field(
+        1, description="micro-batches (of train_batch_size rows) in an optimizer step; null or 0 is 1"
+    )
+    output_dir: Name = Field("runs/fine_tune", description="folder for logs and checkpoints; made if absent")
+    load_from_checkpoint: bool = Field(
+        True, description="resume from output_dir when it holds a checkpoint; false starts anew and keeps the old run"
+    )
+    resume_from: Name | None = Field(None, description="resume from this checkpoint folder instead")
+    keep_checkpoints: int = Field(2, ge=1, description="how many model_checkpoints/step-N are kept, besides the best")
+    n_batch_ckpt_save: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="a checkpoint each so many micro-batches; null, 0 or -1 is off: only after each epoch"
+    )
+    ckpt_training_batch: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="most micro-batches in an epoch; null, 0 or -1 is off: all of them"
+    )
+    log_every: int = Field(10, ge=1, description="optimizer steps between two training lines of metrics.jsonl")
+    monitor_train: bool = Field(False, description="after each epoch, log the mean training loss of the epoch")
+    monitor_val: bool = Field(True, description="after each epoch, measure validation_dataset")
+    monitor_test: bool = Field(False, description="after each epoch, measure test_dataset too")
+    first_val_epoch: int = Field(0, ge=0, description="first epoch (from 0) after which anything is measured")
+    metrics: list[Literal["rouge"]] = Field(
+        default=["rouge"], description="what is measured besides loss and perplexity, which always are; may be empty"
+    )
+    save_predictions: bool = Field(False, description="keep the predictions behind each ROUGE score in predictions/")
+    adaptive_loss_scaling: bool = Field(
+        False, description="score validation_subset on the way and scale the loss by sigmoid(baseline - score); a "
+        "better score becomes the baseline; with metric perplexity, scale by sigmoid(perplexity)"
+    )
+    loss_scaling_batch: Literal[-1] | Annotated[int, Field(ge=1)] = Field(
+        DEFAULT_SCALING_BATCH, description="micro-batches between two such scores; -1 is 1024"
+    )
+    adaptive_loss_metric: Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity", -1] = Field(
+        DEFAULT_SCALING_METRIC, description="the score; -1 is rougeL"
+    )
+    baseline_threshold: Literal[-1] | Annotated[float, Field(ge=0)] = Field(
+        DEFAULT_BASELINE, description="the first baseline; -1 is 0.15"
+    )
+    multi_gpu: bool = Field(False, description="data-parallel training over several GPUs, by torch's own launcher")
+    multi_gpu_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], description="with multi_gpu: numbers of the GPUs; empty is all"
+    )
+    is_training: bool | None = Field(None, description="accepted without effect: training scripts train")
+    use_cache: bool | None = Field(None, description="accepted without effect: the KV cache is always used")
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in an optimizer step, at least 1."""
+        return self.gradient_accumulation_steps or 1
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest gradient norm; None = off."""
+        return self.gradient_clipping or None
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Micro-batches between two checkpoints on the way; None = off."""
+        return count_or_off(self.n_batch_ckpt_save)
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Most micro-batches in an epoch; None = all."""
+        return count_or_off(self.ckpt_training_batch)
+
+    @property
+    def loss_scaling_interval(self) -> int:
+        """Micro-batches between two scores of adaptive loss scaling."""
+        return DEFAULT_SCALING_BATCH if self.loss_scaling_batch == -1 else self.loss_scaling_batch
+
+    @property
+    def scaling_metric(self) -> str:
+        """The score of adaptive loss scaling."""
+        return DEFAULT_SCALING_METRIC if self.adaptive_loss_metric == -1 else self.adaptive_loss_metric
+
+    @property
+    def scaling_baseline(self) -> float:
+        """The first baseline of adaptive loss scaling."""
+        return DEFAULT_BASELINE if self.baseline_threshold == -1 else self.baseline_threshold
+
+
+def count_or_off(count: int | None) -> int | None:
+    return None if count in (None, 0, -1) else count
+
+
+class OptimizerKwargs(Section):
+    """The optimizer."""
+
+    type: Name = Field("AdamW", description="a class of torch.optim")
+    kwargs: dict[str, JsonValue] = Field(
+        default={}, description='its other arguments, such as {"weight_decay": 0.1, "amsgrad": true}'
+    )
+    lm_lr: float = Field(5e-5, gt=0, description="highest learning rate of the language model")
+    default_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of parameters outside the language model; fine-tuning has none"
+    )
+    decay_all: bool = Field(False, description="weight decay on biases and layer norms too")
+
+
+class LrSchedulerKwargs(Section):
+    """The learning rate: linear warm-up, then decay, counted in optimizer steps."""
+
+    type: Literal["linear", "cosine"] = Field("linear", description="shape of the decay")
+    num_warmup_steps: int = Field(-1, ge=-1, description="optimizer steps of warm-up; -1 is a tenth of all steps")
+    max_warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="most steps of warm-up, such as a cap on the tenth; null is no cap"
+    )
+    num_training_steps: Literal[-1] | Annotated[int, Field(ge=1)] = Field(
+        -1, description="optimizer steps until the decay ends; -1 is from the data, epochs and max_steps"
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of lm_lr at which the decay ends")
+    increase_batch_size_on_plateau: bool = Field(
+        False, description="after patience epochs without improvement, double the accumulation instead of stopping"
+    )
+
+
+class StoppingKwargs(Section):
+    """Early stopping, and what counts as best."""
+
+    patience: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="epochs without improvement before stopping; null is never"
+    )
+    mode: Literal["max", "min"] = Field("min", description="whether the metric is better when higher or when lower")
+    metric: Literal["loss", "perplexity", "rouge1", "rouge2", "rougeL", "rougeLsum"] | None = Field(
+        None, description="monitored on the validation set; null is rougeL for mode max and loss for mode min"
+    )
+    threshold: float = Field(0.0, ge=0, description="an improvement of this size or less is none")
+    save_final_model: bool = Field(True, description="keep the weights of the last epoch even where they are not best")
+
+
+class CallbacksKwargs(Section):
+    """What happens after each epoch."""
+
+    kwargs: StoppingKwargs = Field(default_factory=StoppingKwargs)
+
+
+class DatasetKwargs(Section):
+    """The CSVs with id, article and highlights, and how rows become batches."""
+
+    data_dir: Name = Field("data/cnn_dailymail", description="folder of the CSVs")
+    train_dataset: Name = Field("train.csv", description="file name in data_dir")
+    validation_dataset: Name | None = Field("validation.csv", description="file name in data_dir; for loss, perplexity")
+    validation_subset: Name | None = Field(
+        None, description="file name in data_dir; for ROUGE, which takes longer; null is validation_dataset"
+    )
+    test_dataset: Name | None = Field(None, description="file name in data_dir; for monitor_test")
+    train_batch_size: int = Field(1, ge=1, description="rows in a micro-batch")
+    val_batch_size: int = Field(8, ge=1, description="rows measured or decoded together")
+    tokens_per_batch: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="bound on the tokens, padding included, of a micro-batch; null is no bound"
+    )
+    prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
+        "{article}\nTL;DR:", description="what the model reads before it writes; holds {article} exactly once"
+    )
+    columns: Annotated[
+        dict[Literal["id", "article", "highlights"], Name | None], AfterValidator(complete_columns)
+    ] = Field(
+        default={key: key for key in COLUMNS},
+        description="names of the columns in your CSVs; id may be null: rows are numbered",
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row stops the run, or is left out, listed")
+    max_length: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="most tokens of a row; longer articles lose their end; null is the model's context"
+    )
+    cache_dir: Name | None = Field(
+        None, description="folder for tokenised rows, shared by runs; null is token_cache in output_dir"
+    )
+    num_workers: int = Field(0, ge=0, description="processes that prepare batches; 0 is the main process")
+
+
+class FineTuneConfig(Section):
+    """Config of train.py."""
+
+    model_arch: ModelArch = Field(default_factory=ModelArch)
+    trainer_kwargs: TrainerKwargs = Field(default_factory=TrainerKwargs)
+    optimizer_kwargs: OptimizerKwargs = Field(default_factory=OptimizerKwargs)
+    lr_scheduler_kwargs: LrSchedulerKwargs = Field(default_factory=LrSchedulerKwargs)
+    callbacks_kwargs: CallbacksKwargs = Field(default_factory=CallbacksKwargs)
+    dataset_kwargs: DatasetKwargs = Field(default_factory=DatasetKwargs)
+
+    @property
+    def monitored_metric(self) -> str:
+        """The validation metric that decides about best and about stopping."""
+        return monitored_metric(self.callbacks_kwargs.kwargs)
+
+    @model_validator(mode="after")
+    def check_together(self) -> "FineTuneConfig":
+        if lines := contradictions(self):
+            raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
+        return self
+
+
+def monitored_metric(stopping: StoppingKwargs) -> str:
+    return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
+
+
+def contradictions(config) -> list[str]:
+    """One line for each pair of keys that cannot both be meant. config: has trainer_, dataset_, callbacks_kwargs, ..."""
+    return [*dataset_contradictions(config), *stopping_contradictions(config), *scaling_contradictions(config)]
+
+
+def dataset_contradictions(config) -> list[str]:
+    trainer, data = config.trainer_kwargs, config.dataset_kwargs
+    lines = []
+    for monitor, dataset in (("monitor_val", "validation_dataset"), ("monitor_test", "test_dataset")):
+        if getattr(trainer, monitor) and getattr(data, dataset) is None:
+            lines.append(f"trainer_kwargs.{monitor} is true but dataset_kwargs.{dataset} is null: name its CSV, or set "
+                         f"{monitor} to false")
+    return lines
+
+
+def stopping_contradictions(config) -> list[str]:
+    trainer, stopping = config.trainer_kwargs, config.callbacks_kwargs.kwargs
+    metric, lines = monitored_metric(stopping), []
+    better = "max" if metric.startswith("rouge") else "min"
+    if stopping.mode != better:
+        direction, remedy = ("higher", "loss") if better == "max" else ("lower", "rougeL")
+        lines.append(f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is '
+                     f'"{metric}", which is better when {direction}: set mode to "{better}", or metric to "{remedy}"')
+    if stopping.patience is not None and not trainer.monitor_val:
+        lines.append(f"callbacks_kwargs.kwargs.patience is {stopping.patience} but trainer_kwargs.monitor_val is false: "
+                     "set monitor_val to true, or patience to null (no early stopping)")
+    if config.lr_scheduler_kwargs.increase_batch_size_on_plateau and not trainer.monitor_val:
+        lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau is true but trainer_kwargs.monitor_val is "
+                     "false: set monitor_val to true, or increase_batch_size_on_plateau to false")
+    if trainer.monitor_val and metric.startswith("rouge") and "rouge" not in trainer.metrics:
+        key = "metric" if stopping.metric else "mode"
+        lines.append(f'callbacks_kwargs.kwargs.{key} is "{stopping.metric or stopping.mode}", so {metric} is monitored, '
+                     'but trainer_kwargs.metrics does not hold "rouge": add it, or set mode to "min" and metric to "loss"')
+    return lines
+
+
+def scaling_contradictions(config) -> list[str]:
+    trainer, data = config.trainer_kwargs, config.dataset_kwargs
+    if not trainer.adaptive_loss_scaling:
+        return []
+    start, end = "trainer_kwargs.adaptive_loss_scaling is true but", "or adaptive_loss_scaling to false"
+    if not trainer.monitor_val:
+        return [f"{start} trainer_kwargs.monitor_val is false: set monitor_val to true, {end}"]
+    if data.validation_dataset is None:
+        return [f"{start} dataset_kwargs.validation_dataset is null: set it to a CSV, {end}"]
+    if not trainer.scaling_metric.startswith("rouge"):
+        return []
+    lines = []
+    if "rouge" not in trainer.metrics:
+        lines.append(f'{start} trainer_kwargs.metrics does not hold "rouge": add it, set adaptive_loss_metric to '
+                     f'"perplexity", {end}')
+    if trainer.scaling_baseline > 1:
+        lines.append(f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
+                     f'trainer_kwargs.adaptive_loss_metric is "{trainer.scaling_metric}", a score from 0 to 1: write '
+                     "such as 0.15")
+    return lines

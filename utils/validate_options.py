@@ -1,0 +1,94 @@
+"""Options of validate_model.py: flags, and the same names in a JSON file (`--config`; flags win)."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from utils.command_line import OneLineParser
+from utils.config_files import ConfigError, read_json, validate_model
+
+LEAD_3 = "lead-3"
+
+EXAMPLES = """\
+examples:
+  python validate_model.py --csv_path data/cnn_dailymail/test.csv --model_path runs/gpt2-medium-cnn/model_checkpoints/best
+  python validate_model.py --csv_path test.csv --model_path old.pt --model_name gpt2-medium
+  python validate_model.py --csv_path test.csv --model_path lead-3      the first three sentences, as a baseline
+"""
+
+
+class ValidateOptions(BaseModel):
+    """What to decode, with what, and how."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    csv_path: str = Field(description="CSV with id, article, highlights")
+    model_path: str = Field(
+        description="checkpoint folder, save_pretrained folder, hub id, legacy .pt file, or lead-3 (a baseline)"
+    )
+    model_name: str | None = Field(
+        None, description="architecture and tokenizer, needed for a .pt file; otherwise checked against the model"
+    )
+    device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; without it a GPU if there is one")
+    output_dir: str = Field("predictions", description="folder for predictions.json and scores.json")
+    max_generation_length: int = Field(100, ge=1, description="most tokens of a summary")
+    batch_size: int = Field(8, ge=1, description="articles decoded together")
+    num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
+    early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the CSV stops, or is left out")
+    columns: dict[Annotated[str, Field(pattern="^(id|article|highlights)$")], str | None] | None = Field(
+        None, description='other column names, as JSON: {"article": "text", "id": null} (null: rows are numbered)'
+    )
+    prompt_template: str | None = Field(None, description="default: the one that the model was trained on")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
+
+    @property
+    def is_legacy_file(self) -> bool:
+        return Path(self.model_path).is_file() or self.model_path.endswith(".pt")
+
+
+def validate_parser(description: str) -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        "validate_model.py", description=description, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON object with the same names; flags win")
+    for name, field in ValidateOptions.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **argument_kind(name, field.annotation),
+                            help=(field.description + default).replace("%", "%%"))
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def argument_kind(name: str, annotation) -> dict:
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if annotation in (int, int | None):
+        return {"type": int, "metavar": "N"}
+    if name == "columns":
+        return {"type": json.loads, "metavar": "JSON"}
+    if choices := getattr(annotation, "__args__", None) if name in ("on_bad_row", "precision") else None:
+        return {"choices": choices}
+    return {"metavar": name.upper()}
+
+
+def read_options(arguments: argparse.Namespace) -> ValidateOptions:
+    """Options of the file, then of the flags.
+
+    Raises:
+        ConfigError: the file cannot be read, an unknown name, a value of another type, or a name that is missing.
+    """
+    flags = {name: value for name, value in vars(arguments).items() if name in ValidateOptions.model_fields}
+    source = str(arguments.config) if arguments.config else "arguments"
+    values = read_json(arguments.config) if arguments.config else {}
+    options = validate_model(ValidateOptions, {**values, **flags}, source)
+    if options.is_legacy_file and options.model_name is None:
+        raise ConfigError(
+            f"{options.model_path} is a state dict without its architecture: give --model_name, such as gpt2-medium, "
+            "or a folder with config.json and tokenizer"
+        )
+    return options

@@ -1,0 +1,93 @@
+"""Decode the articles of a CSV with a model and score the highlights: predictions.json and scores.json."""
+
+import sys
+import time
+from pathlib import Path
+
+from data.articles import Article, describe_bad_rows, read_articles
+from data.prompts import DEFAULT_TEMPLATE, PromptFormat
+from model.language_model import LanguageModel
+from model.loading import check_same_architecture, load_language_model
+from utils.command_line import quiet_libraries, run_command
+from utils.devices import Place, find_place
+from utils.evaluation import Generation, predict, scored_predictions
+from utils.files import json_text, write_together
+from utils.rouge import METRICS, lead_sentences
+from utils.run_log import RunLog
+from utils.validate_options import LEAD_3, ValidateOptions, read_options, validate_parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = validate_parser(__doc__).parse_args(arguments)
+    return run_command("validate_model.py", lambda: validate(read_options(options)), options.debug)
+
+
+def validate(options: ValidateOptions) -> int:
+    quiet_libraries()
+    output_dir = Path(options.output_dir)
+    place = find_place("auto" if options.device_id is None or options.device_id >= 0 else "cpu", options.device_id,
+                       options.precision)
+    log = RunLog(output_dir)
+    articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if bad_rows:
+        log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
+    started = time.perf_counter()
+    if options.model_path == LEAD_3:
+        texts, facts = [lead_sentences(row.article) for row in articles], {}
+    else:
+        texts, facts = model_predictions(options, articles, place, log)
+    facts["seconds"] = round(time.perf_counter() - started, 3)
+    records, scores = scored_predictions(articles, texts)
+    scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump()}
+    write_together(output_dir, {"predictions.json": json_text(records), "scores.json": json_text(scores)})
+    show(scores, output_dir)
+    return 0
+
+
+def model_predictions(
+    options: ValidateOptions, articles: list[Article], place: Place, log: RunLog
+) -> tuple[list[str], dict]:
+    """The generated highlights, and what scores.json says of the model."""
+    for line in (*place.notices, place.describe()):
+        log.say(line)
+    language_model = load_model(options).to(place.device)
+    language_model.check_family()
+    template = options.prompt_template or language_model.prompt_template
+    if template is None:
+        template = DEFAULT_TEMPLATE
+        log.say(f"the model does not say which prompt it was trained on: using --prompt_template {template!r}")
+    max_length = min(language_model.prompt_max_length or language_model.context, language_model.context)
+    prompt_format = PromptFormat(language_model.tokenizer, template, max_length)
+    generation = Generation(
+        options.max_generation_length, options.num_beams, options.early_stopping, options.batch_size
+    )
+    texts = predict(language_model, prompt_format, articles, generation, place)
+    return texts, {
+        "prompt_template": template, "prompt_max_length": max_length, "precision": place.precision,
+        "device": str(place.device), "parameters": language_model.parameter_count(),
+    }
+
+
+def load_model(options: ValidateOptions) -> LanguageModel:
+    """A folder or hub id as it is; a legacy .pt file into the architecture of model_name."""
+    if options.is_legacy_file:
+        return load_language_model(options.model_name, weights=options.model_path)
+    language_model = load_language_model(options.model_path)
+    if options.model_name is not None:
+        check_same_architecture(language_model.model, options.model_name)
+    return language_model
+
+
+def show(scores: dict, output_dir: Path) -> None:
+    print(f"{scores['rows']} rows, mean F-measure with 95 % interval")
+    for metric in METRICS:
+        low, high = scores["confidence_intervals"][metric]
+        print(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
+    if "facts" in scores:
+        print(f"  {'facts':<10} {scores['facts']:.4f}")
+    print(f"written: {output_dir / 'predictions.json'}, {output_dir / 'scores.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
