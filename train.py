@@ -72,7 +72,8 @@ def train(options) -> int:
         objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
     )
     generation = Generation(
-        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping, config.dataset_kwargs.val_batch_size
+        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
+        config.dataset_kwargs.val_batch_size,
     )
     if any(each.articles for each in sets):
         prompt_format.prediction_prompts([], generation.max_new_tokens)  # refuses a length that leaves no room
@@ -89,8 +90,8 @@ def train(options) -> int:
             for line in trainer.restore(start.state, start.tensors):
                 log.say(line)
             if trainer.finished():
-                log.say(f"already finished at step {trainer.state.step}: {output_dir}; raise trainer_kwargs.epochs to go "
-                        "on, or set load_from_checkpoint to false to start anew")
+                log.say(f"already finished at step {trainer.state.step}: {output_dir}; raise trainer_kwargs.epochs to "
+                        "go on, or set load_from_checkpoint to false to start anew")
                 return 0
         if place.is_main:
             for line in open_run_folder(config, start):

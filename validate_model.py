@@ -9,16 +9,17 @@ from data.prompts import DEFAULT_TEMPLATE, PromptFormat
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, load_language_model
 from utils.command_line import quiet_libraries, run_command
+from utils.config_files import ConfigError
 from utils.devices import Place, find_place
 from utils.evaluation import Generation, predict, scored_predictions
 from utils.files import json_text, write_together
 from utils.rouge import METRICS, lead_sentences
 from utils.run_log import RunLog
-from utils.validate_options import LEAD_3, ValidateOptions, read_options, validate_parser
+from utils.validate_options import LEAD_3, ValidateOptions, parse_arguments, read_options, validate_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = validate_parser(__doc__).parse_args(arguments)
+    options = parse_arguments(validate_parser(__doc__), arguments)
     return run_command("validate_model.py", lambda: validate(read_options(options)), options.debug)
 
 
@@ -29,7 +30,10 @@ def validate(options: ValidateOptions) -> int:
                        options.precision)
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir} cannot be made: {error.strerror}: name another folder") from error
     if bad_rows:
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()

@@ -13,13 +13,19 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import random
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.demo_templates import EVENTS, GENERIC, POOLS
+from data.demo_templates import EVENTS, GENERIC, POOLS, Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = 1  # of the generator and its templates: raise it when the same settings give other rows
 END_OF_TEXT = "<|endoftext|>"
@@ -34,8 +40,10 @@ SIZES = {  # rows of each split
 COLUMNS = ("id", "article", "highlights", "category", "facts")
 VALUES_OF_NO_FACT = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
 
+Row = dict[str, str | int]
 
-def draw_value(rng, pool, used):
+
+def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
     """A value of the pool that has no word in `used`; its words are added to the set `used`."""
     if pool == "person":
         return f"{draw_value(rng, 'first', used)} {draw_value(rng, 'last', used)}"
@@ -44,23 +52,36 @@ def draw_value(rng, pool, used):
     return value
 
 
-def draw_slots(rng, event, used):
+def draw_slots(rng: random.Random, event: Event, used: set[str]) -> dict[str, str]:
     """Values for the slots of the event's key facts: {slot name: value}, all different."""
     return {slot: draw_value(rng, pool, used) for slot, pool in event.slots.items()}
 
 
-def fill_distractor(rng, template, used):
+def draw_unseen_slots(
+    rng: random.Random, kind: str, taken: Iterable[str], seen: set[tuple[str, ...]]
+) -> tuple[dict[str, str], set[str]]:
+    """(values for the slots, all words used): no word of `taken`, no content of `seen`, to which this one is added."""
+    while True:
+        used = set(taken)
+        slots = draw_slots(rng, EVENTS[kind], used)
+        content = (kind, *slots.values())
+        if content not in seen:
+            seen.add(content)
+            return slots, used
+
+
+def fill_distractor(rng: random.Random, template: str, used: set[str]) -> str:
     """The distractor sentence with competing values, none of them in `used`."""
-    values = {slot: draw_value(rng, pool, used) for slot, pool in VALUES_OF_NO_FACT.items() if f"{{{slot}}}" in template}
-    return template.format(**values)
+    slots = {slot: pool for slot, pool in VALUES_OF_NO_FACT.items() if f"{{{slot}}}" in template}
+    return template.format(**{slot: draw_value(rng, pool, used) for slot, pool in slots.items()})
 
 
-def write_highlights(rng, event, slots):
+def write_highlights(rng: random.Random, event: Event, slots: dict[str, str]) -> str:
     """Three lines, one for each key fact."""
     return "\n".join(rng.choice(wordings).format(**slots) for wordings in event.highlights)
 
 
-def write_article(rng, event, slots, used, short):
+def write_article(rng: random.Random, event: Event, slots: dict[str, str], used: set[str], short: bool) -> str:
     """One paragraph. Key fact 1 comes first or, in half of the full articles, second after a distractor.
 
     short: hold the three key facts and nothing else. Full articles add 2-5 distractors of the event and 0-2 generic.
@@ -77,7 +98,7 @@ def write_article(rng, event, slots, used, short):
     return " ".join([*before, first, *rest])
 
 
-def make_rows(split, size, seed, seen):
+def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> list[Row]:
     """`size` rows of a split, the event kinds in turn.
 
     seen: set of (kind, slot values) that earlier splits hold. None of them is used again; the new ones are added.
@@ -86,29 +107,25 @@ def make_rows(split, size, seed, seen):
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
     kinds = list(EVENTS)
     rows = []
-    while len(rows) < size:
-        kind = kinds[len(rows) % len(kinds)]
-        event, used = EVENTS[kind], set()
-        slots = draw_slots(rng, event, used)
-        content = (kind, *slots.values())
-        if content in seen:
-            continue
-        seen.add(content)
+    for index in range(size):
+        kind = kinds[index % len(kinds)]
+        slots, used = draw_unseen_slots(rng, kind, (), seen)
         rows.append({
-            "id": f"{split}-{len(rows):05d}",
-            "article": write_article(rng, event, slots, used, short=split.endswith("_short")),
-            "highlights": write_highlights(rng, event, slots),
+            "id": f"{split}-{index:05d}",
+            "article": write_article(rng, EVENTS[kind], slots, used, short=split.endswith("_short")),
+            "highlights": write_highlights(rng, EVENTS[kind], slots),
             "category": kind,
             "facts": json.dumps(list(slots.values())),
         })
     return rows
 
 
-def add_noise(rows, share, seed):
+def add_noise(rows: list[Row], share: float, seed: str, seen: set[tuple[str, ...]]) -> list[Row]:
     """Copies of the rows in which a share of the highlights tells wrong facts, as scraped references often do.
 
-    The wrong facts are of the same kind of event and none of them occurs in the article. `facts` follows the
-    highlights. A further column `noisy` is 1 for these rows and 0 for the others.
+    The wrong facts are of the same kind of event, none of them occurs in the article, and together they are no
+    content of `seen`, to which they are added. `facts` follows the highlights. A further column `noisy` is 1 for
+    these rows and 0 for the others.
     """
     rng = random.Random(f"noise/{seed}")
     chosen = set(rng.sample(range(len(rows)), round(share * len(rows))))
@@ -116,19 +133,21 @@ def add_noise(rows, share, seed):
     for index, row in enumerate(rows):
         row = {**row, "noisy": int(index in chosen)}
         if row["noisy"]:
-            event = EVENTS[row["category"]]
-            slots = draw_slots(rng, event, used=set(re.findall(r"\w+", row["article"])))
-            row.update(highlights=write_highlights(rng, event, slots), facts=json.dumps(list(slots.values())))
+            slots, _ = draw_unseen_slots(rng, row["category"], re.findall(r"\w+", row["article"]), seen)
+            highlights = write_highlights(rng, EVENTS[row["category"]], slots)
+            row.update(highlights=highlights, facts=json.dumps(list(slots.values())))
         noisy_rows.append(row)
     return noisy_rows
 
 
-def generate(sizes=None, seed=7, test_seed=None, noisy_share=0.25):
+def generate(
+    sizes: dict[str, int] | None = None, seed: int = 7, test_seed: int | None = None, noisy_share: float = 0.25
+) -> dict[str, list[Row]]:
     """All tables of the demo: {name: rows}, in the order in which they are written.
 
     sizes: {split: number of rows}; a split left out has its size of SIZES. test_seed: seed of the test split, the
     only table it changes; None is `seed`. noisy_share: of the highlights in the `_noisy` tables, 0 to 1.
-    No two rows share their kind and key facts, except a `_noisy` table and the clean one it repeats.
+    No two rows share their kind and key facts, except the clean rows that a `_noisy` table repeats.
     Raises ValueError for an unknown split, a size below 1 or a share outside 0 to 1.
     """
     sizes = {**SIZES, **(sizes or {})}
@@ -136,7 +155,7 @@ def generate(sizes=None, seed=7, test_seed=None, noisy_share=0.25):
         if split not in SIZES:
             raise ValueError(f"unknown split '{split}': expected one of {', '.join(SIZES)}")
         if size < 1:
-            raise ValueError(f"{split} rows must be 1 or more, not {size}")
+            raise ValueError(f"{split}_rows must be 1 or more, not {size}")
     if not 0 <= noisy_share <= 1:
         raise ValueError(f"noisy_share must be between 0 and 1, not {noisy_share}")
     tables, seen = {}, set()
@@ -144,22 +163,22 @@ def generate(sizes=None, seed=7, test_seed=None, noisy_share=0.25):
         split_seed = test_seed if split == "test" and test_seed is not None else seed
         tables[split] = make_rows(split, sizes[split], split_seed, seen)
         if split.startswith("student"):
-            tables[f"{split}_noisy"] = add_noise(tables[split], noisy_share, f"{split}/{seed}")
+            tables[f"{split}_noisy"] = add_noise(tables[split], noisy_share, f"{split}/{seed}", seen)
     return tables
 
 
-def train_tokenizer(texts, vocab_size=1536):
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> "PreTrainedTokenizerFast":
     """Byte-level BPE trained on the texts: a PreTrainedTokenizerFast of at most `vocab_size` tokens.
 
     `<|endoftext|>` is its only special token: beginning, end and unknown. Texts of 256 tokens at most are expected.
     Raises ValueError where `vocab_size` cannot hold the 256 bytes and the special token.
     """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be 257 or more, not {vocab_size}")
     # Imported here because it takes seconds, and a folder that is reused needs none of it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must be 257 or more, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -179,53 +198,60 @@ def train_tokenizer(texts, vocab_size=1536):
     )
 
 
-def teacher_texts(tables):
+def teacher_texts(tables: dict[str, list[Row]]) -> list[str]:
     """What the tokenizer learns from: articles and highlights of both teacher tables."""
     rows = tables["teacher_short"] + tables["teacher"]
     return [row[column] for row in rows for column in ("article", "highlights")]
 
 
-def write_table(path, rows):
+def write_table(path: Path, rows: list[Row]) -> None:
     """The rows as UTF-8 CSV with LF line ends and the first row's keys as header."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def file_digests(folder):
+def file_digests(folder: Path) -> dict[str, str]:
     """{path inside the folder: SHA-256} of every file but demo.json."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "demo.json")
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def read_record(folder):
-    """The folder's demo.json, or {} where there is none or it cannot be read."""
+def read_record(folder: Path) -> dict[str, dict]:
+    """The folder's demo.json: its `settings` and the `sha256` of each file. {} where this module did not write it."""
     try:
         record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    parts = [record.get(key) for key in ("settings", "sha256")] if isinstance(record, dict) else [None]
+    return record if all(isinstance(part, dict) for part in parts) else {}
 
 
-def is_complete(folder, settings):
+def is_complete(folder: Path, settings: dict) -> bool:
     """Whether the folder holds just the files that these settings gave, unchanged."""
     record = read_record(folder)
-    return record.get("settings") == settings and record.get("sha256") == file_digests(folder)
+    return record.get("settings") == settings and record["sha256"] == file_digests(folder)
 
 
-def check_replaceable(folder):
+def check_replaceable(folder: Path) -> None:
     """Raises ValueError if replacing the folder would lose files that this module did not write."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    foreign = sorted(set(file_digests(folder)) - set(read_record(folder).get("sha256", {})))
-    if foreign:
-        raise ValueError(f"{folder} holds {foreign[0]}, which is not part of the demo: choose another --output_dir")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder} is not a folder: choose another --output_dir")
+    record = read_record(folder)
+    known = {folder / name for name in record.get("sha256", ())} | ({folder / "demo.json"} if record else set())
+    parents = {parent for path in known for parent in path.parents}
+    # One folder at a time, so that the first foreign file ends it: --output_dir may be somebody's home.
+    for parent, folders, files in os.walk(folder):
+        for path in sorted(Path(parent, name) for name in (*files, *folders)):
+            if path.is_symlink() or path not in (parents if path.is_dir() else known):
+                raise ValueError(
+                    f"{folder} holds {path.relative_to(folder)}, which is not part of the demo: "
+                    "move it away or choose another --output_dir"
+                )
 
 
-def write_folder(folder, settings):
+def write_folder(folder: Path, settings: dict) -> list[str]:
     """Generate everything and put it in place of `folder` in one step, so that no half-made folder is ever seen.
 
     settings: keyword arguments of `generate`, with `vocab_size` and `version`. Returns one line per file.
@@ -247,29 +273,31 @@ def write_folder(folder, settings):
         record = {"settings": settings, "sha256": file_digests(new)}
         (new / "demo.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         lines.append("demo.json: the settings")
-        if folder.exists():
-            folder.rename(old)
         try:
+            if folder.exists():
+                folder.rename(old)
             new.rename(folder)
         except BaseException:
-            if old.exists():
+            if old.exists() and not folder.exists():
                 old.rename(folder)
             raise
     return lines
 
 
 class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
+    """Usage errors in one line, with exit code 2."""
+
+    def error(self, message: str) -> None:
         self.exit(2, f"demo_news: error: {message}\n")
 
 
-def parse_arguments(arguments=None):
-    """(output folder, settings) from the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
+    """(output folder, settings) from the command line. Exits with 2 and one line for a usage error."""
     parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's made-up news.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--test_seed", type=int, help="seed of test.csv alone; default: that of --seed")
-    parser.add_argument("--noisy_share", type=float, default=0.25, help="of the *_noisy highlights; default: %(default)s")
+    parser.add_argument("--noisy_share", type=float, default=0.25, help="of *_noisy highlights; default: %(default)s")
     parser.add_argument("--vocab_size", type=int, default=1536, help="of the tokenizer; default: %(default)s")
     for split, size in SIZES.items():
         parser.add_argument(f"--{split}_rows", type=int, default=size, help="default: %(default)s")
@@ -285,10 +313,10 @@ def parse_arguments(arguments=None):
     return options.output_dir, settings
 
 
-def main(arguments=None):
-    """Runs the command and returns its exit code: 0, 1 for a file system error, 2 for a usage error."""
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
     output_dir, settings = parse_arguments(arguments)
-    folder = output_dir.resolve()  # so that a link to a folder stays a link
+    folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
     try:
         if is_complete(folder, settings):
             print(f"{output_dir}: already complete with these settings, reused")
@@ -299,8 +327,13 @@ def main(arguments=None):
         print(f"demo_news: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"demo_news: error: cannot write {output_dir}: {error}", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"demo_news: error: cannot write {output_dir}: {reason}; check its parent folder, rights and free space",
+              file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"demo_news: interrupted, {output_dir} is as it was", file=sys.stderr)
+        return 130
     for line in lines:
         print(f"{output_dir}/{line}")
     return 0

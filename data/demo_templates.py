@@ -5,7 +5,7 @@ A template is a format string. `{place}`, `{person}` ... name slots of its event
 that no key fact of the article holds.
 
 Rules that the tests check:
-- no template starts with a slot, so that a value always follows a space and is always the same token;
+- no template starts with a slot, so that a value always follows a space and always has the same token or tokens;
 - all wordings of a key fact, and of the highlight that belongs to it, hold the same one or two slots;
 - the article before a slot never depends on its value ("a {building}": no building begins with a vowel).
 
@@ -304,7 +304,10 @@ EVENTS = {
         ),
         highlights=(
             ("A {building} is coming to {place}.", "The people of {place} get a {building}."),
-            ("The project brings {firm} about {millions} million.", "The bill from {firm} is put at {millions} million."),
+            (
+                "The project brings {firm} about {millions} million.",
+                "The bill from {firm} is put at {millions} million.",
+            ),
             ("The opening is {months} months away.", "Its opening follows {months} months later."),
         ),
         distractors=(

@@ -48,7 +48,7 @@ class PromptFormat:
         self._backend.encode_special_tokens = True
         before, after = template.split("{article}")
         prefix, self.suffix_ids = self.encode([before, after])
-        self.prefix_ids = start_ids(tokenizer) + prefix
+        self.prefix_ids = start_ids(self._backend, tokenizer.bos_token_id) + prefix
         self.end_id = tokenizer.eos_token_id
         self.highlight_start = "" if template != template.rstrip() else " "
         fixed = len(self.prefix_ids) + len(self.suffix_ids)
@@ -104,8 +104,6 @@ class PromptFormat:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def start_ids(tokenizer) -> list[int]:
-    """[begin-of-text] for tokenizers that put it before a text of their own accord, else []."""
-    with_special = tokenizer("a").input_ids
-    start = tokenizer.bos_token_id
-    return [start] if start is not None and with_special[:1] == [start] else []
+def start_ids(backend: Tokenizer, start: int | None) -> list[int]:
+    """[start], the begin-of-text, for tokenizers that put it before a text of their own accord, else []."""
+    return [start] if start is not None and backend.encode("a").ids[:1] == [start] else []

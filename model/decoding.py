@@ -1,13 +1,12 @@
 """Greedy decoding in batches with a KV cache; beam search through the library."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
-from model.language_model import LanguageModel, ModelError
+from model.language_model import LanguageModel, ModelError, evaluating
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
 
@@ -40,7 +39,7 @@ def greedy_decode(
 def decode_batch(language_model, rows, prompts, max_new_tokens, results, progress) -> None:
     """Decode the prompts numbered `rows` together and write their new ids to `results`."""
     input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
-    cache = DynamicCache(config=language_model.model.config)
+    cache = language_model.new_cache()
     live = list(rows)
     for step in range(max_new_tokens):
         logits = language_model.lm_head(language_model.last_hidden(input_ids, mask, cache))
@@ -133,15 +132,3 @@ def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tupl
         return ids.to(language_model.device), None
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids.to(language_model.device), mask.to(language_model.device)
-
-
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """A module in eval mode; afterwards each of its parts has its former mode back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -1,5 +1,6 @@
 """The fine-tuning objective: cross-entropy on the highlights and the end-of-text that closes them."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,7 @@ class FineTuning(nn.Module):
         positions = label_positions(labels)
         index = positions.index.to(hidden.device, non_blocking=True)
         targets = positions.targets.to(hidden.device, non_blocking=True)
-        logits = self.language_model.lm_head(hidden.flatten(0, 1)[index]).float()
+        logits = self.language_model.lm_head(hidden.flatten(0, 1)[index])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a reduction in half precision
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
         return LossTerms(loss_sum, len(positions.targets), {"cross_entropy": loss_sum.detach()})

@@ -49,13 +49,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is damaged, and is not unpickled, since that could run code: "
             "write it again with torch.save(model.state_dict(), path)"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is not a readable .pt file: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # damaged bytes make torch raise almost anything
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise ModelError(f"{path} is damaged or cut off ({reason}): copy it again from where it was written") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()) or not content:
+    if not isinstance(content, dict) or not content or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise ModelError(f"{path} is not a state dict: expected parameter names with tensors")
     return content
 
@@ -82,7 +85,7 @@ def cut_pad_row(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     """The state without the one row that embedding and head may have more than the model's."""
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     own = {key: value for key, value in model.state_dict(keep_vars=True).items() if value is embedding or value is head}
-    long = {key for key in own.keys() & state.keys() if len(state[key]) == len(own[key]) + 1}
+    long = {key for key in own.keys() & state.keys() if state[key].shape[:1] == (len(own[key]) + 1,)}
     return {key: value[:-1] if key in long else value for key, value in state.items()}
 
 

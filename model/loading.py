@@ -2,12 +2,15 @@
 
 import difflib
 import os
+import pickle
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from model.language_model import LanguageModel, ModelError
@@ -29,6 +32,11 @@ DEMO_SHAPES = {
 DEMO_TOKENIZER = Path("data/demo/tokenizer")
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
+)
+# What the libraries raise for a file or a value that is wrong.
+LIBRARY_ERRORS = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
+    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
 )
 
 
@@ -111,9 +119,10 @@ def pretrained_model(name: str, config):
             "architecture from random weights with from_scratch"
         )
     model, report = from_source(
-        AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True
+        AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused below with their name
     )
-    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if wrong:
         raise ModelError(f"{name}: {len(wrong)} of its weights do not fit its config.json, the first is {wrong[0]}")
     return model
@@ -122,7 +131,7 @@ def pretrained_model(name: str, config):
 def build_model(name: str, config):
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"'{name}' cannot be built with this architecture: {one_line(error)}") from error
 
 
@@ -134,12 +143,23 @@ def apply_architecture(config, overrides: dict, tokenizer) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{config.model_type} has no such value"
             raise ModelError(f"architecture.{key} is unknown: {hint}")
-        setattr(config, key, value)
+        check_size(key, value, getattr(config, key, None))
+        try:
+            setattr(config, key, value)
+        except LIBRARY_ERRORS as error:
+            raise ModelError(f"architecture.{key} is {value!r}: {one_line(error)}") from error
     if "vocab_size" not in overrides:
         config.vocab_size = len(tokenizer)
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
+
+
+def check_size(key: str, value, old) -> None:
+    """Raises ModelError for a size below 1: the library would build a model without layers or positions."""
+    is_size = type(old) is int and old > 0 and not key.endswith("_id")
+    if is_size and isinstance(value, (int, float)) and value < 1:
+        raise ModelError(f"architecture.{key} is {value}: expected at least 1")
 
 
 def set_dropout(config, rate: float) -> None:
@@ -164,11 +184,16 @@ def check_same_architecture(model, name: str) -> None:
 def from_source(library_class, name: str, file: str, **arguments):
     """`library_class.from_pretrained`, with one line for the user where that fails."""
     local = Path(name).is_dir()
+    if Path(name).is_file():
+        raise ModelError(f"{name} is a file: expected a model folder or a hub id; only a .pt state dict is one file")
     if not local and looks_like_path(name):
         raise ModelError(f"{name} does not exist: expected a model folder or a hub id such as gpt2")
     try:
-        return library_class.from_pretrained(name, local_files_only=local or not hub_reachable(name, file), **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # trust_remote_code=False: never run, nor ask to run, code that lies beside a model.
+        return library_class.from_pretrained(
+            name, local_files_only=local or not hub_reachable(name, file), trust_remote_code=False, **arguments
+        )
+    except LIBRARY_ERRORS as error:
         if local:
             raise ModelError(f"{name} cannot be loaded: {one_line(error)}") from error
         raise ModelError(
@@ -187,7 +212,7 @@ def hub_reachable(name: str, file: str) -> bool:
         return False
     request = urllib.request.Request(f"{hub.ENDPOINT}/{name}/resolve/main/{file}", method="HEAD")
     if token := os.environ.get("HF_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         urllib.request.urlopen(request, timeout=10).close()
     except urllib.error.HTTPError:
@@ -198,4 +223,6 @@ def hub_reachable(name: str, file: str) -> bool:
 
 
 def one_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # the library's text recommends to run what is in the file
+        return "its weights are not only tensors, or are damaged, and are not unpickled: save them as safetensors"
     return " ".join(str(error).split())[:300]

@@ -106,13 +106,13 @@ class Checkpoints:
     def mark_best(self, step: int) -> None:
         """Point `best` to `step-{step}`, which must be there (CheckpointError)."""
         with self._writing(self.root / "best"):
-            _read_state(self.root / f"step-{step}")
+            read_state(self.root / f"step-{step}")
             self._point("best", step)
 
     def best_step(self) -> int | None:
         """The step that `best` points to; None if there is none or it is another run's."""
         with contextlib.suppress(CheckpointError):
-            state = _read_state(self.root / "best")
+            state = read_state(self.root / "best")
             if self.run_id in (None, state["run_id"]):
                 return state["step"]
         return None
@@ -134,7 +134,7 @@ class Checkpoints:
             raise CheckpointError(f"{place}: its state is {error}") from error
 
     def _check_belongs(self, folder: Path, step: int) -> None:
-        state = _read_state(folder)
+        state = read_state(folder)
         if state["step"] != step:
             raise CheckpointError(f"{folder / _STATE}: says step {state['step']}; give the folder its right name")
         if self.run_id not in (None, state["run_id"]):
@@ -221,7 +221,7 @@ class Checkpoints:
         """This run's steps, newest first; folders of other runs and unreadable ones are left out."""
         for step in sorted(self._steps(), reverse=True):
             with contextlib.suppress(CheckpointError):
-                if _read_state(self.root / f"step-{step}")["run_id"] == self.run_id:
+                if read_state(self.root / f"step-{step}")["run_id"] == self.run_id:
                     yield step
 
     def _retire(self, current: int) -> None:
@@ -248,7 +248,7 @@ def load_state(folder: Path) -> tuple[dict, dict]:
     """
     with _opened(folder) as folder:
         _check_sizes(folder)
-        return _read_state(folder), _load_tensors(folder)
+        return read_state(folder), _load_tensors(folder)
 
 
 def set_aside(output_dir: Path, names: Iterable[str]) -> Path | None:
@@ -294,7 +294,7 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _read_state(folder: Path) -> dict:
+def read_state(folder: Path) -> dict:
     state = _read_json(folder / _STATE)
     if type(state.get("step")) is not int or not isinstance(state.get("run_id"), str):
         raise CheckpointError(f"{folder / _STATE}: has no step or no run_id; {_OTHER}")

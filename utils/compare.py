@@ -2,7 +2,8 @@
 
     python -m utils.compare FOLDER...
 
-Each folder is one that validate_model.py wrote: its `scores.json` is read. The row is named after the folder.
+Each folder is one that validate_model.py wrote: its `scores.json` is read. The row is named after the folder, by
+its whole path where two folders have one name.
 """
 
 import argparse
@@ -18,13 +19,28 @@ def read_scores(folder: Path) -> dict:
     path = folder / "scores.json"
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        for metric in METRICS:
-            scores[metric], scores["confidence_intervals"][metric]
+        check_scores(scores)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): run validate_model.py --output_dir {folder}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a scores.json of validate_model.py: run that again") from error
+        remedy = f"write it with validate_model.py --output_dir {folder}"
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = f"write it again with validate_model.py --output_dir {folder}"
+        raise ValueError(f"{path} is not a scores.json of validate_model.py: {remedy}") from error
     return scores
+
+
+def check_scores(scores: dict) -> None:
+    """Raises KeyError, TypeError, AttributeError or ValueError where `table` could not show them."""
+    for metric in METRICS:
+        low, high = scores["confidence_intervals"][metric]
+        float(scores[metric]), float(low), float(high)
+    float(scores.get("facts", 0)), float(scores.get("parameters", 0)), int(scores["rows"])
+
+
+def row_names(folders: list[Path]) -> list[str]:
+    """The last part of each path, or the whole path where two end alike."""
+    names = [folder.resolve().name for folder in folders]
+    return [str(folder) if names.count(name) > 1 else name for folder, name in zip(folders, names, strict=True)]
 
 
 def table(named_scores: dict[str, dict]) -> list[list[str]]:
@@ -54,9 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="output_dir of validate_model.py")
     options = parser.parse_args(arguments)
     try:
-        named = {folder.name: read_scores(folder) for folder in options.folders}
+        named = dict(zip(row_names(options.folders), map(read_scores, options.folders), strict=True))
     except ValueError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
+        print(f"utils.compare: error: {error}", file=sys.stderr)
         return 2
     print(aligned(table(named)))
     return 0

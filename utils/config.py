@@ -277,7 +277,7 @@ def monitored_metric(stopping: StoppingKwargs) -> str:
 
 
 def contradictions(config) -> list[str]:
-    """One line for each pair of keys that cannot both be meant. config: has trainer_, dataset_, callbacks_kwargs, ..."""
+    """One line for each pair of keys that cannot both be meant. config: has the sections trainer_kwargs to the last."""
     return [*dataset_contradictions(config), *stopping_contradictions(config), *scaling_contradictions(config)]
 
 
@@ -300,15 +300,16 @@ def stopping_contradictions(config) -> list[str]:
         lines.append(f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is '
                      f'"{metric}", which is better when {direction}: set mode to "{better}", or metric to "{remedy}"')
     if stopping.patience is not None and not trainer.monitor_val:
-        lines.append(f"callbacks_kwargs.kwargs.patience is {stopping.patience} but trainer_kwargs.monitor_val is false: "
-                     "set monitor_val to true, or patience to null (no early stopping)")
+        lines.append(f"callbacks_kwargs.kwargs.patience is {stopping.patience} but trainer_kwargs.monitor_val is "
+                     "false: set monitor_val to true, or patience to null (no early stopping)")
     if config.lr_scheduler_kwargs.increase_batch_size_on_plateau and not trainer.monitor_val:
         lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau is true but trainer_kwargs.monitor_val is "
                      "false: set monitor_val to true, or increase_batch_size_on_plateau to false")
     if trainer.monitor_val and metric.startswith("rouge") and "rouge" not in trainer.metrics:
         key = "metric" if stopping.metric else "mode"
-        lines.append(f'callbacks_kwargs.kwargs.{key} is "{stopping.metric or stopping.mode}", so {metric} is monitored, '
-                     'but trainer_kwargs.metrics does not hold "rouge": add it, or set mode to "min" and metric to "loss"')
+        lines.append(f'callbacks_kwargs.kwargs.{key} is "{stopping.metric or stopping.mode}" (so {metric} is '
+                     'monitored) but trainer_kwargs.metrics does not hold "rouge": add it, or set mode to "min" and '
+                     'metric to "loss"')
     return lines
 
 

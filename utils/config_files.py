@@ -1,8 +1,7 @@
 """Config files: strict JSON, `--set section.key=value`, and errors of one line that name key, value and remedy."""
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from difflib import SequenceMatcher
 from os import PathLike
@@ -11,5 +10,338 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from utils.config import NO_EFFECT, FineTuneConfig
-from utils.config_schema import expected, known_keys, leaves, node_at
+from utils.config_reference import constants, expected, known_keys, leaves, node_at
 from utils.files import json_text
+
+DEEPEST = 50
+CLOSE = 0.6  # of SequenceMatcher.ratio, as difflib.get_close_matches has it
+# Pydantic's errors about the value itself, and those raised here; all others are about its type.
+VALUE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
+                "string_too_short", "string_pattern_mismatch"}
+CUSTOM_ERRORS = {"template", "columns", "contradiction", "value_error"}
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: one line for each error."""
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | PathLike, overrides: Sequence[str] = (), model: type[BaseModel] = FineTuneConfig):
+    """The config in a JSON file, changed by `section.key=value` texts, as an instance of `model`.
+
+    A value is taken as JSON where it is JSON, else as a string. Later overrides win.
+
+    Raises:
+        ConfigError: the file cannot be read, an override has no "=", or keys or values are wrong; all of them at once.
+    """
+    values = read_json(path)
+    changed, origins, wrong = deepcopy(values), {}, []
+    for text in overrides:
+        try:
+            target = apply_override(changed, text)
+            origins.pop(target, None)  # so that the last one comes last
+            origins[target] = f"--set {shorten(text)}"
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+    def origin(place: tuple) -> str:
+        """The override that set the value at `place`, or made a section that the file lacks; else the file."""
+        in_file = len(reach(values, place)) == len(place)
+        for target, name in reversed(origins.items()):
+            if target == place[: len(target)] or (place == target[: len(place)] and not in_file):
+                return name
+        return str(path)
+
+    return validate_model(model, changed, str(path), origin)
+
+
+def read_json(path: str | PathLike) -> dict:
+    """The object in a JSON file (UTF-8, with or without byte order mark).
+
+    Raises:
+        ConfigError: no such file, not UTF-8, wrong JSON (with line and column), or a key twice in one object.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        remedy = "name a config with --config FILE, or run ./demo.sh to see everything without one"
+        raise ConfigError(f"{path} does not exist: {remedy}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start + 1} is not UTF-8 text: save the file as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}: name a JSON file with --config FILE") from error
+    try:
+        values = parse(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}: line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{place}: {syntax_problem(text, error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {kind(values)}: expected an object, {{...}}")
+    return values
+
+
+def parse(text: str):
+    """JSON; ValueError for a key twice in one object, very long numbers and very deep nesting.
+
+    NaN and infinities pass, because the models refuse them and can say under which key.
+    """
+    try:
+        return json.loads(text, parse_int=whole, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {DEEPEST} levels: make it flatter") from error
+
+
+def whole(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError(f"{shorten(text, 20)} is a number of {len(text)} digits: write a shorter one")
+    return int(text)
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    names = [name for name, _ in pairs if not is_free_text(name)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {show(name)} stands twice in one object: keep one of them")
+    return dict(pairs)
+
+
+def syntax_problem(text: str, error: json.JSONDecodeError) -> str:
+    """json's message, or for what people often write in JSON, what to write."""
+    here, before = text[error.pos :].lstrip(), text[: error.pos].rstrip()
+    comma, after = before.endswith(",") or here.startswith(","), here.removeprefix(",").lstrip()
+    if comma and after.startswith(("}", "]")):
+        return "a comma before the closing bracket: remove it"
+    if here.startswith(("//", "/*", "#")):
+        return 'JSON has no comments: write a "_description" key instead'
+    if here.startswith("'"):
+        return 'single quotes: write "..."'
+    for word, value in (("True", "true"), ("False", "false"), ("None", "null")):
+        if here.startswith(word):
+            return f"{word}: write {value}"
+    return "the file is empty: write {} for the defaults" if not text.strip() else error.msg.lower()
+
+
+def apply_override(values: dict, text: str) -> tuple:
+    """Set what a `section.key=value` text says in `values`; returns its path. Sections that are missing are made."""
+    name, sign, raw = text.partition("=")
+    if not sign or not all(path := tuple(name.split("."))):
+        raise ConfigError(f"--set {shorten(text)}: expected section.key=value, such as trainer_kwargs.epochs=3")
+    node = values
+    for depth, key in enumerate(path[:-1]):
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            above = dotted(path[: depth + 1])
+            raise ConfigError(f"--set {shorten(text)}: {above} is {show(child)}, which has no keys: set {above} itself")
+        node = child
+    try:
+        node[path[-1]] = parse(raw)
+    except json.JSONDecodeError:
+        node[path[-1]] = raw
+    except ValueError as error:
+        raise ConfigError(f"--set {shorten(text)}: {error}") from error
+    return path
+
+
+# -- validating --------------------------------------------------------------------------------------------------
+
+
+def validate_model(model: type[BaseModel], values: dict, source: str = "config.json", origin=None):
+    """`values` as an instance of `model`, without `$schema` at the top and `_description...` keys anywhere.
+
+    source: what errors name as the place of the values; origin(path): the same for one value.
+
+    Raises:
+        ConfigError: one line for each key or value that is wrong.
+    """
+    data = {key: value for key, value in without_free_text(values, source).items() if key != "$schema"}
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = error_lines(model, data, error, origin or (lambda path: source))
+    raise ConfigError("\n".join(lines))
+
+
+def is_free_text(key: object) -> bool:
+    return isinstance(key, str) and key.startswith("_description")
+
+
+def without_free_text(value, source: str, depth: int = 0):
+    if depth > DEEPEST:
+        raise ConfigError(f"{source}: nested deeper than {DEEPEST} levels: make it flatter")
+    if isinstance(value, dict):
+        return {key: without_free_text(each, source, depth + 1) for key, each in value.items() if not is_free_text(key)}
+    if isinstance(value, list):
+        return [without_free_text(each, source, depth + 1) for each in value]
+    return value
+
+
+def reach(data, path: tuple) -> tuple:
+    """The keys and indices of `path` that lead to a value in `data`; names of types, which pydantic adds, drop out."""
+    found = ()
+    for key in path:
+        if key in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):
+            found, data = (*found, key), data[key]
+    return found
+
+
+def value_at(data, path: tuple):
+    for key in path:
+        data = data[key]
+    return data
+
+
+def error_lines(model: type[BaseModel], data: dict, error: ValidationError, origin) -> list[str]:
+    """One line for each key or value that is wrong; pydantic has several where a value may be of several types."""
+    schema = model.model_json_schema()
+    found: dict[tuple, list[dict]] = {}
+    for each in error.errors(include_url=False):
+        path = each["loc"] if each["type"] == "missing" else reach(data, each["loc"])
+        found.setdefault(path, []).append(each)
+    return [f"{origin(path)}: {problem}" for path, errors in found.items()
+            for problem in problems(model, schema, data, path, errors)]
+
+
+def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -> list[str]:
+    types = {each["type"] for each in errors}
+    if "missing" in types:
+        return [f"{dotted(path)} is missing: expected {expected(node_at(schema, path))}"]
+    if "extra_forbidden" in types or any(each["loc"][-1:] == ("[key]",) for each in errors):
+        return [f"{dotted(path)} is unknown: {nearest(schema, path)}"]
+    if types & CUSTOM_ERRORS:
+        text = errors[0]["msg"].removeprefix("Value error, ")
+        return text.split("\n") if not path else [f"{dotted(path)} is {show(value_at(data, path))}: {text}"]
+    value, node = value_at(data, path), node_at(schema, path)
+    other_types = types - {"literal_error"}
+    of_kind = f" ({kind(value)})" if other_types and not other_types & VALUE_ERRORS and value is not None else ""
+    if "finite_number" in types:
+        return [f"{dotted(path)} is {show(value)}: expected {expected(node).replace('a number', 'a finite number')}"]
+    return [f"{dotted(path)} is {show(value)}{of_kind}: expected {expected(node)}{remedy(model, data, path, node)}"]
+
+
+def nearest(schema: dict, path: tuple) -> str:
+    """Where an unknown key belongs, or the known key that it resembles most."""
+    *parent, key = path
+    places = [other[:-1] for other, _ in leaves(schema) if other[-1] == key]
+    if places:
+        return f"{key} belongs in {' or '.join(dotted(place) or 'the top level' for place in places)}"
+    beside = {name: name for name in known_keys(node_at(schema, tuple(parent)))}
+    if not beside:
+        return "remove it, or see --help"
+    elsewhere = {dotted(other): other[-1] for other, _ in leaves(schema)}
+    best, likeness = most_alike(key, beside)
+    if likeness < CLOSE:
+        far, likeness = most_alike(key, elsewhere)
+        best = far if likeness >= CLOSE + 0.1 else best
+    return f"did you mean {best}?"
+
+
+def most_alike(key: str, names: dict[str, str]) -> tuple[str, float]:
+    """(the name whose last part is most like `key`, how alike from 0 to 1)."""
+    plain = key.lower().replace("-", "_")
+    alike = {name: SequenceMatcher(None, plain, last.lower()).ratio() for name, last in names.items()}
+    best = max(alike, key=alike.get, default="")
+    return best, alike.get(best, 0.0)
+
+
+def remedy(model, data: dict, path: tuple, node: dict) -> str:
+    """What to write instead, where the value as it stands says what was meant."""
+    value = value_at(data, path)
+    for candidate in candidates(value, node):
+        changed = deepcopy(data)
+        *parent, key = path
+        value_at(changed, tuple(parent))[key] = candidate
+        if accepted(model, changed, path):
+            quotes = " without quotes" if isinstance(value, str) and not isinstance(candidate, str | list) else ""
+            return f"; write {json.dumps(candidate)}{quotes}"
+    return ""
+
+
+def candidates(value, node: dict) -> Iterator:
+    if isinstance(value, str):
+        if value.strip().lower() in WORDS:
+            yield WORDS[value.strip().lower()]
+        for convert in (int, float):
+            try:
+                yield convert(value)
+            except ValueError:
+                continue
+        words = {name: name for name in constants(node) if isinstance(name, str)}
+        best, likeness = most_alike(value, words)
+        if likeness >= CLOSE:
+            yield best
+    elif isinstance(value, bool):
+        yield json.dumps(value)
+    elif isinstance(value, int | float):
+        if value in (0, 1):
+            yield bool(value)
+        if value == value // 1:
+            yield int(value)
+        yield json.dumps(value)
+    yield [value]
+
+
+def accepted(model, data: dict, path: tuple) -> bool:
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        return all(each["loc"][: len(path)] != path for each in error.errors(include_url=False))
+    return True
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+
+def dotted(path: tuple) -> str:
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return shorten(text.removeprefix("."))
+
+
+def show(value) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def shorten(text: str, most: int = 80) -> str:
+    return printable(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
+def printable(text: str) -> str:
+    """One line that any UTF-8 console can show."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def kind(value) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object",
+             type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+# -- out ---------------------------------------------------------------------------------------------------------
+
+
+def config_json(config: BaseModel) -> str:
+    """The resolved config as JSON with a final newline; `load_config` reads it back as the same config."""
+    values = config.model_dump()
+    for key in NO_EFFECT:
+        if values["trainer_kwargs"][key] is None:
+            del values["trainer_kwargs"][key]
+    return json_text(values)
+
+
+def warnings_of(config) -> list[str]:
+    """One line for what is set but has no effect."""
+    trainer, scheduler = config.trainer_kwargs, config.lr_scheduler_kwargs
+    lines = []
+    if useless := [f"trainer_kwargs.{key}" for key in NO_EFFECT if getattr(trainer, key) is not None]:
+        lines.append(f"{' and '.join(useless)} {'has' if len(useless) == 1 else 'have'} no effect: nothing needs to be "
+                     "set instead: training scripts train, and the KV cache is always used")
+    if scheduler.increase_batch_size_on_plateau and config.callbacks_kwargs.kwargs.patience is None:
+        lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau has no effect: set "
+                     "callbacks_kwargs.kwargs.patience, the epochs without improvement that make a plateau")
+    return lines

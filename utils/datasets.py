@@ -85,5 +85,6 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
         articles = tables.articles(subset) if rouge else []
         sets.append(EvaluationSet("validation", tables.open(data.validation_dataset), articles))
     if options.monitor_test and data.test_dataset:
-        sets.append(EvaluationSet("test", tables.open(data.test_dataset), tables.articles(data.test_dataset) if rouge else []))
+        articles = tables.articles(data.test_dataset) if rouge else []
+        sets.append(EvaluationSet("test", tables.open(data.test_dataset), articles))
     return sets

@@ -255,6 +255,7 @@ def _percentiles(means: np.ndarray, level: float) -> np.ndarray:
 # A run of stops with the quotes and brackets that close behind it (also tokenised '' ), then a space or the end.
 _STOP = re.compile("(?<![.!?…])[.!?…]++(?: '')?[\"'”’»)\\]]*+(?= |$)|[।॥。！？]++[」』”’]*+")
 _OPENING = "\"'“‘«([`"
+_NEXT_WORD = re.compile(f"[ {re.escape(_OPENING)}]*([^ ]*)")  # tokenised text has spaces around quotes
 # A full stop after these never ends a sentence ...
 _TITLES = frozenset(
     "Mr Mrs Ms Messrs Dr Prof Gov Sen Rep Reps Sens Gen Lt Col Sgt Capt Cpl Maj Adm Cmdr Rev Hon Pres Supt Det "
@@ -303,8 +304,7 @@ def _sentences(article: str) -> Iterator[str]:
 
 
 def _ends_sentence(text: str, stop: re.Match) -> bool:
-    end = text.find(" ", stop.end() + 1)
-    following = text[stop.end() : end if end >= 0 else None].strip().lstrip(_OPENING)
+    following = _NEXT_WORD.match(text, stop.end())[1]
     if following[:1].islower():
         return False
     if stop.group() != ".":

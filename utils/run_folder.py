@@ -8,7 +8,7 @@ from pathlib import Path
 from platform import python_version
 from uuid import uuid4
 
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, set_aside, verify
+from utils.checkpoint import CheckpointError, Checkpoints, load_state, read_state, set_aside, verify
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError, config_json
 from utils.files import write_text
@@ -32,7 +32,7 @@ class Start:
 
 
 def find_start(config: FineTuneConfig) -> Start:
-    """What to start from. Changes nothing on the disk.
+    """What to start from. Changes nothing but what an interrupted write left behind.
 
     Raises:
         CheckpointError: `resume_from` is no whole checkpoint.
@@ -45,7 +45,9 @@ def find_start(config: FineTuneConfig) -> Start:
         folder = Path(options.resume_from)
         verify(folder)
     elif options.load_from_checkpoint:
-        folder, notices = Checkpoints(root, run_of(root / "last"), options.keep_checkpoints).newest()
+        repaired = Checkpoints(root, None, options.keep_checkpoints)
+        run_id = run_of(root / "last")
+        folder, notices = (Checkpoints(root, run_id, options.keep_checkpoints) if run_id else repaired).newest()
     if folder is None:
         return Start(uuid4().hex, notices=notices)
     state, tensors = load_state(folder)
@@ -54,8 +56,9 @@ def find_start(config: FineTuneConfig) -> Start:
 
 
 def run_of(folder: Path) -> str | None:
+    """The run of a checkpoint, so that steps of another run lying beside it are not taken for its own."""
     try:
-        return load_state(folder)[0]["run_id"]
+        return read_state(folder)["run_id"]
     except CheckpointError:
         return None
 

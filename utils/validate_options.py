@@ -1,9 +1,10 @@
 """Options of validate_model.py: flags, and the same names in a JSON file (`--config`; flags win)."""
 
 import argparse
+import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +15,7 @@ LEAD_3 = "lead-3"
 
 EXAMPLES = """\
 examples:
-  python validate_model.py --csv_path data/cnn_dailymail/test.csv --model_path runs/gpt2-medium-cnn/model_checkpoints/best
+  python validate_model.py --csv_path test.csv --model_path runs/gpt2-medium-cnn/model_checkpoints/best
   python validate_model.py --csv_path test.csv --model_path old.pt --model_name gpt2-medium
   python validate_model.py --csv_path test.csv --model_path lead-3      the first three sentences, as a baseline
 """
@@ -32,14 +33,14 @@ class ValidateOptions(BaseModel):
     model_name: str | None = Field(
         None, description="architecture and tokenizer, needed for a .pt file; otherwise checked against the model"
     )
-    device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; without it a GPU if there is one")
+    device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; default: a GPU if there is one")
     output_dir: str = Field("predictions", description="folder for predictions.json and scores.json")
     max_generation_length: int = Field(100, ge=1, description="most tokens of a summary")
     batch_size: int = Field(8, ge=1, description="articles decoded together")
     num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the CSV stops, or is left out")
-    columns: dict[Annotated[str, Field(pattern="^(id|article|highlights)$")], str | None] | None = Field(
+    columns: dict[Literal["id", "article", "highlights"], str | None] | None = Field(
         None, description='other column names, as JSON: {"article": "text", "id": null} (null: rows are numbered)'
     )
     prompt_template: str | None = Field(None, description="default: the one that the model was trained on")
@@ -53,7 +54,7 @@ class ValidateOptions(BaseModel):
 def validate_parser(description: str) -> argparse.ArgumentParser:
     parser = OneLineParser(
         "validate_model.py", description=description, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON object with the same names; flags win")
     for name, field in ValidateOptions.model_fields.items():
@@ -70,10 +71,30 @@ def argument_kind(name: str, annotation) -> dict:
     if annotation in (int, int | None):
         return {"type": int, "metavar": "N"}
     if name == "columns":
-        return {"type": json.loads, "metavar": "JSON"}
+        return {"type": json_object, "metavar": "JSON"}
     if choices := getattr(annotation, "__args__", None) if name in ("on_bad_row", "precision") else None:
         return {"choices": choices}
     return {"metavar": name.upper()}
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object: write such as \'{{"article": "text"}}\'')
+    return value
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """`parser.parse_args`, which for an unknown flag names the nearest one."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        wrong = next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0]
+        near = difflib.get_close_matches(wrong, parser._option_string_actions, n=1)
+        parser.error(f"unknown argument {wrong}" + (f": did you mean {near[0]}?" if near else ""))
+    return options
 
 
 def read_options(arguments: argparse.Namespace) -> ValidateOptions:

@@ -1,0 +1,97 @@
+"""Configs for the tests, and ways to load them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.config import FineTuneConfig
+from utils.config_files import ConfigError, load_config
+
+# Written by hand from the list of keys that users already have, each with its example value.
+USERS_CONFIG = {
+    "_description": "mine",
+    "model_arch": {
+        "_description": ["free", {"text": None}],
+        "lang_model": "gpt2-medium",
+        "gpu_device_id": 7,
+        "from_scratch": False,
+        "architecture": {"n_layer": 2, "n_embd": 64, "resid_pdrop": 0.0, "scale_attn_weights": True},
+        "tokenizer": None,
+        "dropout": None,
+        "generation_kwargs": {"max_generation_length": 80, "num_beams": 5, "early_stopping": True},
+    },
+    "trainer_kwargs": {
+        "epochs": 3, "device": "cuda", "gradient_clipping": 1.0, "gradient_accumulation_steps": 96,
+        "output_dir": "out", "load_from_checkpoint": True, "monitor_train": True, "monitor_val": True,
+        "monitor_test": False, "first_val_epoch": 0, "metrics": ["rouge"], "save_predictions": True,
+        "n_batch_ckpt_save": 5000, "ckpt_training_batch": 10000, "adaptive_loss_scaling": False,
+        "loss_scaling_batch": 4096, "adaptive_loss_metric": "rougeL", "baseline_threshold": 0.11,
+        "multi_gpu": True, "multi_gpu_ids": [1, 3, 4], "is_training": True, "use_cache": True,
+        "seed": 1234, "precision": "auto", "compile": False, "log_every": 10, "max_steps": None, "keep_checkpoints": 2,
+        "resume_from": None,
+    },
+    "optimizer_kwargs": {
+        "type": "AdamW", "kwargs": {"weight_decay": 0.1, "amsgrad": True}, "lm_lr": 5e-5, "default_lr": 1e-4,
+        "decay_all": False,
+    },
+    "lr_scheduler_kwargs": {
+        "num_warmup_steps": -1, "max_warmup_steps": 500, "num_training_steps": -1,
+        "increase_batch_size_on_plateau": True,
+    },
+    "callbacks_kwargs": {"kwargs": {"patience": 3, "mode": "max", "threshold": 0.001, "save_final_model": True}},
+    "dataset_kwargs": {
+        "data_dir": "data", "train_dataset": "train.csv", "validation_dataset": "validation.csv",
+        "validation_subset": "subset.csv", "train_batch_size": 2, "val_batch_size": 4,
+        "prompt_template": "{article}\nTL;DR:",
+        "columns": {"id": "id", "article": "article", "highlights": "highlights"}, "on_bad_row": "error",
+        "max_length": None, "tokens_per_batch": None, "cache_dir": None, "num_workers": 0,
+    },
+}
+
+# Written by hand from the issue: all defaults.
+DEFAULTS = {
+    "model_arch": {
+        "lang_model": "gpt2", "gpu_device_id": 0, "from_scratch": False, "architecture": {}, "tokenizer": None,
+        "dropout": None,
+        "generation_kwargs": {"max_generation_length": 80, "num_beams": 1, "early_stopping": False},
+    },
+    "trainer_kwargs": {
+        "epochs": 1, "device": "auto", "gradient_clipping": 1.0, "gradient_accumulation_steps": 1,
+        "output_dir": "runs/fine_tune", "load_from_checkpoint": True, "resume_from": None, "monitor_train": False,
+        "monitor_val": True, "monitor_test": False, "first_val_epoch": 0, "metrics": ["rouge"],
+        "save_predictions": False, "n_batch_ckpt_save": None, "ckpt_training_batch": None,
+        "adaptive_loss_scaling": False, "loss_scaling_batch": 1024, "adaptive_loss_metric": "rougeL",
+        "baseline_threshold": 0.15, "multi_gpu": False, "multi_gpu_ids": [], "seed": 1234, "precision": "auto",
+        "compile": False, "log_every": 10, "max_steps": None, "keep_checkpoints": 2,
+    },
+    "optimizer_kwargs": {"type": "AdamW", "kwargs": {}, "lm_lr": 5e-5, "default_lr": None, "decay_all": False},
+    "lr_scheduler_kwargs": {
+        "num_warmup_steps": -1, "max_warmup_steps": None, "num_training_steps": -1, "type": "linear",
+        "min_lr_ratio": 0.0, "increase_batch_size_on_plateau": False,
+    },
+    "callbacks_kwargs": {
+        "kwargs": {"patience": None, "mode": "min", "threshold": 0.0, "save_final_model": True, "metric": None}
+    },
+    "dataset_kwargs": {
+        "data_dir": "data/cnn_dailymail", "train_dataset": "train.csv", "validation_dataset": "validation.csv",
+        "validation_subset": None, "test_dataset": None, "train_batch_size": 1, "val_batch_size": 8,
+        "prompt_template": "{article}\nTL;DR:",
+        "columns": {"id": "id", "article": "article", "highlights": "highlights"}, "on_bad_row": "error",
+        "max_length": None, "tokens_per_batch": None, "cache_dir": None, "num_workers": 0,
+    },
+}
+
+
+def load(folder: Path, content: dict | str, *overrides: str) -> FineTuneConfig:
+    """Writes config.json (values, or text as it is) into the folder and loads it."""
+    path = folder / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def refusal(folder: Path, content: dict | str, *overrides: str) -> list[str]:
+    """As `load`, for what is refused: the lines of the error, with the file's name alone."""
+    with pytest.raises(ConfigError) as error:
+        load(folder, content, *overrides)
+    return str(error.value).replace(f"{folder / 'config.json'}", "config.json").split("\n")

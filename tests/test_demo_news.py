@@ -1,0 +1,237 @@
+"""The fixture `demo` is the demo folder of the default settings."""
+
+import csv
+import json
+import re
+import string
+from collections import Counter
+from itertools import product
+
+import pytest
+from transformers import AutoTokenizer
+
+from data import demo_news
+from data.demo_templates import EVENTS, GENERIC, POOLS
+from data.prompts import PromptFormat
+from utils.rouge import lead_sentences, mean_scores, score_rows
+
+TABLES = "teacher_short teacher student_short student_short_noisy student student_noisy validation test".split()
+CLEAN = [name for name in TABLES if not name.endswith("_noisy")]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "news"
+    assert demo_news.main(["--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(demo):
+    return {name: read_table(demo / f"{name}.csv") for name in TABLES}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo):
+    return AutoTokenizer.from_pretrained(demo / "tokenizer")
+
+
+def read_table(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def words(text):
+    return set(re.findall(r"\w+", text))
+
+
+def slots_of(template):
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+# -- templates ---------------------------------------------------------------------------------------------------
+
+
+def all_templates():
+    for event in EVENTS.values():
+        for wordings in (*event.facts, *event.highlights, event.distractors):
+            yield from wordings
+    yield from GENERIC
+
+
+def test_no_template_starts_with_a_slot():
+    """A value at the start of a line has no space before it: another token, which a small model cannot copy."""
+    for template in all_templates():
+        before, *_ = template.split("{")
+        assert before and template[0].isupper() and template.endswith("."), template
+        assert all(template[match.start() - 1] == " " for match in re.finditer("{", template)), template
+
+
+def test_events_have_their_shape():
+    """A highlight tells a value that its key fact does not hold: nobody could learn to write it."""
+    assert len(EVENTS) == 8
+    for event in EVENTS.values():
+        assert [len(wordings) for wordings in event.facts] == [3, 3, 3]
+        assert [len(wordings) for wordings in event.highlights] == [2, 2, 2]
+        assert len(event.distractors) == 5
+        told = []
+        for fact, highlight in zip(event.facts, event.highlights, strict=True):
+            (slots,) = {tuple(sorted(slots_of(template))) for template in (*fact, *highlight)}
+            assert 1 <= len(slots) <= 2
+            assert not set(fact) & set(highlight)
+            told += slots
+        assert sorted(told) == sorted(event.slots)
+        for template in (*event.distractors, *GENERIC):
+            assert set(slots_of(template)) <= set(demo_news.VALUES_OF_NO_FACT), template
+
+
+def test_pools_do_not_overlap():
+    """A word of two pools, or twice in one: a competing name may then equal a fact by chance."""
+    counts = Counter(word for pool in POOLS.values() for word in pool)
+    assert [word for word, count in counts.items() if count > 1] == []
+    assert POOLS["number"] == [str(number) for number in range(12, 60)]
+    # "a {building}" and "{product} made by" need the same article and number for all values.
+    assert all(word[0] not in "aeiou" for word in POOLS["building"])
+    assert all(word[-1] == "s" for word in POOLS["product"])
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_tables_have_their_sizes(tables):
+    """Rows or columns missing, ids twice, or kinds of news in unequal numbers."""
+    assert {name: len(rows) for name, rows in tables.items()} == {
+        "teacher_short": 3000, "teacher": 3000, "student_short": 1000, "student_short_noisy": 1000, "student": 1000,
+        "student_noisy": 1000, "validation": 200, "test": 200,
+    }
+    for name, rows in tables.items():
+        columns = ["id", "article", "highlights", "category", "facts", *(["noisy"] if name.endswith("_noisy") else [])]
+        assert list(rows[0]) == columns and len({row["id"] for row in rows}) == len(rows)
+        counts = Counter(row["category"] for row in rows)
+        assert set(counts) == set(EVENTS) and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_splits_are_disjoint(tables):
+    """A test row whose facts or sentences stand in a training table: its score says nothing."""
+    for key in (("article",), ("highlights",), ("category", "facts")):
+        holders = {}
+        for name in CLEAN:
+            for row in tables[name]:
+                holders.setdefault(tuple(row[column] for column in key), []).append(row["id"])
+        assert [ids for ids in holders.values() if len(ids) > 1] == []
+    clean = {(row["category"], row["facts"]) for name in CLEAN for row in tables[name]}
+    noise = [(row["category"], row["facts"]) for name in TABLES for row in tables[name] if row.get("noisy") == "1"]
+    assert len(noise) == len(set(noise)) and not clean & set(noise)
+
+
+def test_repeated_content_is_drawn_again(monkeypatch):
+    """With few values two splits, or the noise, hold the same facts: chance alone kept them apart."""
+    event = EVENTS["building"]
+    slots = {**dict.fromkeys(event.slots, "day"), "building": "building"}
+    monkeypatch.setattr(demo_news, "EVENTS", {"building": event._replace(slots=slots)})
+    # 360 of the 7 * 6 * 5 * 4 * 11 = 9,240 contents: without care some 7 would come twice.
+    tables = demo_news.generate(dict.fromkeys(demo_news.SIZES, 60), noisy_share=0)
+    facts = [row["facts"] for name in CLEAN for row in tables[name]]
+    assert len(facts) == len(set(facts)) == 360
+    left = ["Friday", "bridge", "Monday", "Sunday", "Tuesday"]
+    seen = {("building", *content) for content in product(*(POOLS[pool] for pool in slots.values()))}
+    seen.remove(("building", *left))
+    row = {"article": "", "category": "building", "facts": "", "highlights": ""}
+    (noisy,) = demo_news.add_noise([row], 1, "seed", seen)
+    assert json.loads(noisy["facts"]) == left
+
+
+def test_articles_hold_their_facts(tables):
+    """A fact missing from the article or its highlights, or told in its distractors too."""
+    for name in CLEAN:
+        for row in tables[name]:
+            facts = json.loads(row["facts"])
+            assert len(facts) == len(set(facts)) == 5
+            lines = row["highlights"].split("\n")
+            assert len(lines) == 3 and "{" not in row["article"] + row["highlights"]
+            for fact in facts:
+                assert len(re.findall(rf"\b{fact}\b", row["article"])) == 1, row["id"]
+                assert len(re.findall(rf"\b{fact}\b", row["highlights"])) == 1, row["id"]
+
+
+def test_lengths_of_articles(tables):
+    """Short articles with distractors, or full ones too long or too short to be like the task (demo.md: about 63)."""
+    for name in CLEAN:
+        counts = [row["article"].count(".") for row in tables[name]]
+        mean_words = sum(len(row["article"].split()) for row in tables[name]) / len(counts)
+        if name.endswith("_short"):
+            assert set(counts) == {3} and 20 < mean_words < 32
+        else:
+            assert min(counts) >= 5 and max(counts) <= 11 and 58 < mean_words < 68
+            second = sum(not words(row["article"].split(".")[0]) & words(row["facts"]) for row in tables[name])
+            assert 0.35 < second / len(counts) < 0.65  # a distractor comes first in half of the articles
+
+
+@pytest.mark.parametrize(("name", "share"), [("student_noisy", 0.25), ("student_short_noisy", 0.25)])
+def test_noisy_tables(tables, name, share):
+    """Another share of wrong highlights than asked for, right ones among them, or a changed article."""
+    clean = tables[name.removesuffix("_noisy")]
+    noisy = tables[name]
+    assert sum(row["noisy"] == "1" for row in noisy) == share * len(noisy)
+    for before, after in zip(clean, noisy, strict=True):
+        if after["noisy"] == "0":
+            assert after == {**before, "noisy": "0"}
+            continue
+        assert {**after, "highlights": "", "facts": ""} == {**before, "noisy": "1", "highlights": "", "facts": ""}
+        facts = json.loads(after["facts"])
+        assert all(re.search(rf"\b{fact}\b", after["highlights"]) for fact in facts)
+        assert not words(" ".join(facts)) & words(before["article"])
+
+
+@pytest.mark.parametrize(("share", "rows"), [(0, 0), (0.29, 29), (1, 100)])
+def test_noisy_share_is_exact(share, rows):
+    """A share met on average only, or cut down by rounding (0.29 * 100 is 28.999...)."""
+    table = demo_news.generate(dict.fromkeys(demo_news.SIZES, 100), noisy_share=share)["student_noisy"]
+    assert sum(row["noisy"] for row in table) == rows
+
+
+def test_lead_3_leaves_room(tables):
+    """The first three sentences give the highlights away, or have nothing to do with them."""
+    rows = tables["test"]
+    leads = [lead_sentences(row["article"]) for row in rows]
+    assert all(lead.count("\n") == 2 for lead in leads)
+    assert 0.2 < mean_scores(score_rows(leads, [row["highlights"] for row in rows]))["rouge1"] < 0.45
+
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def test_vocabulary(tokenizer):
+    """Another size than asked for, GPT-2's end id (outside so small a vocabulary), or ids with a hole."""
+    assert len(tokenizer) == 1536 and sorted(tokenizer.get_vocab().values()) == list(range(1536))
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert end == tokenizer.bos_token_id == tokenizer.eos_token_id < 1536
+    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
+    for text in ("The café\nin Zürich — 😀 .", " y is ?", "a  b"):  # no byte unknown, no space cleaned away
+        assert tokenizer.decode(tokenizer(text).input_ids) == text and end not in tokenizer(text).input_ids
+
+
+def test_values_are_one_token(tokenizer):
+    """Names or numbers of several tokens: copying fails. Only 13 common words are too rare to be whole."""
+    pieces = {pool: [word for word in values if len(tokenizer(f" {word}").input_ids) > 1]
+              for pool, values in POOLS.items()}
+    assert {pool: len(split) for pool, split in pieces.items() if split} == {"product": 7, "building": 6}
+
+
+def test_rows_fit_the_context(tables, tokenizer):
+    """Rows longer than the demo models' 256 positions are cut, and the figures are those of another task."""
+    for name in TABLES:
+        texts = [f"{row['article']}\nTL;DR: {row['highlights']}<|endoftext|>" for row in tables[name]]
+        assert max(map(len, tokenizer(texts).input_ids)) <= 256
+    articles, highlights = ([row[column] for row in tables["test"]] for column in ("article", "highlights"))
+    for (ids, boundary), text in zip(
+        PromptFormat(tokenizer, max_length=256).training_rows(articles, highlights), highlights, strict=True
+    ):
+        assert tokenizer.decode(ids[boundary:]) == f" {text}<|endoftext|>"  # whole: nothing was cut
+
+
+def test_smallest_vocabulary():
+    """A size that cannot hold all bytes gives a tokenizer with unknown characters, without complaint."""
+    assert len(demo_news.train_tokenizer(["some text"], 257)) == 257
+    with pytest.raises(ValueError, match="vocab_size must be 257 or more, not 256"):
+        demo_news.train_tokenizer(["some text"], 256)

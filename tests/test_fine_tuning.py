@@ -1,0 +1,193 @@
+"""The fine-tuning objective against its formula: model/fine_tuning.py."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model.decoding import greedy_decode
+from model.fine_tuning import FineTuning
+from model.language_model import LanguageModel
+from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
+
+ROWS = [(b"Q: a long question?", b" yes"), (b"Q:", b" no!"), (b"Q: and this one", b" perhaps")]
+
+
+def right_padded(rows, columns=0, pad=END):
+    """input_ids, attention_mask, labels of (prompt, highlights) byte pairs, each closed by end-of-text."""
+    width = max(len(prompt) + len(text) + 1 for prompt, text in rows) + columns
+    ids, mask, labels = [], [], []
+    for prompt, text in rows:
+        row = [*prompt, *text, END]
+        rest = width - len(row)
+        ids.append(row + [pad] * rest)
+        mask.append([1] * len(row) + [0] * rest)
+        labels.append([-100] * len(prompt) + row[len(prompt) :] + [-100] * rest)
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+
+
+def gpt2_with_constant_logits(logits: dict[int, float], positions: int = 128):
+    """A GPT-2 with the same next-token logits at each position; ids that are not named get -10^4."""
+    network = tiny_gpt2(positions=positions)
+    with torch.no_grad():
+        final = network.transformer.ln_f
+        final.weight.zero_()
+        final.bias.zero_()
+        final.bias[0] = 1.0
+        network.transformer.wte.weight[:, 0] = -1e4
+        for token, value in logits.items():
+            network.transformer.wte.weight[token, 0] = value
+    return network
+
+
+def formula(network, rows) -> torch.Tensor:
+    """-sum log q(token | before) from full logits of the library, row by row without padding."""
+    total = 0
+    for prompt, text in rows:
+        row = torch.tensor([[*prompt, *text, END]])
+        q = torch.softmax(network(row).logits[0], dim=-1)
+        for column in range(len(prompt), row.shape[1]):
+            total = total - torch.log(q[column - 1, row[0, column]])
+    return total
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_loss_and_gradients_equal_the_formula(dtype, tolerance):
+    """Loss or gradients differ from the formula's with full logits, in float64."""
+    network = tiny_gpt2(seed=3, width=32, layers=2, std=0.2)
+    reference = copy.deepcopy(network).double()
+    expected = formula(reference, ROWS)
+    expected.backward()
+    terms = FineTuning(LanguageModel(network.to(dtype), byte_tokenizer()))(*right_padded(ROWS))
+    terms.loss_sum.backward()
+    assert terms.token_count == sum(len(text) + 1 for _, text in ROWS)
+    assert terms.loss_sum.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert terms.parts["cross_entropy"].item() == terms.loss_sum.item()
+    assert not terms.parts["cross_entropy"].requires_grad
+    for (name, ours), (_, theirs) in zip(network.named_parameters(), reference.named_parameters(), strict=True):
+        error = (ours.grad.double() - theirs.grad).abs().max() / theirs.grad.abs().max()
+        assert error <= tolerance, name
+
+
+def test_labels_are_shifted_once():
+    """Labels that the model shifts again are shifted before it: the library's own loss says how often (A8)."""
+    network = tiny_gpt2(seed=4, width=32, std=0.2).double()
+    ids, mask, labels = right_padded(ROWS)
+    terms = FineTuning(LanguageModel(network, byte_tokenizer()))(ids, mask, labels)
+    own = network(ids, attention_mask=mask, labels=labels).loss
+    assert terms.loss_sum.item() / terms.token_count == pytest.approx(own.item(), rel=1e-12)
+
+
+def test_gradient_only_at_label_positions(monkeypatch):
+    """A position that predicts no label takes part in the loss (A8)."""
+    model = tiny_language_model(std=0.2)
+    hidden = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    monkeypatch.setattr(model, "hidden_states", lambda ids, mask: hidden)
+    labels = torch.tensor([[-100, -100, 2, 1], [-100, 0, -100, -100]])
+    FineTuning(model)(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4), labels).loss_sum.backward()
+    touched = {(row, column) for row, column in hidden.grad.abs().sum(-1).nonzero().tolist()}
+    assert touched == {(0, 1), (0, 2), (1, 0)}
+
+
+@pytest.mark.parametrize(("columns", "pad"), [(0, 0), (0, 97), (5, END), (5, 7)])
+def test_padding_does_not_matter(columns, pad):
+    """Other pad ids or five more pad columns change the loss or the gradients (A8)."""
+    network = tiny_gpt2(seed=6, width=32, layers=2, std=0.2).double()
+    objective = FineTuning(LanguageModel(network, byte_tokenizer()))
+    results = []
+    for batch in (right_padded(ROWS), right_padded(ROWS, columns, pad)):
+        network.zero_grad()
+        loss = objective(*batch).loss_sum
+        loss.backward()
+        results.append((loss.item(), [parameter.grad.clone() for parameter in network.parameters()]))
+    (loss, gradients), (other_loss, other_gradients) = results
+    assert other_loss == pytest.approx(loss, rel=1e-12)
+    for ours, theirs in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * max(1, ours.abs().max().item()))
+
+
+@pytest.mark.parametrize("positions", [1, 4, 1024])
+def test_the_loss_is_a_sum(positions):
+    """The loss is a mean, or grows with the length of the batch or the vocabulary (A9)."""
+    network = gpt2_with_constant_logits({0: math.log(0.1), 1: math.log(0.3), 2: math.log(0.6)}, 1100).double()
+    with torch.no_grad():  # exact in float64
+        network.transformer.wte.weight[:3, 0] = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64).log()
+    ids = torch.ones(1, positions + 1, dtype=torch.int64)
+    labels = torch.cat([torch.tensor([[-100]]), ids[:, 1:]], dim=1)
+    terms = FineTuning(LanguageModel(network, byte_tokenizer()))(ids, torch.ones_like(ids), labels)
+    assert terms.token_count == positions
+    assert terms.loss_sum.item() == pytest.approx(-positions * math.log(0.3), rel=1e-12)
+
+
+def test_no_label_at_all():
+    """A batch without labels gives NaN, as a mean over nothing does (A11)."""
+    model = tiny_language_model()
+    ids = torch.tensor([[1, 2, 3]])
+    terms = FineTuning(model)(ids, torch.ones_like(ids), torch.full((1, 3), -100))
+    terms.loss_sum.backward()
+    assert terms.loss_sum.item() == 0 and terms.token_count == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_row_without_labels_beside_another():
+    """A row without labels changes the loss of the row beside it (A11)."""
+    network = tiny_gpt2(seed=8, std=0.2).double()
+    objective = FineTuning(LanguageModel(network, byte_tokenizer()))
+    ids, mask, labels = right_padded(ROWS[:2])
+    both = objective(ids, mask, torch.where(torch.tensor([[True], [False]]), -100, labels))
+    alone = objective(ids[1:], mask[1:], labels[1:])
+    assert both.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-12)
+    assert both.token_count == alone.token_count == 5
+
+
+def test_end_of_text_is_learnt_where_it_also_pads():
+    """pad = end-of-text is never learnt, so that a fine-tuned model does not stop (A12)."""
+    model = tiny_language_model(seed=1, width=32, std=0.1)
+    assert model.tokenizer.pad_token_id == model.end_id
+    rows = [(b"Q:", b"ok"), (b"Q: why?", b"no!")]
+    objective, optimizer = FineTuning(model), torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        objective(*right_padded(rows)).loss_sum.backward()
+        optimizer.step()
+    decoded = greedy_decode(model, [[*prompt] for prompt, _ in rows], max_new_tokens=20)
+    assert decoded == [[*text] for _, text in rows]
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most rows of any tensor [..., V] that an operation makes."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.dim() and result.shape[-1] == self.vocabulary:
+            self.rows = max(self.rows, result.numel() // self.vocabulary)
+        return result
+
+
+def test_full_logits_never_exist():
+    """A [B, T, V] tensor is made in the forward or the backward pass (A24, memory)."""
+    model = tiny_language_model()
+    ids, mask, labels = right_padded([(b"p" * 100, b"ab"), (b"p" * 60, b"cde")])
+    reached = []
+    model.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: reached.append(args[0].shape))
+    with LargestLogits(257) as largest:
+        FineTuning(model)(ids, mask, labels).loss_sum.backward()
+    assert reached == [(3 + 4, 16)]
+    assert largest.rows == 7
+
+
+def test_loss_of_half_precision_logits_is_in_float32():
+    """Log-softmax and sum run in bfloat16 under autocast (A24, bf16)."""
+    model = tiny_language_model(width=32, std=0.2)
+    batch = right_padded(ROWS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = FineTuning(model)(*batch)
+    assert terms.loss_sum.dtype == torch.float32
+    assert terms.loss_sum.item() == pytest.approx(FineTuning(model)(*batch).loss_sum.item(), rel=0.02)

@@ -1,0 +1,210 @@
+"""Label positions, padding, hidden states and head: model/language_model.py."""
+
+import math
+
+import pytest
+import torch
+
+from model import language_model as language_model_module
+from model.language_model import (
+    LanguageModel,
+    ModelError,
+    evaluating,
+    is_right_padded,
+    label_positions,
+    position_ids,
+)
+from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
+
+A8_LABELS = torch.tensor([[-100, -100, 2, 1], [-100, 0, -100, -100]])
+HELLO = [72, 101, 108, 108, 111]
+
+
+def last_logits(model, ids, mask=None):
+    """Logits [V] of the last token, through the wrapper's two operations."""
+    hidden = model.hidden_states(torch.tensor(ids), None if mask is None else torch.tensor(mask))
+    return model.lm_head(hidden[:, -1])[0]
+
+
+def test_label_positions_of_a8():
+    """The mask is off by one: position t must count where labels[t + 1] is a label."""
+    index, targets = label_positions(A8_LABELS)
+    assert index.tolist() == [0 * 4 + 1, 0 * 4 + 2, 1 * 4 + 0]
+    assert targets.tolist() == [2, 1, 0]
+    assert index.dtype == targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("changed", "right"),
+    [((0, 0), 0), ((0, 1), 0.367289379), ((0, 2), 0.367289379), ((0, 3), 0), ((1, 0), 0.367289379), ((1, 1), 0)],
+)
+def test_divergence_at_label_positions_of_a8(changed, right):
+    """A divergence over padding, prompt or unshifted positions: each row of case A8's table."""
+    student = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64).log().expand(2, 4, 3)
+    teacher = student.clone()
+    teacher[changed] = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log()
+    index = label_positions(A8_LABELS).index
+    p, q = teacher.flatten(0, 1)[index], student.flatten(0, 1)[index]
+    loss = sum(
+        math.exp(a) * (a - b) for row_p, row_q in zip(p.tolist(), q.tolist(), strict=True)
+        for a, b in zip(row_p, row_q, strict=True)
+    ) / len(index)
+    assert loss == pytest.approx(right, abs=1e-9)
+
+
+def test_first_and_missing_labels():
+    """A label in column 0, which nothing predicts, is counted; a batch of one column or without labels fails."""
+    assert label_positions(torch.tensor([[5, -100, 7]])).targets.tolist() == [7]
+    for labels in (torch.tensor([[3], [4]]), torch.full((2, 3), -100)):
+        index, targets = label_positions(labels)
+        assert index.shape == targets.shape == (0,)
+
+
+def test_end_of_text_is_a_label_where_it_also_pads():
+    """Labels are found by comparing ids with the pad id, so that the closing end-of-text is never learnt (A12)."""
+    labels = torch.tensor([[-100, -100, 111, 107, 256, -100], [-100, -100, 110, 111, 33, 256]])
+    index, targets = label_positions(labels)
+    assert index.tolist() == [1, 2, 3, 7, 8, 9, 10]
+    assert targets.tolist() == [111, 107, 256, 110, 111, 33, 256]
+
+
+def test_position_ids_of_a14():
+    """Positions number the columns, pads included (A14)."""
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
+    assert position_ids(mask).tolist() == [[0, 0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_left_padding_of_a14():
+    """Left padding changes the logits: by 0.285 without position ids, by 0.298 without the mask (A14)."""
+    model = tiny_language_model(seed=5, width=32, layers=2).eval()
+    ids, mask = [[END] * 3 + HELLO], [[0, 0, 0, 1, 1, 1, 1, 1]]
+    with torch.no_grad():
+        alone = last_logits(model, [HELLO])
+        library = model.model(torch.tensor([HELLO])).logits[0, -1]
+        no_positions = model.model(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits[0, -1]
+        torch.testing.assert_close(alone, library, rtol=0, atol=1e-6)
+        torch.testing.assert_close(last_logits(model, ids, mask), library, rtol=0, atol=1e-6)
+        assert (last_logits(model, ids) - library).abs().max() == pytest.approx(0.298, abs=1e-3)
+    assert (no_positions - library).abs().max() == pytest.approx(0.285, abs=1e-3)
+    assert library.std() == pytest.approx(0.113, abs=1e-3)
+
+
+def test_mask_on_another_device(monkeypatch):
+    """A mask that lies on the device is read there, which waits for the device; or it is not used at all."""
+    assert not is_right_padded(torch.ones(2, 3, device="meta"))
+    monkeypatch.setattr(language_model_module, "is_right_padded", lambda mask: False)  # as for a mask on a GPU
+    model = tiny_language_model(seed=5, width=32, layers=2).eval()
+    with torch.no_grad():
+        padded = last_logits(model, [[END] * 3 + HELLO], [[0, 0, 0, 1, 1, 1, 1, 1]])
+        torch.testing.assert_close(padded, last_logits(model, [HELLO]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_masks_on_cpu_and_gpu_agree():
+    """A mask left on the CPU gives other hidden states than one on the GPU."""
+    model = tiny_language_model(seed=5, width=32, layers=2).eval().to("cuda")
+    ids = torch.tensor([[END] * 3 + HELLO, HELLO + [1, 2, 3]], device="cuda")
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
+    with torch.no_grad():
+        assert torch.equal(model.hidden_states(ids, mask), model.hidden_states(ids, mask.to("cuda")))
+
+
+@pytest.mark.parametrize(
+    ("mask", "right"),
+    [([[1, 1, 1], [1, 0, 0]], True), ([[1, 1, 1]], True), ([[0, 1, 1], [1, 1, 1]], False), ([[1, 0, 1]], False),
+     ([[1]], True), ([[0, 0]], True)],
+)
+def test_is_right_padded(mask, right):
+    """Left padding or a hole in the mask passes for right padding, and its mask is dropped."""
+    assert is_right_padded(torch.tensor(mask)) is right
+
+
+def test_right_padding_needs_no_mask(monkeypatch):
+    """Right padding changes the states of the tokens before it, or costs a mask although causality covers it."""
+    model = tiny_language_model(seed=2, width=32, layers=2).eval()
+    ids, mask = torch.tensor([[*HELLO, END, END], [1, 2, 3, 4, 5, 6, 7]]), torch.tensor([[1] * 5 + [0] * 2, [1] * 7])
+    seen = []
+    model.model.base_model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        without = model.hidden_states(ids, mask)
+        assert "attention_mask" not in seen[0]
+        monkeypatch.setattr(language_model_module, "is_right_padded", lambda mask: False)
+        with_mask = model.hidden_states(ids, mask)
+        assert "attention_mask" in seen[1]
+        alone = model.hidden_states(ids[:1, :5])
+    torch.testing.assert_close(without[mask == 1], with_mask[mask == 1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(without[0, :5], alone[0], rtol=0, atol=1e-6)
+
+
+def test_facts():
+    """A tied head is counted twice (A22: 9,472 parameters), or context and end-of-text are not the model's."""
+    model = tiny_language_model(positions=64)
+    assert tiny_language_model().parameter_count() == 9472
+    assert (model.context, model.end_id, model.device.type) == (64, END, "cpu")
+    assert model.prompt_template is None and model.prompt_max_length is None
+    model.record_training("{article} =>", 50)
+    assert (model.prompt_template, model.prompt_max_length) == ("{article} =>", 50)
+
+
+def test_context_without_positions():
+    """A model without a table of positions has no context, or the tokenizer's 10^30."""
+    model = tiny_language_model()
+    del model.model.config.n_positions
+    assert model.context == 1024
+    model.tokenizer.model_max_length = 512
+    assert model.context == 512
+
+
+def test_vocabulary_never_grows():
+    """A [PAD] row is added, whose logit of about 0 beats GPT-2's of about -35 (A13)."""
+    network = tiny_gpt2()
+    tokenizer = byte_tokenizer()
+    assert tokenizer.pad_token_id is None
+    model = LanguageModel(network, tokenizer)
+    assert model.tokenizer.pad_token_id == END == model.end_id
+    assert len(model.tokenizer) == network.get_input_embeddings().weight.shape[0] == 257
+
+
+def test_pad_token_of_the_tokenizer_stays():
+    """A tokenizer that has its own pad token gets another one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "a"
+    assert LanguageModel(tiny_gpt2(), tokenizer).tokenizer.pad_token_id == ord("a")
+
+
+def test_tokenizer_that_cannot_serve():
+    """A tokenizer with more tokens than embedding rows, without end-of-text or without a fast version is accepted."""
+    big, endless, slow = byte_tokenizer(), byte_tokenizer(), byte_tokenizer()
+    big.add_tokens(["<one>", "<two>"])
+    with pytest.raises(ModelError, match="259 tokens .* only 257 rows.*model_arch.tokenizer"):
+        LanguageModel(tiny_gpt2(), big)
+    endless.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-text"):
+        LanguageModel(tiny_gpt2(), endless)
+    slow = type("SlowTokenizer", (), {"is_fast": False})()
+    with pytest.raises(ModelError, match="SlowTokenizer has no fast version"):
+        LanguageModel(tiny_gpt2(), slow)
+
+
+def test_evaluating_restores_each_part():
+    """After validation the student stays in eval mode, or a part that was in eval is set to train (A19)."""
+    model = tiny_language_model(layers=2, dropout=0.1).train()
+    frozen = model.model.transformer.h[0].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    with evaluating(model):
+        assert not any(part.training for part in model.modules())
+    assert {name: part.training for name, part in model.named_modules()} == before
+    with pytest.raises(KeyError), evaluating(model):
+        raise KeyError
+    assert {name: part.training for name, part in model.named_modules()} == before
+    assert model.training and not frozen.training
+
+
+def test_eval_turns_dropout_off():
+    """Two passes of a model in eval mode differ, since dropout goes on (A19: by about 0.25)."""
+    model = tiny_language_model(dropout=0.1).train()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert not torch.equal(model.hidden_states(ids), model.hidden_states(ids))
+        with evaluating(model):
+            assert torch.equal(model.hidden_states(ids), model.hidden_states(ids))

@@ -1,0 +1,91 @@
+"""Parameter groups and learning rates."""
+
+import pytest
+import torch
+
+from tests.conftest import tiny_gpt2
+from utils.config import FineTuneConfig
+from utils.config_files import ConfigError
+from utils.optimization import Schedule, build_optimizer, make_schedule
+
+
+def rates(total, **keys):
+    config = FineTuneConfig.model_validate({"lr_scheduler_kwargs": keys})
+    schedule = make_schedule(config.lr_scheduler_kwargs, 1e-3, total)
+    return [schedule.learning_rate(step) for step in range(total)]
+
+
+def test_warm_up_and_decay_in_optimizer_steps():
+    """Fault: a scheduler stepped per micro-batch runs out after a quarter of the updates (case A17)."""
+    assert rates(6, num_warmup_steps=2) == pytest.approx([0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+@pytest.mark.parametrize(("keys", "warmup"), [
+    ({}, 10), ({"max_warmup_steps": 4}, 4), ({"num_warmup_steps": 0}, 0), ({"num_warmup_steps": 30}, 30),
+    ({"num_training_steps": 50}, 5),
+])
+def test_sentinels_of_the_warm_up(keys, warmup):
+    """Fault: -1 taken as a number of steps, or a cap that does nothing."""
+    config = FineTuneConfig.model_validate({"lr_scheduler_kwargs": keys})
+    assert make_schedule(config.lr_scheduler_kwargs, 1.0, 100).warmup == warmup
+
+
+def test_cosine_and_floor():
+    """Fault: a decay that ends below its floor, or a cosine that is not one."""
+    schedule = Schedule(1.0, 0, 100, "cosine", 0.1)
+    assert schedule.learning_rate(0) == pytest.approx(1.0)
+    assert schedule.learning_rate(50) == pytest.approx(0.55)
+    assert schedule.learning_rate(100) == pytest.approx(0.1)
+    assert schedule.learning_rate(500) == pytest.approx(0.1)
+    assert Schedule(1.0, 0, 100, "linear", 0.1).learning_rate(50) == pytest.approx(0.55)
+
+
+def test_library_schedule_agrees():
+    """Fault: another schedule than the library's linear one."""
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_linear_schedule_with_warmup(optimizer, 7, 40)
+    ours = Schedule(0.3, 7, 40)
+    for step in range(40):
+        assert ours.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_no_decay_on_biases_and_norms():
+    """Fault: weight decay pulls layer norms and biases to 0."""
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, "AdamW", {"weight_decay": 0.1}, 1e-3)
+    decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        flat = name.endswith("bias") or ".ln_" in name
+        assert decay[parameter] == (0.0 if flat else 0.1), name
+    everything = build_optimizer(model, "AdamW", {"weight_decay": 0.1}, 1e-3, decay_all=True)
+    assert {group["weight_decay"] for group in everything.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD", "Adafactor", "RMSprop", "NAdam", "RAdam", "Adagrad", "Rprop",
+                                  "ASGD", "Adadelta", "Adamax"])
+def test_classes_of_torch_optim_take_a_step(kind):
+    """Fault: a class of torch.optim that users name fails in this loop."""
+    model = tiny_gpt2()
+    optimizer = build_optimizer(model, kind, {}, 1e-3)
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "kwargs", "message"), [
+    ("AdamX", {}, "optimizer_kwargs.type is \"AdamX\": expected a class of torch.optim: .*AdamW"),
+    ("LBFGS", {}, "another kind of loop"),
+    ("AdamW", {"lr": 1.0}, "set optimizer_kwargs.lm_lr instead"),
+    ("AdamW", {"momentum": 0.9}, "AdamW refuses them: .*momentum"),
+    ("AdamW", {"betas": [0.9, 2.0]}, "AdamW refuses them"),
+])
+def test_errors_name_the_key(kind, kwargs, message):
+    """Fault: a traceback of torch where a key of the config is wrong."""
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(tiny_gpt2(), kind, kwargs, 1e-3)

@@ -1,0 +1,333 @@
+"""Article and highlights -> token ids: truncation, the seam, special tokens, decoding (A12, A15, A16, A24)."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from data.articles import DataError
+from data.prompts import DEFAULT_TEMPLATE, PromptFormat, RowTooLong
+from tests.conftest import END, SHARED, byte_tokenizer
+
+CASE_TEMPLATE = "{article} TL;DR: "
+SEPARATOR = list(b" TL;DR: ")
+TEMPLATES = [CASE_TEMPLATE, DEFAULT_TEMPLATE, "{article}", "Sum up.\n{article}\n\nSummary:\n"]
+BYTES = byte_tokenizer()
+BYTE_FORMATS = [PromptFormat(BYTES, template, 64) for template in TEMPLATES]
+some_texts = st.text(max_size=80)
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> PreTrainedTokenizerFast:
+    """GPT-2's own vocabulary."""
+    folder = SHARED / "data" / "gpt2-tokenizer"
+    if not folder.is_dir():
+        pytest.skip("GPT-2's vocabulary is not here (folder shared/data beside the project)")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def case_format(max_length=128, tokenizer=BYTES) -> PromptFormat:
+    return PromptFormat(tokenizer, CASE_TEMPLATE, max_length)
+
+
+def training_row(prompt_format, article, highlights):
+    (row,) = prompt_format.training_rows([article], [highlights])
+    return row
+
+
+def tokenizer_that_begins_texts() -> PreTrainedTokenizerFast:
+    """A byte tokenizer that puts its begin-of-text before every text, as Llama's does."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
+    )
+    assert tokenizer("a").input_ids == [END, 97]
+    return tokenizer
+
+
+# -- A15: articles longer than the window ------------------------------------------------------------------------
+
+
+def test_a_long_article_is_cut_at_its_end():
+    """Right truncation that removes the summary, or a row longer than the context (A15)."""
+    ids, boundary = training_row(case_format(), "C" * 500, "0123456789")
+    assert ids == list(b"C" * 109) + SEPARATOR + list(b"0123456789") + [END]
+    assert (len(ids), boundary, len(ids) - boundary) == (128, 117, 11)
+
+
+def test_the_beginning_of_an_article_is_kept():
+    """The beginning of the article cut off in place of its end (A15)."""
+    ids, _ = training_row(case_format(), "start" + "C" * 500, "0123456789")
+    assert bytes(ids[:5]) == b"start"
+
+
+def test_a_prompt_for_generation_leaves_room_and_keeps_its_separator():
+    """A prompt that fills the window, so that generation runs out of positions; a separator cut with the article."""
+    (prompt,) = case_format().prediction_prompts(["C" * 500], 20)
+    assert prompt == list(b"C" * 100) + SEPARATOR
+    assert len(prompt) == 108
+
+
+@pytest.mark.parametrize(("characters", "length", "kept"), [(108, 127, 108), (109, 128, 109), (110, 128, 109)])
+def test_rows_about_as_long_as_the_window(characters, length, kept):
+    """Off by one at the edge: rows of 127, 128 and 129 ids before the cut (A15)."""
+    ids, boundary = training_row(case_format(), "C" * characters, "0123456789")
+    assert (len(ids), boundary) == (length, kept + 8)
+    assert ids[kept : kept + 8] == SEPARATOR
+
+
+@pytest.mark.parametrize("characters", [99, 100, 101])
+def test_prompts_about_as_long_as_the_window(characters):
+    """Off by one at the edge of a prompt that shares the window with 20 new tokens (A15)."""
+    (prompt,) = case_format().prediction_prompts(["C" * characters], 20)
+    assert len(prompt) == min(characters, 100) + 8
+
+
+def test_highlights_that_do_not_fit_are_reported_with_sizes():
+    """A negative slice, or highlights cut without a word (A15)."""
+    row = training_row(case_format(), "x", "s" * 500)
+    assert isinstance(row, RowTooLong)
+    assert "500" in str(row)
+    assert "128" in str(row)
+    assert len(str(row).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("characters", "fits"), [(117, True), (118, True), (119, False), (120, False)])
+def test_the_longest_highlights_that_fit(characters, fits):
+    """Off by one where highlights leave room for exactly one article token: 1 + 8 + 118 + 1 = 128."""
+    row = training_row(case_format(), "xyz", "s" * characters)
+    assert isinstance(row, tuple) == fits
+    if fits:
+        assert len(row[0]) - row[1] == characters + 1
+        assert row[0][0] == ord("x")
+
+
+def test_a_row_too_long_leaves_the_others_alone():
+    """One bad row that shifts or drops its neighbours."""
+    rows = case_format().training_rows(["a", "b", "c"], ["1", "s" * 500, "3"])
+    assert isinstance(rows[1], RowTooLong)
+    assert [rows[0][0][0], rows[2][0][0]] == [ord("a"), ord("c")]
+
+
+@pytest.mark.parametrize("max_new_tokens", [120, 128, 500])
+def test_more_new_tokens_than_the_window_has_are_refused(max_new_tokens):
+    """A negative slice that hands the model a prompt and an answer that do not fit (A15)."""
+    with pytest.raises(DataError) as caught:
+        case_format().prediction_prompts(["C" * 500], max_new_tokens)
+    message = str(caught.value)
+    assert f"max_generation_length is {max_new_tokens}" in message
+    assert "at most 119" in message  # 128 - 8 of the separator - 1 of the article
+    assert len(message.splitlines()) == 1
+    (prompt,) = case_format().prediction_prompts(["C" * 500], 119)
+    assert len(prompt) == 9
+
+
+# -- A16: the seam between prompt and summary ------------------------------------------------------------------
+
+
+def test_gpt2_tokens_of_the_two_ways_to_write_the_separator(gpt2):
+    """A boundary that loses the first summary token, or tokens at the seam that prediction never sees (A16)."""
+    row = training_row(PromptFormat(gpt2, "{article} TL;DR:"), "Article text.", "The cat sat.")
+    assert row == ([14906, 2420, 13, 24811, 26, 7707, 25, 383, 3797, 3332, 13, 50256], 7)
+    row = training_row(PromptFormat(gpt2, "{article} TL;DR: "), "Article text.", "The cat sat.")
+    assert row == ([14906, 2420, 13, 24811, 26, 7707, 25, 220, 464, 3797, 3332, 13, 50256], 8)
+
+
+def test_gpt2_words_do_not_merge_across_the_seam(gpt2):
+    """"He is a fire" + "fighter" joined into one word in training alone (A16)."""
+    prompt_format = PromptFormat(gpt2, "{article}fighter ")
+    (prompt,) = prompt_format.prediction_prompts(["He is a fire"], 10)
+    ids, boundary = training_row(prompt_format, "He is a fire", "x")
+    assert 43105 not in prompt
+    assert 2046 in prompt
+    assert ids[:boundary] == prompt
+
+
+@pytest.mark.parametrize(("text", "expected"), [("</s>", [3556, 82, 29]), ("<|startoftext|>", None)])
+def test_signs_of_other_models_are_plain_text_for_gpt2(gpt2, text, expected):
+    """Special tokens of other families taken for special ones of GPT-2: 3 and 7 tokens of plain text (A16)."""
+    (ids,) = PromptFormat(gpt2).encode([text])
+    assert len(ids) == (3 if expected else 7)
+    assert expected is None or ids == expected
+
+
+def check_prompt_is_beginning_of_row(prompt_format, article, highlights):
+    row = training_row(prompt_format, article, highlights)
+    if isinstance(row, RowTooLong):
+        return
+    ids, boundary = row
+    labels = ids[boundary:]
+    assert len(ids) <= prompt_format.max_length
+    assert labels[-1] == prompt_format.end_id
+    assert prompt_format.decode(labels) == highlights.strip()
+    # As many new tokens as there are labels: the same room, so the same cut.
+    assert prompt_format.prediction_prompts([article], len(labels)) == [ids[:boundary]]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(BYTE_FORMATS), some_texts, some_texts)
+def test_prompt_is_the_beginning_of_its_training_row(prompt_format, article, highlights):
+    """Prediction that begins otherwise than training did, for any text (A16); text that does not come back (A24)."""
+    check_prompt_is_beginning_of_row(prompt_format, article, highlights)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_prompt_is_the_beginning_of_its_training_row_in_gpt2(gpt2_formats, data):
+    """The same with GPT-2's merges, which join letters across a seam that is not kept (A16)."""
+    prompt_format = data.draw(st.sampled_from(gpt2_formats))
+    check_prompt_is_beginning_of_row(prompt_format, data.draw(some_texts), data.draw(some_texts))
+
+
+@pytest.fixture(scope="module")
+def gpt2_formats(gpt2) -> list[PromptFormat]:
+    return [PromptFormat(gpt2, template, 64) for template in TEMPLATES]
+
+
+# -- A12: special tokens ----------------------------------------------------------------------------------------
+
+
+def test_end_of_text_inside_a_text_is_plain_text():
+    """An article that ends its own row with the characters of a special token (A12)."""
+    ids, boundary = training_row(case_format(), "a<|endoftext|>b", "<|endoftext|>")
+    assert ids[:15] == list(b"a<|endoftext|>b")
+    assert ids[boundary:] == [*b"<|endoftext|>", END]
+    assert ids.count(END) == 1
+
+
+def test_end_of_text_inside_a_text_is_plain_text_for_gpt2(gpt2):
+    """The same in GPT-2's vocabulary, where one id stands for the whole sign (A12)."""
+    prompt_format = PromptFormat(gpt2)
+    ids, _ = training_row(prompt_format, "a<|endoftext|>b", "c")
+    assert [index for index, token in enumerate(ids) if token == 50256] == [len(ids) - 1]
+    (prompt,) = prompt_format.prediction_prompts(["a<|endoftext|>b"], 5)
+    assert gpt2.decode(prompt) == "a<|endoftext|>b\nTL;DR:"
+
+
+def test_the_end_is_a_label():
+    """A row without the end-of-text that teaches where a summary stops (A12)."""
+    ids, boundary = training_row(case_format(), "Q", "ok")
+    assert ids[boundary:] == [*b"ok", END]
+
+
+def test_begin_of_text_of_tokenizers_that_add_one():
+    """A start token missing, doubled, put before every part, or not counted in the window."""
+    prompt_format = case_format(tokenizer=tokenizer_that_begins_texts())
+    ids, boundary = training_row(prompt_format, "C" * 500, "0123456789")
+    assert ids == [END, *b"C" * 108, *SEPARATOR, *b"0123456789", END]
+    assert boundary == 117
+    assert prompt_format.prediction_prompts(["C" * 500], 11) == [ids[:boundary]]
+
+
+def test_no_begin_of_text_where_the_tokenizer_adds_none(gpt2):
+    """A start token that the model never saw: GPT-2 has one but does not add it."""
+    assert gpt2.bos_token_id == 50256
+    assert PromptFormat(gpt2, "{article}").prediction_prompts(["He"], 5) == [[1544]]
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, tokenizer_that_begins_texts])
+def test_the_users_tokenizer_stays_as_it_is(make):
+    """Truncation, padding or the reading of special tokens switched off in the tokenizer that the caller keeps."""
+    tokenizer = make()
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(5)
+    backend.enable_padding(length=9, pad_id=END, pad_token="<|endoftext|>")
+    before = backend.to_str()
+    prompt_format = case_format(tokenizer=tokenizer)
+    ids, boundary = training_row(prompt_format, "a long article", "a long summary")
+    assert ids[boundary:] == [*b"a long summary", END]  # neither cut to 5 nor padded to 9
+    prompt_format.decode(ids)
+    prompt_format.fingerprint()
+    assert backend.to_str() == before
+    assert backend.encode_special_tokens is False
+    assert backend.encode("<|endoftext|>", add_special_tokens=False).ids[0] == END
+
+
+# -- templates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["", "TL;DR:", "{article}{article}", "{articles}\nTL;DR:", "{ article }"])
+def test_a_template_holds_the_article_exactly_once(template):
+    """A misspelt place for the article, so that every row is trained on the template alone."""
+    with pytest.raises(DataError) as caught:
+        PromptFormat(BYTES, template)
+    message = str(caught.value)
+    assert message.startswith(f"prompt_template is {template!r}: expected")
+    assert "{article}" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_other_braces_in_a_template_are_text():
+    """A template with JSON in it that str.format would refuse."""
+    (prompt,) = PromptFormat(BYTES, '{"text": "{article}"}', 128).prediction_prompts(["x {y}"], 5)
+    assert bytes(prompt) == b'{"text": "x {y}"}'
+
+
+@pytest.mark.parametrize("max_length", [8, 9, 10])
+def test_a_template_that_fills_the_window_is_refused(max_length):
+    """Rows without a place for article, highlights and end: 8 tokens of template need a window of 11."""
+    with pytest.raises(DataError, match=f"prompt_template takes 8 tokens of the {max_length} that") as caught:
+        case_format(max_length)
+    assert len(str(caught.value).splitlines()) == 1
+    ids, boundary = training_row(case_format(11), "xyz", "s")
+    assert ids == [ord("x"), *SEPARATOR, ord("s"), END]
+    assert boundary == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [("{article}\nTL;DR:", b" The"), ("{article}\nTL;DR: ", b"The"), ("{article}\n", b"The"), ("{article}", b" The")],
+)
+def test_highlights_begin_with_one_space_or_none(template, start):
+    """Two spaces or none between the cue and the summary: outer white space of the highlights does not count."""
+    for highlights in ("The cat", "  The cat \n"):
+        ids, boundary = training_row(PromptFormat(BYTES, template), "x", highlights)
+        assert bytes(ids[boundary:-1]) == start + b" cat"
+
+
+# -- A24: decoding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([88, 318, 5633], "y is ?"),
+        ([47249, 222], "😀"),
+        ([383, 3797, 3332, 13], "The cat sat."),
+        ([383, 3797, 3332, 50256], "The cat sat"),
+        ([], ""),
+    ],
+)
+def test_decoded_text_of_gpt2(gpt2, ids, text):
+    """Spaces "cleaned up", signs of several tokens torn, a leading space or a special token left in the text (A24)."""
+    assert PromptFormat(gpt2).decode(ids) == text
+
+
+ANY_SCRIPT = ["café à Zürich", "Премьер ушёл", "首相辞任", "👩\u200d👩\u200d👧 😀", "a\nb", "e\u0301 \u00e9", "it 's ."]
+
+
+@pytest.mark.parametrize("text", ANY_SCRIPT)
+def test_any_script_comes_back_as_it_was(gpt2, text):
+    """Text changed on its way through ids: accents, scripts, joined emoji, line ends, detokenised spaces (A24)."""
+    for prompt_format in (PromptFormat(gpt2), PromptFormat(BYTES)):
+        ids, boundary = training_row(prompt_format, text, text)
+        assert prompt_format.decode(ids[boundary:]) == text
+
+
+# -- the name of a format ---------------------------------------------------------------------------------------
+
+
+def test_fingerprints_tell_formats_apart():
+    """A cache of another template, row length or tokenizer taken for this one's."""
+    other = byte_tokenizer()
+    other.add_tokens(["news"])
+    formats = [
+        case_format(),
+        case_format(127),
+        PromptFormat(BYTES, "{article}  TL;DR:", 128),
+        PromptFormat(other, CASE_TEMPLATE, 128),
+        PromptFormat(tokenizer_that_begins_texts(), CASE_TEMPLATE, 128),
+    ]
+    assert len({prompt_format.fingerprint() for prompt_format in formats}) == len(formats)
+    assert case_format().fingerprint() == case_format(tokenizer=byte_tokenizer()).fingerprint()

@@ -1,0 +1,208 @@
+"""Stop and resume: the final weights and the log are those of the uninterrupted run, bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights, write_config
+
+SPLITS = ("train", "validation", "train_epoch", "loss_scaling")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def eventful(folder: Path) -> dict:
+    """A run with everything that has a state: dropout, two epochs, accumulation, early stopping, loss scaling."""
+    return changed(
+        make_project(folder, rows=21, dropout=0.1),
+        trainer_kwargs={
+            "epochs": 2, "gradient_accumulation_steps": 2, "n_batch_ckpt_save": 1, "keep_checkpoints": 100,
+            "metrics": ["rouge"], "monitor_train": True, "adaptive_loss_scaling": True, "loss_scaling_batch": 5,
+        },
+        callbacks_kwargs={"kwargs": {"patience": 5}},
+    )
+
+
+def only_up_to(run_folder: Path, step: int) -> None:
+    """Make the folder what a run killed right after writing step-`step` leaves; later log lines stay, as they do."""
+    checkpoints = run_folder / "model_checkpoints"
+    for path in checkpoints.glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    for link in ("last", "best"):
+        (checkpoints / link).unlink(missing_ok=True)
+    (checkpoints / "last").symlink_to(f"step-{step}")
+
+
+def test_resuming_after_every_step_repeats_the_run(tmp_path):
+    """Fault: a resumed run replays epoch 0's order, other dropout, or another schedule (case A20)."""
+    config = eventful(tmp_path)
+    assert run(tmp_path, config) == 0
+    whole = tmp_path / "run"
+    steps = sorted(int(path.name[5:]) for path in (whole / "model_checkpoints").glob("step-*"))
+    assert steps == list(range(1, 13))
+    expected = weights(whole / "model_checkpoints/last")
+    logs = {split: metrics(whole, split) for split in SPLITS}
+    assert all(logs.values())
+    for step in steps[:-1]:
+        again = tmp_path / f"again-{step}"
+        shutil.copytree(whole, again, symlinks=True)
+        only_up_to(again, step)
+        assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(again)})) == 0
+        assert_equal_weights(expected, weights(again / "model_checkpoints/last"))
+        assert {split: metrics(again, split) for split in SPLITS} == logs, step
+        assert (again / "model_checkpoints/best").resolve().name == (whole / "model_checkpoints/best").resolve().name
+        shutil.rmtree(again)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    """Fault: starting a finished run again trains on, or overwrites its results."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(tmp_path, config) == 0
+    assert "already finished at step 3" in capsys.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_more_epochs_go_on(tmp_path):
+    """Fault: raising `epochs` of a finished run starts from the beginning."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_starting_anew_keeps_the_earlier_run(tmp_path, capsys):
+    """Fault: load_from_checkpoint false deletes or mixes with what was there (case A21, stale steps)."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    first = weights(tmp_path / "run/model_checkpoints/last")
+    assert run(tmp_path, changed(config, trainer_kwargs={"load_from_checkpoint": False, "seed": 5})) == 0
+    assert "moved to" in capsys.readouterr().err
+    assert_equal_weights(first, weights(tmp_path / "run/earlier-run-1/model_checkpoints/last"))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
+    """Fault: after going back to step 2, the old step 3 is taken for the newest."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"n_batch_ckpt_save": 1, "keep_checkpoints": 9})
+    assert run(tmp_path, config) == 0
+    checkpoints = tmp_path / "run/model_checkpoints"
+    expected = weights(checkpoints / "last")
+    back = changed(config, trainer_kwargs={"resume_from": str(checkpoints / "step-2")})
+    assert run(tmp_path, back) == 0
+    assert_equal_weights(expected, weights(checkpoints / "last"))
+    assert (checkpoints / "earlier-run-1/step-3").is_dir()
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("section", "values", "key"), [
+    ("dataset_kwargs", {"train_batch_size": 3}, "train_batch_size was 2 and is 3"),
+    ("trainer_kwargs", {"seed": 7}, "seed was 1234 and is 7"),
+    ("dataset_kwargs", {"max_length": 200}, "train_dataset"),
+])
+def test_what_decides_the_rows_must_not_change(tmp_path, capsys, section, values, key):
+    """Fault: a resumed run silently goes on in another order of rows."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    assert run(tmp_path, changed(changed(config, trainer_kwargs={"epochs": 2}), **{section: values})) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train.py: error: cannot resume: ")
+    assert key in error
+
+
+def test_a_run_that_fails_at_its_start_leaves_the_earlier_one(tmp_path, capsys):
+    """Fault: a typo in a file name moves or overwrites an existing result."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    wrong = changed(config, trainer_kwargs={"load_from_checkpoint": False}, dataset_kwargs={"train_dataset": "no.csv"})
+    capsys.readouterr()
+    assert run(tmp_path, wrong) == 2
+    assert "no.csv does not exist" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    assert not list((tmp_path / "run").glob("earlier-run-*"))
+
+
+def start(config_path: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "train.py", "--config", str(config_path)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and len((output / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_with_a_checkpoint_and_say_how_to_go_on(tmp_path, number, code):
+    """Fault: Ctrl-C loses the work since the last checkpoint, or ends in a traceback."""
+    config = changed(make_project(tmp_path, rows=2000, width=32), trainer_kwargs={"monitor_val": False})
+    process = start(write_config(tmp_path, config))
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == code, errors
+    assert "checkpoint written; the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    state = json.loads((tmp_path / "run/model_checkpoints/last/trainer_state/state.json").read_text())
+    assert state["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """Fault: SIGKILL at a bad moment (in a step, an evaluation, a checkpoint) changes the result (cases A20, A21)."""
+    config = eventful(tmp_path)
+    config = changed(config, trainer_kwargs={"epochs": 3, "keep_checkpoints": 2})
+    whole = changed(config, trainer_kwargs={"output_dir": str(tmp_path / "whole")})
+    process = start(write_config(tmp_path, whole))
+    begun = time.monotonic()
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    duration = time.monotonic() - begun
+    expected = weights(tmp_path / "whole/model_checkpoints/last")
+    logs = {split: metrics(tmp_path / "whole", split) for split in SPLITS}
+    rng = random.Random(1)
+    kills = 0
+    attempt = 0
+    while kills < 20:
+        attempt += 1
+        assert attempt < 60
+        output = tmp_path / f"killed-{attempt}"
+        path = write_config(tmp_path, changed(config, trainer_kwargs={"output_dir": str(output)}))
+        while True:  # kill, resume, kill, ... until the run ends before its random moment
+            process = start(path)
+            try:
+                process.communicate(timeout=rng.uniform(0.55, 1.2) * duration)
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+        assert process.returncode == 0
+        assert_equal_weights(expected, weights(output / "model_checkpoints/last"))
+        assert {split: metrics(output, split) for split in SPLITS} == logs
+        shutil.rmtree(output)

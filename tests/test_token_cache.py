@@ -1,0 +1,390 @@
+"""The token cache: right rows, used again only when nothing changed, whole or not at all."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from data import token_cache
+from data.articles import DataError
+from data.prompts import PromptFormat
+from data.token_cache import CHUNK, TokenTable, open_token_table
+from tests.conftest import END, byte_tokenizer, write_rows
+
+FILES = ["boundaries.npy", "ids.json", "manifest.json", "numbers.npy", "offsets.npy", "skipped.json", "tokens.bin"]
+FORMAT = PromptFormat(byte_tokenizer(), max_length=64)
+SUFFIX = b"\nTL;DR:"
+fork = multiprocessing.get_context("fork")
+
+
+def news(count=30):
+    """Rows of very different lengths, ids that are not their numbers."""
+    return [
+        {"id": f"n{index:03}", "article": "news é " * (1 + index % 11), "highlights": f"cat {index}"}
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def csv_path(tmp_path):
+    return write_rows(tmp_path / "news.csv", news())
+
+
+@pytest.fixture
+def cache_dir(tmp_path):
+    return tmp_path / "cache"
+
+
+def expected_row(row, window=64):
+    """(ids, boundary) by hand: a token is a byte."""
+    labels = b" " + row["highlights"].encode()
+    room = window - len(SUFFIX) - len(labels) - 1
+    prompt = row["article"].encode()[:room] + SUFFIX
+    return [*prompt, *labels, END], len(prompt)
+
+
+def rows_of(table):
+    return [(table.ids(row).tolist(), int(table.boundaries[row])) for row in range(len(table))]
+
+
+def error_of(*arguments, **options):
+    """The one-line message of the DataError that opening raises."""
+    with pytest.raises(DataError) as caught:
+        open_token_table(*arguments, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def forbid_building(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(PromptFormat, "training_rows", fail)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_tokenised_ones(csv_path, cache_dir):
+    """Rows shifted, cut or glued together on their way to disk."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    expected = [expected_row(row) for row in news()]
+    assert rows_of(table) == expected
+    assert len(table) == 30
+    assert table.lengths.tolist() == [len(ids) for ids, _ in expected]
+    assert table.label_counts.tolist() == [len(ids) - boundary for ids, boundary in expected]
+    assert table.skipped == []
+    assert table.names([0, 29]) == ["n000 (row 1)", "n029 (row 30)"]
+
+
+def test_rows_of_several_chunks(tmp_path, cache_dir):
+    """Rows lost or repeated where one chunk of tokenising ends and the next begins."""
+    rows = news(2 * CHUNK + 3)
+    counts = []
+    table = open_token_table(write_rows(tmp_path / "long.csv", rows), FORMAT, cache_dir, progress=counts.append)
+    assert rows_of(table) == [expected_row(row) for row in rows]
+    assert counts == [CHUNK, CHUNK, 3]
+
+
+def test_small_vocabularies_take_two_bytes_a_token(csv_path, cache_dir):
+    """A cache twice as big as it need be."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    assert table.ids(0).dtype == np.uint16
+    assert (table.folder / "tokens.bin").stat().st_size == 2 * table.lengths.sum()
+
+
+@pytest.mark.parametrize(("last", "dtype"), [(65535, np.uint16), (65536, np.uint32), (200_000, np.uint32)])
+def test_ids_over_65535_survive(csv_path, cache_dir, last, dtype):
+    """Ids of a big vocabulary, or of a small one with gaps, that wrap around in 16 bits."""
+    vocabulary = {**byte_tokenizer().get_vocab(), "é": 300}
+    del vocabulary["n"]
+    vocabulary["n"] = last
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    big = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, unk_token=end)
+    table = open_token_table(csv_path, PromptFormat(big, max_length=64), cache_dir)
+    assert table.ids(0).dtype == dtype
+    assert table.ids(0).tolist()[:4] == [last, ord("e"), ord("w"), ord("s")]
+
+
+def test_a_pickled_table_does_not_carry_its_tokens(tmp_path, cache_dir):
+    """A copy of the whole cache sent to each worker process that is not forked."""
+    table = open_token_table(write_rows(tmp_path / "long.csv", news(600)), FORMAT, cache_dir)
+    sent = pickle.dumps(table)
+    assert len(sent) < 1000 < table.lengths.sum()
+    assert rows_of(pickle.loads(sent)) == rows_of(table)
+
+
+# -- when it is used again --------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_file_is_not_tokenised_again(csv_path, cache_dir, monkeypatch):
+    """Minutes of tokenising before each run."""
+    first = open_token_table(csv_path, FORMAT, cache_dir)
+    forbid_building(monkeypatch)
+    again = open_token_table(csv_path, PromptFormat(byte_tokenizer(), max_length=64), cache_dir)
+    assert again.folder == first.folder
+    assert rows_of(again) == [expected_row(row) for row in news()]
+
+
+def add_a_token():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["news"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_format": PromptFormat(byte_tokenizer(), "{article} TL;DR: ", 64)},
+        {"prompt_format": PromptFormat(byte_tokenizer(), max_length=63)},
+        {"prompt_format": PromptFormat(add_a_token(), max_length=64)},
+        {"columns": {"article": "highlights", "highlights": "article"}},
+        {"on_bad_row": "skip"},
+    ],
+    ids=["template", "max_length", "tokenizer", "columns", "on_bad_row"],
+)
+def test_another_setting_is_another_cache(csv_path, cache_dir, change):
+    """Rows of an earlier template, length, tokenizer or column used in silence."""
+    first = open_token_table(csv_path, FORMAT, cache_dir)
+    other = open_token_table(**{"csv_path": csv_path, "prompt_format": FORMAT, "cache_dir": cache_dir, **change})
+    assert other.folder != first.folder
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]
+
+
+def test_another_content_of_the_same_size_and_time_is_another_cache(csv_path, cache_dir):
+    """A changed CSV taken for the old one because its name, size and time are the same."""
+    open_token_table(csv_path, FORMAT, cache_dir)
+    before = csv_path.stat()
+    csv_path.write_bytes(csv_path.read_bytes().replace(b"cat 7\n", b"dog 7\n"))
+    os.utime(csv_path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    assert bytes(table.ids(7)[table.boundaries[7] : -1].astype(np.uint8)) == b" dog 7"
+
+
+# -- damage and crashes -----------------------------------------------------------------------------------------
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x04
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, os.remove])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_found_and_made_again(csv_path, cache_dir, name, damage):
+    """Training on a cache that a full disk, a crash or a copy left damaged."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    assert sorted(path.name for path in table.folder.iterdir()) == FILES
+    before = {path.name: path.read_bytes() for path in table.folder.iterdir()}
+    damage(table.folder / name)
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]
+    if (name, damage) != ("manifest.json", truncate):  # its last byte is a line end: nothing is lost with it
+        assert {path.name: path.read_bytes() for path in table.folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"{}", b"\0\0\0", b'{"files": {}, "dtype": "uint16"}', b"\xff"])
+def test_a_manifest_that_says_nothing_is_damage(csv_path, cache_dir, content):
+    """A manifest that lists no files and so finds all of them right; a traceback from one that is no manifest."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    (table.folder / "manifest.json").write_bytes(content)
+    flip(table.folder / "tokens.bin")
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]
+
+
+def test_no_single_wrong_byte_of_the_manifest_does_harm(csv_path, cache_dir):
+    """Tokens read with another number of bytes each, because the manifest itself is not checked."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    manifest = table.folder / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        manifest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        if token_cache.is_whole(table.folder):
+            assert rows_of(TokenTable(table.folder)) == rows_of(table)
+
+
+def in_another_process(function, *arguments):
+    process = fork.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def open_and_die(csv_path, cache_dir, moment):
+    """Opens the table and kills its own process while it is being made."""
+
+    def die(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment != "tokenising":
+        setattr(token_cache, moment, die)
+    open_token_table(csv_path, FORMAT, cache_dir, progress=die if moment == "tokenising" else lambda rows: None)
+
+
+@pytest.mark.parametrize("moment", ["tokenising", "dump", "digest"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_crash_while_building_leaves_nothing_that_is_used(csv_path, cache_dir, monkeypatch, moment, damaged):
+    """Half of the rows taken for all of them after a kill."""
+    if damaged:
+        flip(open_token_table(csv_path, FORMAT, cache_dir).folder / "tokens.bin")
+    process = in_another_process(open_and_die, csv_path, cache_dir, moment)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]
+    forbid_building(monkeypatch)
+    open_token_table(csv_path, FORMAT, cache_dir)
+
+
+def test_a_crash_while_damaged_files_are_replaced_leaves_nothing_that_is_used(csv_path, cache_dir, monkeypatch):
+    """New and damaged files taken for one table after a kill between them."""
+    table = open_token_table(csv_path, FORMAT, cache_dir)
+    for name in FILES:
+        flip(table.folder / name)
+    replaced = []
+
+    def replace(path, target):
+        if len(replaced) == 3:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        os.replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(csv_path), "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            open_token_table(csv_path, FORMAT, cache_dir)
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]
+    assert [path.name for path in cache_dir.iterdir()] == [table.folder.name]
+
+
+def open_together(csv_path, cache_dir, barrier, results):
+    table = open_token_table(csv_path, FORMAT, cache_dir, progress=lambda rows: barrier.wait(60))
+    results.put(rows_of(table))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_may_build_at_once(csv_path, cache_dir, damaged):
+    """Two runs started together, of which one fails or reads what the other is writing."""
+    if damaged:
+        flip(open_token_table(csv_path, FORMAT, cache_dir).folder / "tokens.bin")
+    barrier, results = fork.Barrier(2), fork.Queue()
+    processes = [in_another_process(open_together, csv_path, cache_dir, barrier, results) for _ in range(2)]
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert found == [[expected_row(row) for row in news()]] * 2
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_nothing_is_left_of_a_refused_file(csv_path, cache_dir):
+    """A folder of rubbish for each attempt at a bad CSV."""
+    write_rows(csv_path, [*news(3), {"id": "n9", "article": "", "highlights": "x"}])
+    error_of(csv_path, FORMAT, cache_dir)
+    assert list(cache_dir.iterdir()) == []
+
+
+# -- bad rows and errors ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_csv(tmp_path):
+    """Row 2 has highlights that do not fit, row 4 no article, row 5 the id of row 1."""
+    rows = news(6)
+    rows[1]["highlights"] = "x" * 100
+    rows[3]["article"] = "  "
+    rows[4]["id"] = rows[0]["id"]
+    return write_rows(tmp_path / "bad.csv", rows)
+
+
+def test_bad_rows_are_an_error_with_row_id_and_reason(bad_csv, cache_dir):
+    """Rows that cannot be used left out without a word; a message without the row or the way out."""
+    message = error_of(bad_csv, FORMAT, cache_dir)
+    assert message.startswith(f"{bad_csv}: 3 of 6 rows are bad: row 2 (line 3, id 'n001'): highlights of 101 tokens")
+    assert "row 4 (line 5, id 'n003'): empty article" in message
+    assert "row 5 (line 6, id 'n000'): the id is that of row 1" in message
+    assert 'on_bad_row "skip"' in message
+
+
+def test_skipped_rows_are_all_listed_also_from_the_cache(bad_csv, cache_dir, monkeypatch):
+    """Rows skipped but not counted, or listed only on the first run; rows after them shifted."""
+    open_token_table(bad_csv, FORMAT, cache_dir, on_bad_row="skip")
+    forbid_building(monkeypatch)
+    table = open_token_table(bad_csv, FORMAT, cache_dir, on_bad_row="skip")
+    assert [(row.number, row.line, row.id) for row in table.skipped] == [(2, 3, "n001"), (4, 5, "n003"), (5, 6, "n000")]
+    assert "101 tokens" in table.skipped[0].reason
+    assert rows_of(table) == [expected_row(news()[index]) for index in (0, 2, 5)]
+    assert table.names([0, 1, 2]) == ["n000 (row 1)", "n002 (row 3)", "n005 (row 6)"]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_a_file_without_a_usable_row_is_refused(tmp_path, cache_dir, on_bad_row):
+    """Training on nothing."""
+    rows = [{**row, "highlights": "x" * 100} for row in news(2)]
+    message = error_of(write_rows(tmp_path / "bad.csv", rows), FORMAT, cache_dir, on_bad_row=on_bad_row)
+    assert "2 of 2 rows are bad" in message
+    assert "no usable row is left" in message
+
+
+def test_an_unknown_on_bad_row_is_refused(csv_path, cache_dir):
+    """A misspelt "error" that skips rows in silence."""
+    assert "on_bad_row is 'eror'" in error_of(csv_path, FORMAT, cache_dir, on_bad_row="eror")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_a_csv_that_cannot_be_read_is_named(tmp_path, cache_dir, kind):
+    """A traceback for a wrong path."""
+    path = tmp_path if kind == "folder" else tmp_path / "none.csv"
+    message = error_of(path, FORMAT, cache_dir)
+    assert message.startswith(f"{path}: cannot be read")
+    assert "check the path" in message
+
+
+def test_a_cache_folder_that_is_a_file_is_an_error(csv_path, tmp_path):
+    """A traceback where the cache cannot be written."""
+    target = tmp_path / "taken"
+    target.write_text("mine", encoding="utf-8")
+    message = error_of(csv_path, FORMAT, target)
+    assert message.startswith(f"dataset_kwargs.cache_dir: {target}")
+    assert "name another folder" in message
+    assert target.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("call", ["mkdtemp", "write_table", "install"])
+def test_a_full_or_forbidden_disk_is_an_error(csv_path, cache_dir, monkeypatch, call):
+    """A traceback, or half a cache left behind, where the disk refuses."""
+
+    def refuse(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_cache.tempfile if call == "mkdtemp" else token_cache, call, refuse)
+    message = error_of(csv_path, FORMAT, cache_dir)
+    assert message.startswith(f"dataset_kwargs.cache_dir: {cache_dir}")
+    assert "No space left on device" in message
+    assert list(cache_dir.iterdir()) == []
+
+
+def test_a_cache_has_no_code_in_it(csv_path, cache_dir):
+    """Arrays of objects, which are unpickled when they are loaded."""
+    folder = open_token_table(csv_path, FORMAT, cache_dir).folder
+    for name in ("offsets", "boundaries", "numbers"):
+        assert np.load(folder / f"{name}.npy", allow_pickle=False).dtype == np.int64
+    assert set(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]) == set(FILES) - {
+        "manifest.json"
+    }

@@ -1,0 +1,276 @@
+"""The loop: one division a step, the last window, clipping, what stops a run, what evaluation must not change."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.objective import LossTerms
+from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
+from utils.gradients import divide_and_clip, gradient_norm
+
+
+def test_same_step_for_every_split_into_micro_batches(tmp_path):
+    """Fault: means of micro-batch means, so that 8x1 and 1x8 train different models (case A17)."""
+    project = make_project(tmp_path, layers=2)
+    results = []
+    for batch, accumulation in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        output = tmp_path / f"run-{batch}"
+        config = changed(
+            project, dataset_kwargs={"train_batch_size": batch},
+            trainer_kwargs={"output_dir": str(output), "gradient_accumulation_steps": accumulation},
+        )
+        assert run(tmp_path, config) == 0
+        assert len(metrics(output)) == 5
+        results.append((weights(output / "model_checkpoints/last"), metrics(output)))
+    start = weights(tmp_path / "model")
+    for found, lines in results[1:]:
+        assert largest_difference(results[0][0], found) < 1e-5
+        assert [line["label_tokens"] for line in lines] == [line["label_tokens"] for line in results[0][1]]
+        losses = [[line["loss"] for line in each] for each in (lines, results[0][1])]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert largest_difference(start, results[0][0]) > 1e-3
+
+
+def test_token_budget_changes_no_step(tmp_path):
+    """Fault: a token budget that changes which rows make a step."""
+    project = make_project(tmp_path)
+    found = []
+    for budget in (None, 300):
+        output = tmp_path / f"run-{budget}"
+        config = changed(project, dataset_kwargs={"train_batch_size": 8, "tokens_per_batch": budget},
+                         trainer_kwargs={"output_dir": str(output)})
+        assert run(tmp_path, config) == 0
+        found.append(weights(output / "model_checkpoints/last"))
+    assert largest_difference(*found) < 1e-5
+
+
+class Distance(nn.Module):
+    """A one-parameter objective: the sum over rows of (w - x)^2, x being the row's first token."""
+
+    def __init__(self, language_model):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+        self.language_model = [language_model]
+
+    def forward(self, input_ids, attention_mask, labels):
+        loss = ((self.w - input_ids[:, 0].double()) ** 2).sum()
+        return LossTerms(loss, len(input_ids), {})
+
+
+class OneTokenRows:
+    """A table of rows 1, 2, ...: one token and one label each."""
+
+    def __init__(self, values):
+        self.values = values
+        self.lengths = np.ones(len(values), dtype=np.int64)
+        self.boundaries = np.zeros(len(values), dtype=np.int64)
+        self.label_counts = self.lengths
+
+    def __len__(self):
+        return len(self.values)
+
+    def ids(self, row):
+        return np.array([self.values[row]])
+
+    def names(self, rows):
+        return [str(row) for row in rows]
+
+
+def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
+    """A Trainer over rows 1 to 5 with SGD, lr 0.1 and accumulation 4, and its objective."""
+    from tests.conftest import tiny_language_model
+    from utils.checkpoint import Checkpoints
+    from utils.config import FineTuneConfig
+    from utils.devices import Place
+    from utils.run_log import RunLog
+    from utils.signals import StopRequest
+    from utils.trainer import Trainer
+
+    config = FineTuneConfig.model_validate({
+        "trainer_kwargs": {"gradient_accumulation_steps": 4, "gradient_clipping": None, "monitor_val": False,
+                           "output_dir": str(tmp_path), **trainer_kwargs},
+        "optimizer_kwargs": {"type": "SGD", "lm_lr": 0.1},
+    })
+    language_model = tiny_language_model()
+    objective = objective_class(language_model)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    log = RunLog(tmp_path)
+    trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), None,
+                      Place(torch.device("cpu")), log, Checkpoints(tmp_path / "c", "run", 2), StopRequest())
+    return trainer, objective
+
+
+def test_last_window_is_flushed_and_divided_by_its_own_rows(tmp_path):
+    """Fault: the last incomplete window dropped (w stays 0.5), or divided by 4 instead of 1 (0.725) (case A17)."""
+    trainer, objective = make_trainer(tmp_path)
+    steps = [[np.array([row]) for row in range(4)], [np.array([4])]]
+    found = []
+    for step in steps:
+        from data.batches import load_batches
+
+        trainer.train_step(step, iter(load_batches(trainer.table, step, 0)), 0.1)
+        found.append(objective.w.item())
+    assert found == pytest.approx([0.5, 1.4], abs=1e-6)
+
+
+def test_plan_of_a_run_keeps_the_last_window(tmp_path):
+    """Fault: a run over 5 rows with accumulation 4 that does one step only."""
+    trainer, _ = make_trainer(tmp_path)
+    assert [len(step) for step in trainer.plan()] == [4, 1]
+
+
+def test_tokens_not_micro_batches_are_weighted():
+    """Fault: mean of micro-batch means, 2.5, where the mean over tokens is 1.75 (case A17)."""
+    weight = nn.Parameter(torch.ones(()))
+    for losses in ([4.0], [1.0, 1.0, 1.0]):
+        (weight * torch.tensor(losses)).sum().backward()
+    divide_and_clip([weight], 4, gradient_norm([weight]).item() / 4, None)
+    assert weight.grad.item() == pytest.approx(1.75)
+
+
+def test_clipping_acts_on_the_divided_gradient():
+    """Fault: clipping before the division (or before unscaling) leaves a gradient far too small (case A17)."""
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0]) * 65536
+    norm = gradient_norm([weight]).item() / 65536
+    assert norm == pytest.approx(5.0)
+    divide_and_clip([weight], 65536, norm, 1.0)
+    assert weight.grad.tolist() == pytest.approx([0.6, 0.8], abs=1e-6)
+    weight.grad = torch.tensor([0.3, 0.4])
+    divide_and_clip([weight], 1, 0.5, 1.0)
+    assert weight.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+class Poisoned(Distance):
+    """Loss NaN for the row whose token is 3."""
+
+    def forward(self, input_ids, attention_mask, labels):
+        terms = super().forward(input_ids, attention_mask, labels)
+        return terms._replace(loss_sum=terms.loss_sum * (float("nan") if (input_ids == 3).any() else 1.0))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
+    """Fault: one NaN step makes a saved model all NaN and the run "successful" (case A11)."""
+    from data.batches import load_batches
+    from utils.trainer import TrainingError
+
+    trainer, objective = make_trainer(tmp_path, Poisoned)
+    step = [np.array([0, 1]), np.array([2, 3])]
+    with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2, 3;"):
+        trainer.train_step(step, iter(load_batches(trainer.table, step, 0)), 0.1)
+    assert objective.w.item() == 0.0
+
+
+def test_a_run_with_a_loss_that_is_not_finite_keeps_its_checkpoint(tmp_path, capsys):
+    """Fault: a diverged run overwrites its last good checkpoint, or ends in a traceback."""
+    config = changed(make_project(tmp_path), optimizer_kwargs={"lm_lr": 1e30},
+                     trainer_kwargs={"n_batch_ckpt_save": 1, "gradient_clipping": None, "keep_checkpoints": 9})
+    assert run(tmp_path, config) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train.py: error: optimizer step")
+    assert "row-" in error
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run/model_checkpoints/last").values())
+
+
+def test_evaluation_changes_nothing_of_training(tmp_path):
+    """Fault: evaluation draws random numbers, or leaves the model in eval mode: dropout then differs (A19, A20)."""
+    project = make_project(tmp_path, dropout=0.3)
+    found = []
+    for monitor in (True, False):
+        output = tmp_path / f"run-{monitor}"
+        config = changed(project, trainer_kwargs={
+            "output_dir": str(output), "epochs": 2, "monitor_val": monitor, "metrics": ["rouge"] if monitor else [],
+        })
+        assert run(tmp_path, config) == 0
+        found.append(weights(output / "model_checkpoints/last"))
+        lines = metrics(output, "validation")
+        assert [line["epoch"] for line in lines] == ([0, 1] if monitor else [])
+    assert largest_difference(*found) == 0.0
+
+
+def test_first_line_is_logged_and_learning_rates_are_those_used(tmp_path):
+    """Fault: learning rates logged one step late, or the first step missing from metrics.jsonl."""
+    config = changed(make_project(tmp_path, rows=12), trainer_kwargs={"log_every": 4}, optimizer_kwargs={"lm_lr": 1e-3},
+                     lr_scheduler_kwargs={"num_warmup_steps": 2})
+    assert run(tmp_path, config) == 0
+    found = {line["step"]: line["learning_rate"] for line in metrics(tmp_path / "run")}
+    assert found == pytest.approx({1: 0.0, 4: 7.5e-4, 6: 2.5e-4})
+
+
+def test_early_stopping_and_best_checkpoint(tmp_path):
+    """Fault: `best` follows the newest epoch, or a run whose loss rises never stops."""
+    rows = make_rows(8)
+    config = changed(
+        make_project(tmp_path, rows=8), trainer_kwargs={"epochs": 30}, optimizer_kwargs={"lm_lr": 0.3},
+        callbacks_kwargs={"kwargs": {"patience": 2}},
+    )
+    assert len(rows) == 8
+    assert run(tmp_path, config) == 0
+    lines = metrics(tmp_path / "run", "validation")
+    losses = [line["loss"] for line in lines]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 30
+    checkpoints = tmp_path / "run/model_checkpoints"
+    assert (checkpoints / "best").resolve().name == f"step-{lines[best]['step']}"
+    assert (checkpoints / "last").resolve().name == f"step-{lines[-1]['step']}"
+
+
+def test_plateau_doubles_the_accumulation(tmp_path, capsys):
+    """Fault: increase_batch_size_on_plateau without effect."""
+    config = changed(
+        make_project(tmp_path, rows=8), trainer_kwargs={"epochs": 6}, optimizer_kwargs={"lm_lr": 1e-9},
+        callbacks_kwargs={"kwargs": {"patience": 1, "threshold": 0.1}},
+        lr_scheduler_kwargs={"increase_batch_size_on_plateau": True},
+    )
+    assert run(tmp_path, config) == 0
+    steps = [line["epoch"] for line in metrics(tmp_path / "run")]
+    assert [steps.count(epoch) for epoch in range(4)] == [4, 4, 2, 1]
+    assert "accumulation is now 2" in capsys.readouterr().err
+
+
+def test_adaptive_loss_scaling(tmp_path):
+    """Fault: the scale is not sigmoid(baseline - score), or a better score does not become the baseline."""
+    config = changed(
+        make_project(tmp_path, rows=8), trainer_kwargs={
+            "adaptive_loss_scaling": True, "loss_scaling_batch": 2, "metrics": ["rouge"], "baseline_threshold": 0.2,
+        },
+    )
+    assert run(tmp_path, config) == 0
+    lines = metrics(tmp_path / "run", "loss_scaling")
+    assert [line["step"] for line in lines] == [2, 4]
+    baseline = 0.2
+    for line in lines:
+        assert line["loss_scale"] == pytest.approx(1 / (1 + np.exp(-(baseline - line["score"]))))
+        baseline = max(baseline, line["score"])
+    steps = metrics(tmp_path / "run")
+    assert [line["loss"] / line["cross_entropy"] for line in steps] == pytest.approx(
+        [1, 1, lines[0]["loss_scale"], lines[0]["loss_scale"]]
+    )
+
+
+def test_metrics_are_strict_json_with_all_keys(tmp_path):
+    """Fault: NaN in metrics.jsonl, or keys that users' plots read are missing."""
+    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "monitor_train": True})
+    assert run(tmp_path, config) == 0
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in text.splitlines()]
+    train = {"split", "step", "epoch", "loss", "cross_entropy", "learning_rate", "grad_norm", "label_tokens",
+             "tokens_per_second"}
+    assert train <= lines[0].keys()
+    validation = next(line for line in lines if line["split"] == "validation")
+    assert {"step", "epoch", "loss", "perplexity", "rouge1", "rouge2", "rougeL", "rougeLsum"} <= validation.keys()
+    assert validation["perplexity"] == pytest.approx(np.exp(validation["loss"]))
+    assert any((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_scores_and_predictions_of_a_run(tmp_path):
+    """Fault: save_predictions without effect, or scores that no one can trace to rows."""
+    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "save_predictions": True})
+    assert run(tmp_path, config) == 0
+    records = json.loads((tmp_path / "run/predictions/validation-step-4.json").read_text())
+    assert [record["id"] for record in records] == [row["id"] for row in make_rows(6, seed=1)]
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["validation"]["rouge1"] == pytest.approx(np.mean([record["rouge"]["rouge1"] for record in records]))
