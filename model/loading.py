@@ -33,6 +33,7 @@ DEMO_TOKENIZER = Path("data/demo/tokenizer")
 WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What the libraries raise for a file or a value that is wrong.
 LIBRARY_ERRORS = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
@@ -66,8 +67,8 @@ def load_language_model(
             f"architecture {architecture} changes the shape of '{name}', so its weights cannot be used: "
             "set from_scratch to true, or remove architecture"
         )
-    the_tokenizer = load_tokenizer(tokenizer or name)
     config = model_config(name, without_hub=random_weights or weights is not None)
+    the_tokenizer = load_tokenizer(tokenizer or name)
     if random_weights:
         apply_architecture(config, architecture or {}, the_tokenizer)
     if dropout is not None:
@@ -109,6 +110,8 @@ def load_tokenizer(source: str):
                 f"{DEMO_TOKENIZER} is missing: '{source}' needs the demo's tokenizer: run python -m data.demo_news"
             )
         source = str(DEMO_TOKENIZER)
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(f"{source} has no tokenizer (tokenizer.json): name another in model_arch.tokenizer")
     return from_source(AutoTokenizer, source, "tokenizer.json")
 
 

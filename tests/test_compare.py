@@ -73,9 +73,9 @@ def test_this_folder_has_its_name(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("content", [
     "{", "[]", "{}", "3", '{"step": 3, "validation": {}}', b"\xff\xfe",
-    json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": dict.fromkeys(METRICS, [0, 1])}),
-    json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": dict.fromkeys(METRICS, [0]), "rows": 3}),
-    json.dumps({**dict.fromkeys(METRICS, None), "confidence_intervals": dict.fromkeys(METRICS, [0, 1]), "rows": 3}),
+    json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": {key: [0, 1] for key in METRICS}}),
+    json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": {key: [0] for key in METRICS}, "rows": 3}),
+    json.dumps({**dict.fromkeys(METRICS, None), "confidence_intervals": {key: [0, 1] for key in METRICS}, "rows": 3}),
 ])
 def test_file_that_is_no_scores(tmp_path, capsys, content):
     """Fault: a traceback, or half a table, for a file of another kind or a broken one."""

@@ -39,21 +39,21 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(length)] for length in lengths]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 9])
-def test_batch_equals_generate(batch_size):
+def test_batch_equals_generate():
     """A left-padded batch of very different lengths decodes other tokens than each prompt alone (A14)."""
     model = ending_model()
-    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33, 5, 18])
-    expected = [generated(model, prompt, 30) for prompt in prompts]
+    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33])
+    expected = [generated(model, prompt, 20) for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 3, "the rows should end at different times"
-    assert greedy_decode(model, prompts, 30, batch_size=batch_size) == expected
+    for batch_size in (1, 3, 10):
+        assert greedy_decode(model, prompts, 20, batch_size) == expected
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=7),
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6),
     batch_size=st.integers(1, 8),
-    new=st.integers(1, 12),
+    new=st.integers(1, 10),
     seed=st.integers(0, 50),
 )
 def test_any_batch_equals_generate(lengths, batch_size, new, seed):
@@ -66,8 +66,8 @@ def test_any_batch_equals_generate(lengths, batch_size, new, seed):
 def test_equal_lengths_equal_generate():
     """Prompts of one length run without a mask, and decode other tokens, or grow one when rows leave."""
     model = ending_model(3)
-    prompts = random_prompts([12] * 8)
-    assert greedy_decode(model, prompts, 20) == [generated(model, prompt, 20) for prompt in prompts]
+    prompts = random_prompts([12] * 6)
+    assert greedy_decode(model, prompts, 15) == [generated(model, prompt, 15) for prompt in prompts]
 
 
 def test_prompt_that_fills_the_context():
