@@ -27,8 +27,8 @@ def plan_epoch(
     """All optimizer steps of an epoch.
 
     The rows of a step depend on batch_size * accumulation alone, so that 1 x 8, 2 x 4, 4 x 2 and 8 x 1 train alike.
-    Rows are shuffled, sorted by length within windows, cut into steps, and the steps shuffled; the rows that do not
-    fill a step make a smaller last one. Inside a step rows are sorted by length and cut into micro-batches: of
+    Rows are shuffled, sorted by length within windows (of WINDOW rows, or a quarter of them all where that is less),
+    cut into steps, and the steps shuffled; the rows that do not fill a step make a smaller last one. Inside a step rows are sorted by length and cut into micro-batches: of
     `batch_size` rows, or, with `tokens_per_batch`, of as many rows as fit with padding (one row always does).
     The result is a function of the arguments alone: a resumed run goes on at any step of it.
 
@@ -38,7 +38,7 @@ def plan_epoch(
     per_step = batch_size * accumulation
     order = rng.permutation(len(lengths))
     full = len(order) // per_step * per_step
-    window = max(1, WINDOW // per_step) * per_step
+    window = max(1, min(WINDOW, full // 4) // per_step) * per_step  # one window of all rows: the same steps each epoch
     steps = []
     for start in range(0, full, window):
         rows = order[start : min(start + window, full)]

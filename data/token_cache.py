@@ -8,7 +8,6 @@ and the options, so a stale one is never used, and made beside its place and ren
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from data.prompts import PromptFormat, RowTooLong
 
 VERSION = 1  # raise it when the same input gives other files
 CHUNK = 512  # rows tokenised at a time, on all cores
+DTYPES = ("uint16", "uint32")  # of a token
+FILES = {"tokens.bin", "offsets.npy", "boundaries.npy", "numbers.npy", "ids.json", "skipped.json"}
 
 
 class TokenTable:
@@ -40,6 +41,9 @@ class TokenTable:
         self.numbers = np.load(folder / "numbers.npy")
         self.lengths = np.diff(self._offsets)
         self.skipped = [BadRow(**row) for row in json.loads((folder / "skipped.json").read_text(encoding="utf-8"))]
+
+    def __reduce__(self):
+        return TokenTable, (self.folder,)  # a memory map is pickled with all it holds, for each worker process
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -73,8 +77,11 @@ def open_token_table(
     highlights do not fit is a bad row. progress is called with the number of rows just tokenised.
 
     Raises:
-        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row.
+        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row; cache_dir cannot be written;
+            on_bad_row is neither.
     """
+    if on_bad_row not in ("error", "skip"):
+        raise DataError(f'on_bad_row is {on_bad_row!r}: use "error" or "skip"')
     folder = Path(cache_dir) / cache_key(csv_path, prompt_format, columns, on_bad_row)
     if not is_whole(folder):
         build_table(folder, csv_path, prompt_format, columns, on_bad_row, progress)
@@ -86,17 +93,19 @@ def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_ba
         with Path(csv_path).open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"{csv_path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{csv_path}: cannot be read ({error.strerror or error}): check the path") from error
     options = json.dumps([VERSION, content, prompt_format.fingerprint(), columns, on_bad_row], sort_keys=True)
     return f"{Path(csv_path).stem}-{hashlib.sha256(options.encode()).hexdigest()[:16]}"
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of the cache is there with the size and the sha256 it was written with."""
+    """Whether every file of the cache is there with the sha256 it was written with."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
+            return False
         return all(digest(folder / name) == value for name, value in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -106,29 +115,39 @@ def digest(path: Path) -> str:
 
 
 def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
+    scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        table = scratch / "table"  # a folder in it, because mkdtemp's own is closed to other users
+        table.mkdir()
+        write_table(table, csv_path, prompt_format, columns, on_bad_row, progress)
+        install(table, folder)
     except OSError as error:
-        raise DataError(f"dataset_kwargs.cache_dir: {folder.parent} cannot be written: {error.strerror}") from error
-    try:
-        write_table(scratch, csv_path, prompt_format, columns, on_bad_row, progress)
-        if folder.exists() and not is_whole(folder):
-            shutil.rmtree(folder)
-        scratch.chmod(0o755)
-        try:
-            os.rename(scratch, folder)
-        except OSError:
-            if not is_whole(folder):  # else another process was faster, with the same content
-                raise
-    except OSError as error:
-        raise DataError(f"dataset_kwargs.cache_dir: {folder} cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise DataError(
+            f"dataset_kwargs.cache_dir: {folder} cannot be written ({reason}): make room for it, or name another folder"
+        ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def install(table: Path, folder: Path) -> None:
+    """Moves a finished table to its place. A whole one that another process put there is as good and stays."""
+    try:
+        table.rename(folder)
+    except OSError:
+        if is_whole(folder):
+            return
+        # File by file over a damaged one: the name promises the same bytes, and no reader ever finds a file missing.
+        for path in table.iterdir():
+            path.replace(folder / path.name)
 
 
 def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
-    dtype = "uint16" if len(prompt_format.tokenizer) <= 1 << 16 else "uint32"
+    greatest = max(prompt_format.tokenizer.get_vocab().values())  # not the number of tokens: ids may have gaps
+    dtype = "uint16" if greatest < 1 << 16 else "uint32"
     lengths, boundaries, numbers, ids, bad_rows = [], [], [], [], []
     with (folder / "tokens.bin").open("wb") as tokens:
         for chunk in chunks(iterate_articles(csv_path, columns), CHUNK):
@@ -146,15 +165,17 @@ def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, prog
                 ids.append(article.id)
             progress(len(chunk))
     total = len(ids) + len(bad_rows)
+    bad_rows.sort(key=lambda row: row.number)
     if bad_rows and (on_bad_row == "error" or not ids):
-        raise DataError(describe_bad_rows(csv_path, sorted(bad_rows, key=lambda row: row.number), total))
-    if not ids:
-        raise DataError(f"{csv_path} has no rows: expected at least one article with highlights")
+        remedy = 'correct them, or go on without them with dataset_kwargs.on_bad_row "skip"'
+        if not ids:
+            remedy = "no usable row is left: correct them"
+        raise DataError(f"{describe_bad_rows(csv_path, bad_rows, total)}: {remedy}")
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     np.save(folder / "boundaries.npy", np.array(boundaries, dtype=np.int64))
     np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
     dump(folder / "ids.json", ids)
-    dump(folder / "skipped.json", [asdict(row) for row in sorted(bad_rows, key=lambda row: row.number)])
+    dump(folder / "skipped.json", [asdict(row) for row in bad_rows])
     files = {path.name: digest(path) for path in sorted(folder.iterdir())}
     dump(folder / "manifest.json", {"version": VERSION, "dtype": dtype, "files": files})
 

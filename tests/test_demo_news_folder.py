@@ -113,7 +113,7 @@ def test_damaged_folder_is_made_again(tmp_path, harm):
 
 
 @pytest.mark.parametrize("foreign", [
-    "notes.txt", "tokenizer/mine.json", "mine/", "mine/a.csv", ".hidden", "link", "dead",
+    "notes.txt", "tokenizer/mine.json", "mine/", "mine/a.csv", ".hidden", "link", "dead", "test.csv",
 ])
 def test_foreign_files_are_never_deleted(tmp_path, capsys, foreign):
     """Making the demo again deletes a file, an empty folder or a link that its user put there."""
@@ -121,7 +121,8 @@ def test_foreign_files_are_never_deleted(tmp_path, capsys, foreign):
     assert run(folder) == 0
     (tmp_path / "elsewhere").mkdir()
     place = folder / foreign
-    if foreign in ("link", "dead"):
+    if foreign in ("link", "dead", "test.csv"):  # also in the place of one of the demo's own files
+        place.unlink(missing_ok=True)
         place.symlink_to(tmp_path / ("elsewhere" if foreign == "link" else "nowhere"))
     elif foreign.endswith("/"):
         place.mkdir()

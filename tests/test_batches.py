@@ -1,0 +1,288 @@
+"""Which rows make which step, their order, resuming, and collation (A12, A17, A20)."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data.articles import read_articles
+from data.batches import WINDOW, collate, evaluation_batches, load_batches, plan_epoch
+from data.prompts import PromptFormat
+from data.token_cache import open_token_table
+from tests.conftest import END, byte_tokenizer, write_rows
+
+SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]  # batch size, accumulation
+
+
+def lengths_of(count, seed=0, longest=1000):
+    return np.random.default_rng(seed).integers(3, longest + 1, count)
+
+
+def as_lists(plan):
+    return [[batch.tolist() for batch in step] for step in plan]
+
+
+def rows_of_steps(plan):
+    return [sorted(row for batch in step for row in batch.tolist()) for step in plan]
+
+
+def padding_share(batches, lengths):
+    """Padding tokens over all tokens of the batches."""
+    size = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    return 1 - sum(int(lengths[rows].sum()) for rows in batches) / size
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 700])
+@pytest.mark.parametrize("count", [5, 8, 300, 1003])
+def test_steps_hold_the_same_rows_however_they_are_cut(count, tokens_per_batch):
+    """Another step, and other weights, for 1 x 8 than for 8 x 1 (A17)."""
+    lengths = lengths_of(count)
+    expected = rows_of_steps(plan_epoch(lengths, 8, 1, seed=3, epoch=2))
+    for batch_size, accumulation in SHAPES:
+        plan = plan_epoch(lengths, batch_size, accumulation, 3, 2, tokens_per_batch)
+        assert rows_of_steps(plan) == expected
+        if tokens_per_batch is None:
+            assert all(len(batch) <= batch_size for step in plan for batch in step)
+            assert all(len(step) <= accumulation for step in plan)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    count=st.integers(0, 700),
+    batch_size=st.integers(1, 40),
+    accumulation=st.integers(1, 20),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 50),
+    tokens_per_batch=st.none() | st.integers(1, 5000),
+)
+def test_every_row_comes_exactly_once(count, batch_size, accumulation, seed, epoch, tokens_per_batch):
+    """Rows lost at the end of a window or of the epoch, or taken twice; steps of the wrong size (A17)."""
+    lengths = lengths_of(count, seed)
+    plan = plan_epoch(lengths, batch_size, accumulation, seed, epoch, tokens_per_batch)
+    per_step = batch_size * accumulation
+    sizes = [len(rows) for rows in rows_of_steps(plan)]
+    assert sorted(row for rows in rows_of_steps(plan) for row in rows) == list(range(count))
+    assert sizes == [per_step] * (count // per_step) + [count % per_step] * (count % per_step > 0)
+    for rows in (batch for step in plan for batch in step):
+        assert len(rows) > 0
+        if tokens_per_batch is not None and len(rows) > 1:
+            assert len(rows) * lengths[rows].max() <= tokens_per_batch
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(5, [4, 1]), (24, [4] * 6), (4, [4]), (1, [1])])
+def test_the_last_window_is_a_step_of_its_own(rows, steps):
+    """The last incomplete accumulation window dropped, or never stepped (A17)."""
+    plan = plan_epoch(lengths_of(rows), 1, 4, seed=1, epoch=0)
+    assert [len(step) for step in plan] == steps
+
+
+@pytest.mark.parametrize("count", [40, 200, 2000])
+def test_each_epoch_has_an_order_of_its_own(count):
+    """The order of epoch 0 in every epoch (A20); rows that meet the same others each time, their lengths deciding."""
+    lengths = lengths_of(count)
+    plans = [plan_epoch(lengths, 4, 2, seed=7, epoch=epoch) for epoch in range(4)]
+    assert len({str(as_lists(plan)) for plan in plans}) == 4
+    companions = [{tuple(rows) for rows in rows_of_steps(plan)} for plan in plans]
+    assert not companions[0] & companions[1]
+
+
+def test_steps_are_not_in_the_order_of_length():
+    """Short rows at the beginning of each window and long ones at its end: a loss that swings."""
+    lengths = np.arange(1, WINDOW + 1)
+    means = [lengths[np.concatenate(step)].mean() for step in plan_epoch(lengths, 8, 1, seed=1, epoch=0)]
+    assert means not in (sorted(means), sorted(means, reverse=True))
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 900])
+def test_a_fresh_plan_goes_on_where_the_first_one_stopped(tokens_per_batch):
+    """Other rows after a resume: an order that hangs on random numbers drawn meanwhile (A20)."""
+    lengths = lengths_of(67)
+    for epoch in range(3):
+        whole = as_lists(plan_epoch(lengths, 2, 4, 1234, epoch, tokens_per_batch))
+        for done in range(len(whole) + 1):
+            random.seed(done)
+            np.random.seed(done)
+            torch.manual_seed(done)
+            assert as_lists(plan_epoch(lengths.copy(), 2, 4, 1234, epoch, tokens_per_batch)[done:]) == whole[done:]
+
+
+def test_seeds_give_different_orders():
+    """A seed that is not used."""
+    lengths = lengths_of(100)
+    assert as_lists(plan_epoch(lengths, 4, 1, 1, 0)) != as_lists(plan_epoch(lengths, 4, 1, 2, 0))
+
+
+def test_planning_draws_nothing_from_the_global_generators():
+    """Training that differs because its batches were planned once more, as on resuming (A20)."""
+    assert_draws_nothing(lambda: plan_epoch(lengths_of(100), 4, 2, 1, 0))
+
+
+def test_the_budget_holds_but_for_single_rows():
+    """A batch over the token budget; a row over it that is dropped or never ends the loop."""
+    lengths = np.array([10, 20, 30, 100, 40, 5, 7, 250])
+    plan = plan_epoch(lengths, 8, 1, seed=0, epoch=0, tokens_per_batch=100)
+    cut = [sorted(lengths[rows].tolist()) for rows in plan[0]]
+    assert cut == [[250], [100], [30, 40], [5, 7, 10, 20]]
+
+
+def test_the_longest_rows_of_a_step_come_first():
+    """A step that runs out of memory only after half its work."""
+    lengths = lengths_of(64)
+    for step in plan_epoch(lengths, 2, 8, seed=0, epoch=0):
+        assert sorted(lengths[np.concatenate(step)], reverse=True) == lengths[np.concatenate(step)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [(1, [1]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (9, [4, 4, 1]), (1000, [4, 4, 1]), (None, [4, 4, 1])],
+)
+def test_a_bound_on_micro_batches(most, sizes):
+    """`ckpt_training_batch` off by one, or a step that it cuts left out."""
+    lengths = lengths_of(18)  # 2 x 4: steps of 8, 8 and 2 rows
+    plan = plan_epoch(lengths, 2, 4, 1, 0, max_micro_batches=most)
+    assert [len(step) for step in plan] == sizes
+    whole = [batch for step in as_lists(plan_epoch(lengths, 2, 4, 1, 0)) for batch in step]
+    assert [batch for step in as_lists(plan) for batch in step] == whole[:most]
+
+
+def test_evaluation_takes_every_row_the_longest_first():
+    """Rows left out of a validation loss."""
+    lengths = lengths_of(21)
+    batches = evaluation_batches(lengths, 8)
+    assert [len(rows) for rows in batches] == [8, 8, 5]
+    order = np.concatenate(batches)
+    assert sorted(order.tolist()) == list(range(21))
+    assert lengths[order].tolist() == sorted(lengths.tolist(), reverse=True)
+
+
+def test_little_padding_on_real_lengths(shared):
+    """Buckets that save nothing: random batches of CNN/DailyMail are a fifth padding and more."""
+    articles, _ = read_articles(shared / "data" / "cnn_dm_train.csv")
+    sample = articles[::4]
+    prompt_format = PromptFormat(AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer"))
+    rows = prompt_format.training_rows([row.article for row in sample], [row.highlights for row in sample])
+    lengths = np.array([len(ids) for ids, _ in rows])
+    order = np.random.default_rng(0).permutation(len(lengths))
+    assert padding_share([order[start : start + 8] for start in range(0, len(order), 8)], lengths) > 0.15
+    for epoch in range(3):
+        batches = [rows for step in plan_epoch(lengths, 8, 1, 1, epoch) for rows in step]
+        assert padding_share(batches, lengths) < 0.05
+
+
+# -- collation --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """What collation asks of a token table, in memory."""
+
+    rows: list  # of (ids, boundary)
+
+    @property
+    def lengths(self):
+        return np.array([len(ids) for ids, _ in self.rows])
+
+    @property
+    def boundaries(self):
+        return np.array([boundary for _, boundary in self.rows])
+
+    def ids(self, row):
+        return np.array(self.rows[row][0], dtype=np.uint16)
+
+
+def test_the_case_where_padding_is_the_end():
+    """The end of the summary masked because its id is that of the padding; padding learnt or attended to (A12)."""
+    table = Rows([([81, 58, 111, 107, END], 2), ([81, 58, 110, 111, 33, END], 2)])
+    batch = collate(table, np.array([0, 1]), END)
+    assert batch["input_ids"].tolist() == [[81, 58, 111, 107, 256, 256], [81, 58, 110, 111, 33, 256]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 111, 107, 256, -100], [-100, -100, 110, 111, 33, 256]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_end_of_text_in_a_prompt_stays_attended():
+    """A begin-of-text, the same id as the padding, taken for padding (A12)."""
+    batch = collate(Rows([([END, 81, 111, END], 2), ([END, 81, 82, 111, END], 3)]), np.array([0, 1]), END)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, -100, 111, 256, -100], [-100, -100, -100, 111, 256]]
+
+
+some_rows = st.lists(
+    st.lists(st.integers(0, END), min_size=2, max_size=12).flatmap(
+        lambda ids: st.tuples(st.just(ids), st.integers(0, len(ids) - 1))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(rows=some_rows, pad_id=st.integers(0, END), data=st.data())
+def test_collation_is_that_of_the_plain_way(rows, pad_id, data):
+    """Any row shifted, cut or masked wrongly: against torch's own padding of lists."""
+    chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
+    batch = collate(Rows(rows), np.array(chosen), pad_id)
+    ids = [torch.tensor(rows[row][0]) for row in chosen]
+    labels = [torch.tensor([-100] * rows[row][1] + rows[row][0][rows[row][1] :]) for row in chosen]
+
+    def pad(tensors, value):
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    assert torch.equal(batch["input_ids"], pad(ids, pad_id))
+    assert torch.equal(batch["labels"], pad(labels, -100))
+    assert torch.equal(batch["attention_mask"], pad([torch.ones_like(row) for row in ids], 0))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A real table of 40 rows."""
+    rows = [{"id": str(n), "article": "x" * (1 + n * 7 % 50), "highlights": "y" * (1 + n % 9)} for n in range(40)]
+    return open_token_table(
+        write_rows(tmp_path / "news.csv", rows), PromptFormat(byte_tokenizer(), max_length=128), tmp_path / "cache"
+    )
+
+
+def assert_draws_nothing(action):
+    """The action leaves the global generators of Python, NumPy and torch as they were."""
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    action()
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loaded_batches_are_the_collated_ones_in_order(table, num_workers):
+    """Worker processes that change the order or the content of the batches."""
+    batches = [rows for step in plan_epoch(table.lengths, 4, 2, 1, 0) for rows in step]
+    loaded = list(load_batches(table, batches, END, num_workers))
+    assert len(loaded) == len(batches)
+    assert all(same(batch, collate(table, rows, END)) for batch, rows in zip(loaded, batches, strict=True))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loading_draws_nothing_from_the_global_generators(table, num_workers):
+    """Dropout that differs after a resume, or with validation, because a loader drew its seed (A20)."""
+    batches = evaluation_batches(table.lengths, 8)
+    assert_draws_nothing(lambda: list(load_batches(table, batches, END, num_workers)))
+
+
+def test_no_batches_are_no_batches(table):
+    """A process with no share of the last step that fails."""
+    assert list(load_batches(table, [], END)) == []
