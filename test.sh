@@ -10,5 +10,6 @@ if [ "${1:-}" = "--all" ]; then
     select=()
 fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=1 # one thread for each of the two pytest processes
 "$python" -m ruff check .
 exec "$python" -m pytest -n 2 --dist worksteal "${select[@]}" "$@"

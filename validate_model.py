@@ -38,7 +38,7 @@ def validate(options: ValidateOptions) -> int:
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
     if options.model_path == LEAD_3:
-        texts, facts = [lead_sentences(row.article) for row in articles], {}
+        texts, facts = [lead_sentences(row.article) for row in articles], {"prompt_template": None}
     else:
         texts, facts = model_predictions(options, articles, place, log)
     facts["seconds"] = round(time.perf_counter() - started, 3)

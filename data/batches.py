@@ -27,9 +27,10 @@ def plan_epoch(
     """All optimizer steps of an epoch.
 
     The rows of a step depend on batch_size * accumulation alone, so that 1 x 8, 2 x 4, 4 x 2 and 8 x 1 train alike.
-    Rows are shuffled, sorted by length within windows (of WINDOW rows, or a quarter of them all where that is less),
-    cut into steps, and the steps shuffled; the rows that do not fill a step make a smaller last one. Inside a step rows are sorted by length and cut into micro-batches: of
-    `batch_size` rows, or, with `tokens_per_batch`, of as many rows as fit with padding (one row always does).
+    Rows are shuffled, sorted by length within windows (of WINDOW rows, or of a quarter of them all where that is
+    less), cut into steps, and the steps shuffled; the rows that do not fill a step make a smaller last one. Inside a
+    step rows are sorted by length and cut into micro-batches: of `batch_size` rows, or, with `tokens_per_batch`, of as
+    many rows as fit with padding (one row always does).
     The result is a function of the arguments alone: a resumed run goes on at any step of it.
 
     max_micro_batches: the epoch ends after so many; a step that it cuts is done with the micro-batches left to it.

@@ -60,7 +60,8 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     except USER_ERRORS as error:
         return fail(name, str(error), 2, debug)
     except torch.OutOfMemoryError:
-        remedy = "lower dataset_kwargs.train_batch_size and raise trainer_kwargs.gradient_accumulation_steps as much"
+        remedy = ("make the batch smaller (training: dataset_kwargs.train_batch_size, with as much more "
+                  "gradient_accumulation_steps; validate_model.py: --batch_size)")
         return fail(name, f"the GPU's memory is full: {remedy}", 1, debug)
     except (TrainingError, OSError) as error:
         return fail(name, str(error), 1, debug)
