@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoint import assert_of_step, leftovers, save, snapshot, steps_of
 
+from tests.test_checkpoint import assert_of_step, leftovers, save, snapshot, steps_of
 from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -147,8 +147,8 @@ def test_crash_at_each_rename(tmp_path, monkeypatch, step, after):
 ENDLESS = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_checkpoint import Checkpoints, save
+sys.path.insert(0, ".")
+from tests.test_checkpoint import Checkpoints, save
 checkpoints = Checkpoints(Path(sys.argv[1]), "run-a", 2)
 step = int(sys.argv[2])
 print("ready", flush=True)
