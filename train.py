@@ -4,22 +4,27 @@ import sys
 from pathlib import Path
 
 from model.fine_tuning import FineTuning
-from model.language_model import LanguageModel
-from model.loading import load_language_model
 from utils.checkpoint import Checkpoints
 from utils.command_line import run_command, training_parser
 from utils.config import FineTuneConfig
 from utils.config_files import config_json, load_config, warnings_of
-from utils.datasets import Tables, evaluation_sets, make_prompt_format
-from utils.devices import find_place, launch_group
-from utils.evaluation import Generation
+from utils.datasets import Tables, make_prompt_format, make_validation
+from utils.devices import Place, find_place, launch_group
 from utils.optimization import build_optimizer
 from utils.random_state import seed_everything
-from utils.run_folder import Start, check_resumable, find_start, open_run_folder
+from utils.run_folder import (
+    check_resumable,
+    claimed,
+    find_start,
+    how_to_go_on,
+    identity,
+    load_model,
+    open_run_folder,
+    restore_best,
+)
 from utils.run_log import RunLog
 from utils.signals import StopRequest
 from utils.trainer import Trainer
-from utils.validation import Validation
 
 EXAMPLES = """\
 examples:
@@ -49,7 +54,13 @@ def train(options) -> int:
         trainer_kwargs.device, arch.gpu_device_id, trainer_kwargs.precision, trainer_kwargs.multi_gpu,
         trainer_kwargs.multi_gpu_ids,
     )
-    output_dir = Path(trainer_kwargs.output_dir)
+    with claimed(Path(trainer_kwargs.output_dir), place.is_main), StopRequest(how_to_go_on(config)) as stop:
+        return train_at(place, config, stop)
+
+
+def train_at(place: Place, config: FineTuneConfig, stop: StopRequest) -> int:
+    """Build the parts, in the run folder that this process holds, and start them."""
+    arch, trainer_kwargs, output_dir = config.model_arch, config.trainer_kwargs, Path(config.trainer_kwargs.output_dir)
     log = RunLog(output_dir, place.is_main)
     start = place.from_main(find_start(config) if place.is_main else None)
     for line in (*warnings_of(config), *place.notices, place.describe(), *start.notices):
@@ -58,64 +69,46 @@ def train(options) -> int:
     seed_everything(trainer_kwargs.seed)
     language_model = load_model(config, start).to(place.device)
     language_model.check_family()
-    log.say(f"model: {arch.lang_model}, {language_model.parameter_count() / 1e6:.2f} M parameters")
+    log.say(f"model: {start.folder or arch.lang_model}, {language_model.parameter_count() / 1e6:.2f} M parameters")
     prompt_format = make_prompt_format(config, language_model)
     tables = Tables(config, prompt_format, place, log)
     train_table = tables.open(config.dataset_kwargs.train_dataset)
-    sets = evaluation_sets(config, tables)
 
     objective = FineTuning(language_model)
     if trainer_kwargs.compile:
         language_model.model.base_model.compile(dynamic=True)
-    optimizer_kwargs, decoding = config.optimizer_kwargs, arch.generation_kwargs
+    optimizer_kwargs = config.optimizer_kwargs
     optimizer = build_optimizer(
         objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
     )
-    generation = Generation(
-        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
-        config.dataset_kwargs.val_batch_size,
-    )
-    if any(each.articles for each in sets):
-        prompt_format.prediction_prompts([], generation.max_new_tokens)  # refuses a length that leaves no room
-    validation = Validation(
-        objective, prompt_format, sets, generation, place, log, output_dir, trainer_kwargs.save_predictions
-    )
+    validation = make_validation(config, objective, prompt_format, tables, place, log)
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, trainer_kwargs.keep_checkpoints)
-    with StopRequest() as stop:
-        trainer = Trainer(
-            objective, language_model, optimizer, config, train_table, validation, place, log, checkpoints, stop
-        )
-        if start.folder is not None:
-            check_resumable(trainer.identity(), start.state)
-            for line in trainer.restore(start.state, start.tensors):
-                log.say(line)
-            if trainer.finished():
-                log.say(f"already finished at step {trainer.state.step}: {output_dir}; raise trainer_kwargs.epochs to "
-                        "go on, or set load_from_checkpoint to false to start anew")
-                return 0
-        if place.is_main:
-            for line in open_run_folder(config, start):
-                log.say(line)
-            tables.write_skipped(output_dir)
-        place.wait_for_all()
-        log.open(trainer.state.step, trainer.state.evaluation_pending)
-        try:
-            trainer.fit()
-        finally:
-            log.close()
+    trainer = Trainer(
+        objective, language_model, optimizer, config, train_table, validation, place, log, checkpoints, stop
+    )
+    if start.folder is not None:
+        check_resumable(identity(config, train_table), start.state)
+        for line in trainer.restore(start.state, start.tensors):
+            log.say(line)
+    if place.is_main:
+        restore_best(checkpoints, trainer.state.best_step)
+    if ended_by := trainer.what_ended():
+        log.say(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
+                "anew, set trainer_kwargs.load_from_checkpoint to false")
+        return 0
+    if place.is_main:
+        for line in open_run_folder(config, start):
+            log.say(line)
+        restore_best(checkpoints, trainer.state.best_step)
+        tables.write_skipped(output_dir)
+    place.wait_for_all()
+    log.open(trainer.state.step, trainer.state.evaluation_pending)
+    try:
+        trainer.fit()
+    finally:
+        log.close()
     log.say(f"finished at step {trainer.state.step}: {output_dir / 'model_checkpoints' / 'last'}")
     return 0
-
-
-def load_model(config: FineTuneConfig, start: Start) -> LanguageModel:
-    """The checkpoint's model where one is resumed, else what model_arch asks for."""
-    arch = config.model_arch
-    if start.folder is not None:
-        return load_language_model(str(start.folder), dropout=arch.dropout)
-    return load_language_model(
-        arch.lang_model, tokenizer=arch.tokenizer, from_scratch=arch.from_scratch, architecture=arch.architecture,
-        dropout=arch.dropout,
-    )
 
 
 if __name__ == "__main__":

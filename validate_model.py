@@ -1,13 +1,14 @@
 """Decode the articles of a CSV with a model and score the highlights: predictions.json and scores.json."""
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from data.articles import Article, describe_bad_rows, read_articles
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
 from model.language_model import LanguageModel
-from model.loading import check_same_architecture, load_language_model
+from model.loading import check_same_architecture, has_tokenizer, load_language_model
 from utils.command_line import quiet_libraries, run_command
 from utils.config_files import ConfigError
 from utils.devices import Place, find_place
@@ -16,6 +17,8 @@ from utils.files import json_text, write_together
 from utils.rouge import METRICS, lead_sentences
 from utils.run_log import RunLog
 from utils.validate_options import LEAD_3, ValidateOptions, parse_arguments, read_options, validate_parser
+
+RESULTS = ("predictions.json", "scores.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,10 +33,7 @@ def validate(options: ValidateOptions) -> int:
                        options.precision)
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir} cannot be made: {error.strerror}: name another folder") from error
+    check_writable(output_dir)
     if bad_rows:
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
@@ -44,9 +44,22 @@ def validate(options: ValidateOptions) -> int:
     facts["seconds"] = round(time.perf_counter() - started, 3)
     records, scores = scored_predictions(articles, texts)
     scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump()}
-    write_together(output_dir, {"predictions.json": json_text(records), "scores.json": json_text(scores)})
+    write_together(output_dir, dict(zip(RESULTS, map(json_text, (records, scores)), strict=True)))
     show(scores, output_dir)
     return 0
+
+
+def check_writable(output_dir: Path) -> None:
+    """Before hours of decoding. Raises ConfigError."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--output_dir {output_dir} cannot be written: {reason}: name another folder") from error
+    for name in RESULTS:
+        if (output_dir / name).is_dir():
+            raise ConfigError(f"--output_dir {output_dir}: {name} is a folder there: name another folder")
 
 
 def model_predictions(
@@ -57,7 +70,7 @@ def model_predictions(
         log.say(line)
     language_model = load_model(options).to(place.device)
     language_model.check_family()
-    template = options.prompt_template or language_model.prompt_template
+    template = language_model.prompt_template if options.prompt_template is None else options.prompt_template
     if template is None:
         template = DEFAULT_TEMPLATE
         log.say(f"the model does not say which prompt it was trained on: using --prompt_template {template!r}")
@@ -77,7 +90,10 @@ def load_model(options: ValidateOptions) -> LanguageModel:
     """A folder or hub id as it is; a legacy .pt file into the architecture of model_name."""
     if options.is_legacy_file:
         return load_language_model(options.model_name, weights=options.model_path)
-    language_model = load_language_model(options.model_path)
+    own_tokenizer = not Path(options.model_path).is_dir() or has_tokenizer(options.model_path)
+    language_model = load_language_model(
+        options.model_path, tokenizer=None if own_tokenizer else options.model_name
+    )
     if options.model_name is not None:
         check_same_architecture(language_model.model, options.model_name)
     return language_model

@@ -1,5 +1,6 @@
 """Which rows make which optimizer step, and their collation: seeded, bucketed by length, resumable."""
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -106,6 +107,12 @@ class BatchDataset(Dataset):
         return collate(self.table, rows, self.pad_id)
 
 
+def leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the loop ends in order, and its workers with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def load_batches(
     table: TokenTable, batches: list[np.ndarray], pad_id: int, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
@@ -117,4 +124,5 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_the_loop,
     )

@@ -94,12 +94,21 @@ def beam_search(
         for rows in batches_by_length(prompts, batch_size):
             input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
             mask = torch.ones_like(input_ids) if mask is None else mask
-            output = language_model.model.generate(input_ids, attention_mask=mask, generation_config=settings)
+            output = generate_plainly(language_model.model, input_ids, mask, settings)
             for row, new in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 end = new.index(language_model.end_id) if language_model.end_id in new else len(new)
                 results[row] = new[:end]
             progress(len(rows), sum(len(results[row]) for row in rows))
     return results
+
+
+def generate_plainly(model, input_ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
+    """`generate` with these settings alone: a model's own defaults (penalties and the like) would be mixed in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        return model.generate(input_ids, attention_mask=mask, generation_config=settings)
+    finally:
+        model.generation_config = own
 
 
 def check_prompts(language_model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> None:

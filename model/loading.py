@@ -1,6 +1,7 @@
 """Where a `LanguageModel` comes from: hub, local folder, built-in demo size, random weights, legacy `.pt` file."""
 
 import difflib
+import http.client
 import os
 import pickle
 import urllib.error
@@ -87,7 +88,7 @@ def model_config(name: str, without_hub: bool = False):
     if name in DEMO_SHAPES:
         return GPT2Config(**DEMO_SHAPES[name], **_NO_DROPOUT)
     if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
+        if not Path(name, "config.json").is_file() or Path(name, "model_checkpoints").is_dir():
             raise ModelError(no_config_message(Path(name)))
         return from_source(AutoConfig, name, "config.json")
     if without_hub and family in GPT2_SHAPES:
@@ -110,9 +111,16 @@ def load_tokenizer(source: str):
                 f"{DEMO_TOKENIZER} is missing: '{source}' needs the demo's tokenizer: run python -m data.demo_news"
             )
         source = str(DEMO_TOKENIZER)
-    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in TOKENIZER_FILES):
-        raise ModelError(f"{source} has no tokenizer (tokenizer.json): name another in model_arch.tokenizer")
+    if Path(source).is_dir() and not has_tokenizer(source):
+        raise ModelError(
+            f"{source} has no tokenizer (tokenizer.json): name another, in model_arch.tokenizer (train.py) or by "
+            "--model_name (validate_model.py)"
+        )
     return from_source(AutoTokenizer, source, "tokenizer.json")
+
+
+def has_tokenizer(folder: str) -> bool:
+    return any(Path(folder, file).is_file() for file in TOKENIZER_FILES)
 
 
 def pretrained_model(name: str, config):
@@ -220,7 +228,7 @@ def hub_reachable(name: str, file: str) -> bool:
         urllib.request.urlopen(request, timeout=10).close()
     except urllib.error.HTTPError:
         return True  # the hub answers; the library will say what is wrong
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
 

@@ -80,7 +80,7 @@ def test_real_pretrained_weights(tmp_path, shared):
     if not model:
         pytest.skip("REAL_MODEL does not name a folder with real weights (shared/real_model.py makes one)")
     with (shared / "data" / "cnn_dm_val.csv").open(encoding="utf-8", newline="") as file:
-        write_rows(tmp_path / "validation.csv", list(islice(csv.DictReader(file), 64)))
+        write_rows(tmp_path / "validation.csv", list(islice(csv.DictReader(file), 32)))
     with (shared / "data" / "cnn_dm_train.csv").open(encoding="utf-8", newline="") as file:
         write_rows(tmp_path / "train.csv", list(islice(csv.DictReader(file), 200)))
     output = tmp_path / "run"

@@ -118,7 +118,10 @@ def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
 @pytest.mark.parametrize(("section", "values", "key"), [
     ("dataset_kwargs", {"train_batch_size": 3}, "train_batch_size was 2 and is 3"),
     ("trainer_kwargs", {"seed": 7}, "seed was 1234 and is 7"),
-    ("dataset_kwargs", {"max_length": 200}, "train_dataset"),
+    ("dataset_kwargs", {"max_length": 200}, "max_length"),
+    ("model_arch", {"lang_model": "gpt2"}, "lang_model was"),
+    ("optimizer_kwargs", {"type": "SGD"}, "type was 'AdamW' and is 'SGD'"),
+    ("optimizer_kwargs", {"decay_all": True}, "decay_all was False and is True"),
 ])
 def test_what_decides_the_rows_must_not_change(tmp_path, capsys, section, values, key):
     """Fault: a resumed run silently goes on in another order of rows."""
@@ -128,6 +131,79 @@ def test_what_decides_the_rows_must_not_change(tmp_path, capsys, section, values
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("train.py: error: cannot resume: ")
     assert key in error
+
+
+def test_settings_of_the_optimizer_are_the_configs(tmp_path):
+    """Fault: a resumed run keeps the old weight decay, while its config.json says the new one."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    again = changed(config, trainer_kwargs={"epochs": 2}, optimizer_kwargs={"kwargs": {"weight_decay": 0.9}})
+    assert run(tmp_path, again) == 0
+    saved = torch.load(tmp_path / "run/model_checkpoints/last/trainer_state/optimizer.pt", weights_only=True)
+    assert [group["weight_decay"] for group in saved["param_groups"]] == [0.9, 0.0]
+
+
+def test_another_metric_is_judged_anew(tmp_path, capsys):
+    """Fault: a loss of 5 stays the best ROUGE for ever."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    again = changed(config, trainer_kwargs={"epochs": 2, "metrics": ["rouge"]},
+                    callbacks_kwargs={"kwargs": {"mode": "max"}})
+    assert run(tmp_path, again) == 0
+    assert "judged anew" in capsys.readouterr().err
+    assert (tmp_path / "run/model_checkpoints/best").resolve().name == "step-6"
+
+
+def test_best_is_mended_after_a_kill_between_the_links(tmp_path):
+    """Fault: killed after `last` and before `best` was pointed to the new step, `best` stays wrong for ever."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2})
+    assert run(tmp_path, config) == 0
+    best = tmp_path / "run/model_checkpoints/best"
+    right = best.resolve().name
+    best.unlink()
+    assert run(tmp_path, config) == 0
+    assert best.resolve().name == right
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    """Fault: two runs in one output_dir destroy each other's results."""
+    from utils.files import folder_lock
+
+    config = make_project(tmp_path, rows=6)
+    (tmp_path / "run").mkdir()
+    with folder_lock(tmp_path / "run") as held:
+        assert held
+        assert run(tmp_path, config) == 2
+    assert "another run is writing to" in capsys.readouterr().err
+    assert run(tmp_path, config) == 0
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    """Fault: output_dir = the model's own folder moves the model's config.json away."""
+    config = make_project(tmp_path, rows=6)
+    before = (tmp_path / "model/config.json").read_bytes()
+    assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "model")})) == 2
+    assert "is not of a run" in capsys.readouterr().err
+    assert (tmp_path / "model/config.json").read_bytes() == before
+
+
+def test_the_last_epoch_is_kept_where_nothing_was_judged(tmp_path):
+    """Fault: save_final_model false without validation throws the last epoch away."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2, "monitor_val": False},
+                     callbacks_kwargs={"kwargs": {"save_final_model": False}})
+    assert run(tmp_path, config) == 0
+    assert (tmp_path / "run/model_checkpoints/last").resolve().name == "step-6"
+
+
+def test_a_damaged_line_of_the_log_costs_only_itself(tmp_path):
+    """Fault: one unreadable line in metrics.jsonl erases all lines after it on resume."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    log = tmp_path / "run/metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], "garb{", *lines[1:]]) + "\n")
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_fails_at_its_start_leaves_the_earlier_one(tmp_path, capsys):

@@ -175,6 +175,37 @@ def test_a_run_with_a_loss_that_is_not_finite_keeps_its_checkpoint(tmp_path, cap
     assert all(value.isfinite().all() for value in weights(tmp_path / "run/model_checkpoints/last").values())
 
 
+@pytest.mark.parametrize("optimizer", [
+    {"type": "AdamW", "kwargs": {"eps": 0}}, {"type": "SGD", "lm_lr": 1e39},
+])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, optimizer):
+    """Fault: a finite loss, a step to NaN weights, and a checkpoint that pushes out the good ones (case A11)."""
+    config = changed(make_project(tmp_path, rows=8), optimizer_kwargs=optimizer, trainer_kwargs={
+        "n_batch_ckpt_save": 1, "gradient_clipping": None, "epochs": 2})
+    assert run(tmp_path, config) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train.py: error: ")
+    for checkpoint in (tmp_path / "run/model_checkpoints").glob("step-*"):
+        assert all(value.isfinite().all() for value in weights(checkpoint).values()), checkpoint
+
+
+def test_loss_scaling_by_perplexity_scores_the_subset(tmp_path):
+    """Fault: adaptive loss scaling measures the whole validation set, not `validation_subset`."""
+    from tests.conftest import write_rows
+
+    project = make_project(tmp_path, rows=4)
+    write_rows(tmp_path / "subset.csv", make_rows(1, seed=9))
+    config = changed(
+        project, trainer_kwargs={"adaptive_loss_scaling": True, "loss_scaling_batch": 2,
+                                 "adaptive_loss_metric": "perplexity"},
+        dataset_kwargs={"validation_subset": "subset.csv"},
+    )
+    assert run(tmp_path, config) == 0
+    (scored,) = metrics(tmp_path / "run", "loss_scaling")
+    (validated,) = metrics(tmp_path / "run", "validation")
+    assert scored["step"] == validated["step"] == 2
+    assert scored["score"] != pytest.approx(validated["perplexity"])
+
+
 def test_evaluation_changes_nothing_of_training(tmp_path):
     """Fault: evaluation draws random numbers, or leaves the model in eval mode: dropout then differs (A19, A20)."""
     project = make_project(tmp_path, dropout=0.3)

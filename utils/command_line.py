@@ -52,7 +52,7 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     try:
         return command()
     except Stopped as stopped:
-        print(f"{name}: {stopped}; the same command goes on from there", file=sys.stderr)
+        print(f"{name}: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -229,7 +229,8 @@ class DatasetKwargs(Section):
     train_batch_size: int = Field(1, ge=1, description="rows in a micro-batch")
     val_batch_size: int = Field(8, ge=1, description="rows measured or decoded together")
     tokens_per_batch: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="bound on the tokens, padding included, of a micro-batch; null is no bound"
+        None, description="bound on the tokens, padding included, of a micro-batch; the rows of a step "
+        "(train_batch_size x accumulation) are then cut by it instead of by train_batch_size; null is no bound"
     )
     prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
         "{article}\nTL;DR:", description="what the model reads before it writes; holds {article} exactly once"

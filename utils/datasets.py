@@ -3,15 +3,18 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from data.articles import Article, DataError, describe_bad_rows, read_articles
+from torch import nn
+
+from data.articles import Article, BadRow, DataError, describe_bad_rows, read_articles
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable, open_token_table
 from model.language_model import LanguageModel
 from utils.config import FineTuneConfig
 from utils.devices import Place
+from utils.evaluation import Generation
 from utils.files import write_json
 from utils.run_log import RunLog, progress_bar
-from utils.validation import EvaluationSet
+from utils.validation import EvaluationSet, Validation
 
 GET_DATA = "python -m data.cnn_dailymail downloads CNN/DailyMail there; ./demo.sh shows everything without it"
 
@@ -52,10 +55,7 @@ class Tables:
             self.tokenise(path)
         self.place.wait_for_all()
         table = self.tokenise(path, quiet=True)
-        if table.skipped:
-            total = len(table) + len(table.skipped)
-            self.log.say(f"skipped: {describe_bad_rows(path, table.skipped, total)}")
-            self.skipped[str(path)] = [asdict(row) for row in table.skipped]
+        self.note_skipped(path, table.skipped, len(table))
         return table
 
     def tokenise(self, path: Path, quiet: bool = False) -> TokenTable:
@@ -67,7 +67,16 @@ class Tables:
 
     def articles(self, name: str) -> list[Article]:
         """The rows of a CSV for predictions."""
-        return read_articles(self.path(name), self.data.columns, self.data.on_bad_row)[0]
+        path = self.path(name)
+        articles, bad_rows = read_articles(path, self.data.columns, self.data.on_bad_row)
+        self.note_skipped(path, bad_rows, len(articles))
+        return articles
+
+    def note_skipped(self, path: Path, bad_rows: list[BadRow], good: int) -> None:
+        """Tell of the rows that were left out, once a file."""
+        if bad_rows and str(path) not in self.skipped:
+            self.log.say(f"skipped: {describe_bad_rows(path, bad_rows, good + len(bad_rows))}")
+            self.skipped[str(path)] = [asdict(row) for row in bad_rows]
 
     def write_skipped(self, output_dir: Path) -> None:
         """`skipped_rows.json`: every row left out, with its reason."""
@@ -82,9 +91,28 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
     sets = []
     if options.monitor_val and data.validation_dataset:
         subset = data.validation_subset or data.validation_dataset
+        table = tables.open(data.validation_dataset)
         articles = tables.articles(subset) if rouge else []
-        sets.append(EvaluationSet("validation", tables.open(data.validation_dataset), articles))
+        by_perplexity = options.adaptive_loss_scaling and options.scaling_metric == "perplexity"
+        sets.append(EvaluationSet("validation", table, articles, tables.open(subset) if by_perplexity else None))
     if options.monitor_test and data.test_dataset:
-        articles = tables.articles(data.test_dataset) if rouge else []
-        sets.append(EvaluationSet("test", tables.open(data.test_dataset), articles))
+        table = tables.open(data.test_dataset)
+        sets.append(EvaluationSet("test", table, tables.articles(data.test_dataset) if rouge else []))
     return sets
+
+
+def make_validation(
+    config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: Tables, place: Place, log: RunLog
+) -> Validation:
+    """What is measured after each epoch. Raises DataError where max_generation_length leaves no room for an article."""
+    decoding, options = config.model_arch.generation_kwargs, config.trainer_kwargs
+    sets = evaluation_sets(config, tables)
+    generation = Generation(
+        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
+        config.dataset_kwargs.val_batch_size,
+    )
+    if any(each.articles for each in sets):
+        prompt_format.prediction_prompts([], generation.max_new_tokens)
+    return Validation(
+        objective, prompt_format, sets, generation, place, log, Path(options.output_dir), options.save_predictions
+    )

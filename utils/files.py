@@ -58,6 +58,9 @@ def write_together(folder: str | os.PathLike, texts: Mapping[str, str]) -> None:
     """
     folder = Path(folder)
     contents = {_place(folder, name): _utf8(folder / name, text) for name, text in texts.items()}
+    for target in contents:
+        if target.is_dir():
+            raise OSError(errno.EISDIR, "is a folder (not written; choose another folder for it)", str(target))
     temporaries: dict[Path, Path] = {}
     try:
         for target, content in contents.items():

@@ -42,10 +42,18 @@ def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay
     if "fused" in accepted and not settings.keys() & {"fused", "foreach", "differentiable"}:
         settings["fused"] = True
     try:
+        try_a_step(cls, lr, settings)
         return cls(groups, lr=lr, **settings)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"optimizer_kwargs.kwargs: {kind} refuses them: {reason}") from error
+
+
+def try_a_step(cls, lr: float, settings: dict) -> None:
+    """One step on a parameter of its own, since some wrong settings show only then."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    cls([parameter], lr=lr, **settings).step()
 
 
 @dataclass(frozen=True)

@@ -68,18 +68,18 @@ def progress_bar(description: str, total: int | None, unit: str, initial: int = 
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is left out."""
+    """The lines of a `metrics.jsonl`; a line that a killed process left unfinished is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
+            continue
     return lines
 
 
 def belongs_before(line: dict, step: int, evaluation_pending: bool) -> bool:
-    if line.get("split") != "train" and evaluation_pending:
+    if evaluation_pending and line.get("split") in ("validation", "test", "train_epoch"):
         return line.get("step", 0) < step
     return line.get("step", 0) <= step
 

@@ -7,15 +7,17 @@ import sys
 class Stopped(Exception):
     """A signal ended the run after a checkpoint was written."""
 
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped at optimizer step {step} by {signal.Signals(number).name}, checkpoint written")
+    def __init__(self, number: int, step: int, how_to_go_on: str):
+        name = signal.Signals(number).name
+        super().__init__(f"stopped at optimizer step {step} by {name}, checkpoint written; {how_to_go_on}")
         self.exit_code = 128 + number
 
 
 class StopRequest:
     """While this context lasts, the first SIGINT or SIGTERM is noted in `requested`; a second one kills as usual."""
 
-    def __init__(self):
+    def __init__(self, how_to_go_on: str = "the same command goes on from there"):
+        self.how_to_go_on = how_to_go_on
         self.number: int | None = None
 
     @property
@@ -38,4 +40,4 @@ class StopRequest:
 
     def leave(self, step: int) -> None:
         """Raises Stopped."""
-        raise Stopped(self.number or signal.SIGTERM, step)
+        raise Stopped(self.number or signal.SIGTERM, step, self.how_to_go_on)

@@ -12,7 +12,8 @@ class TrainState:
     micro_batches: done in all; micro_batches_in_epoch: in this epoch.
     accumulation: micro-batches a step (doubled on a plateau). loss_scale, baseline: adaptive loss scaling.
     best_score, best_step: best validation; reference_score, evaluations_without_gain: early stopping.
-    epoch_loss, epoch_tokens: sums of this epoch. evaluation_pending: the epoch's validation is still to be done.
+    epoch_loss, epoch_tokens: sums of this epoch. evaluation_pending: the epoch's validation is still to be done;
+    scaling_pending: a score of adaptive loss scaling is.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class TrainState:
     epoch_loss: float = 0.0
     epoch_tokens: int = 0
     evaluation_pending: bool = False
+    scaling_pending: bool = False
     stopped_early: bool = False
 
     def to_json(self) -> dict:

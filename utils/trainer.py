@@ -24,6 +24,7 @@ from utils.evaluation import Interrupted, never
 from utils.gradients import divide_and_clip, gradient_norm, sum_gradients
 from utils.optimization import Schedule, make_schedule
 from utils.random_state import random_state, seed_everything, set_random_state
+from utils.run_folder import identity, judged_by
 from utils.run_log import RunLog, progress_bar
 from utils.signals import StopRequest
 from utils.train_state import TrainState
@@ -80,19 +81,37 @@ class Trainer:
         """Go on from a checkpoint's state; returns notices."""
         self.state = TrainState.from_json(state)
         self.saved = self.checkpoint_state()
+        notices = []
+        if state["judged_by"] != judged_by(self.config):
+            self.state.best_score = self.state.best_step = self.state.reference_score = None
+            self.state.evaluations_without_gain = 0
+            notices.append(f"best was by {state['judged_by']}, now by {judged_by(self.config)}: judged anew")
+        # The moments are the checkpoint's; the settings are the config's.
+        settings = [{key: value for key, value in group.items() if key != "params"}
+                    for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(tensors["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
         generators = tensors["random"]
         if len(generators) != self.place.world_size:
-            return [f"the checkpoint was made by {len(generators)} processes, now there are {self.place.world_size}: "
-                    "dropout will not repeat number for number"]
-        return set_random_state(generators[self.place.rank])
+            return [*notices, f"the checkpoint was made by {len(generators)} processes, now there are "
+                    f"{self.place.world_size}: dropout will not repeat number for number"]
+        return notices + set_random_state(generators[self.place.rank])
+
+    def what_ended(self) -> str | None:
+        """The key that ends the run here, or None where it goes on."""
+        if self.state.evaluation_pending:
+            return None
+        if self.state.stopped_early:
+            return "callbacks_kwargs.kwargs.patience"
+        if self.options.max_steps is not None and self.state.step >= self.options.max_steps:
+            return "trainer_kwargs.max_steps"
+        return "trainer_kwargs.epochs" if self.state.epoch >= self.options.epochs else None
 
     def finished(self) -> bool:
-        most = self.options.max_steps
-        done = self.state.epoch >= self.options.epochs or (most is not None and self.state.step >= most)
-        return not self.state.evaluation_pending and (done or self.state.stopped_early)
+        return self.what_ended() is not None
 
     def fit(self) -> None:
         """Train to the end. The last weights are in `model_checkpoints/last`.
@@ -102,10 +121,7 @@ class Trainer:
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
         while not self.finished():
-            if self.state.evaluation_pending:
-                self.finish_epoch()
-            else:
-                self.train_epoch()
+            (self.finish_epoch if self.state.evaluation_pending else self.train_epoch)()
         if self.saved is None:
             self.save()
 
@@ -134,14 +150,16 @@ class Trainer:
         if most is not None:
             remaining = remaining[: most - self.state.step]
         own = [rows for step in remaining for rows in self.own_share(step)]
-        pin = self.place.device.type == "cuda"
-        pad_id = self.language_model.tokenizer.pad_token_id
-        batches = iter(load_batches(self.table, own, pad_id, self.config.dataset_kwargs.num_workers, pin))
+        batches = iter(load_batches(
+            self.table, own, self.language_model.tokenizer.pad_token_id, self.config.dataset_kwargs.num_workers,
+            pin_memory=self.place.device.type == "cuda",
+        ))
         self.objective.train()
         bar = progress_bar(
             f"epoch {self.state.epoch + 1}/{self.options.epochs}", len(plan), "step", self.state.step_in_epoch,
             self.place.is_main,
         )
+        self.rescale_loss()
         clock, tokens = time.perf_counter(), 0
         with bar:
             for step in remaining:
@@ -155,7 +173,9 @@ class Trainer:
                     bar.set_postfix_str(f"loss {result.losses['loss']:.3f}, lr {result.learning_rate:.2e}, "
                                         f"{tokens / (now - clock):,.0f} tokens/s", refresh=False)
                     clock, tokens = now, 0
-                self.rescale_loss(len(step))
+                if self.options.adaptive_loss_scaling and self.passed(self.options.loss_scaling_interval, len(step)):
+                    self.state.scaling_pending = True
+                    self.rescale_loss()
                 if step is not remaining[-1]:
                     self.checkpoint_on_the_way(len(step))
         if self.state.step_in_epoch == len(plan):
@@ -177,7 +197,8 @@ class Trainer:
 
     def train_step(self, step: Step, batches: Iterator, learning_rate: float) -> StepResult:
         """One optimizer step over the micro-batches of `step`, whose collated rows come from `batches`."""
-        device, scale = self.place.device, self.state.loss_scale
+        device = self.place.device
+        scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
         self.optimizer.zero_grad(set_to_none=True)
@@ -240,12 +261,19 @@ class Trainer:
         done = self.state.micro_batches
         return every is not None and done // every > (done - micro_batches) // every
 
-    def rescale_loss(self, micro_batches: int) -> None:
-        if self.options.adaptive_loss_scaling and self.passed(self.options.loss_scaling_interval, micro_batches):
-            score = self.validation.score(self.options.scaling_metric)
-            if score is not None:
-                self.state.scale_loss(score, self.options.scaling_metric)
-                self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
+    def rescale_loss(self) -> None:
+        """The score of adaptive loss scaling, where one is due; a run stopped in it is to do it again."""
+        if not self.state.scaling_pending or not self.options.adaptive_loss_scaling:
+            return
+        try:
+            score = self.validation.score(self.options.scaling_metric, self.interruption())
+        except Interrupted:
+            self.save()
+            self.stop.leave(self.state.step)
+        self.state.scaling_pending = False
+        if score is not None:
+            self.state.scale_loss(score, self.options.scaling_metric)
+            self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
     def checkpoint_on_the_way(self, micro_batches: int) -> None:
         stopping = any(self.place.gather(self.stop.requested))
@@ -269,19 +297,26 @@ class Trainer:
             if epoch >= self.options.first_val_epoch:
                 metrics = self.validation.run(state.step, epoch, self.interruption())
                 score = metrics.get(self.config.monitored_metric)
-                if score is not None and math.isfinite(score):
+                if not math.isfinite(metrics.get("loss", 0.0)):
+                    raise TrainingError(
+                        f"the validation loss after step {state.step} is {metrics['loss']}: stopped, the checkpoints "
+                        "are those of before; lower optimizer_kwargs.lm_lr"
+                    )
+                if score is not None:
                     best = state.judge(score, callbacks.mode, callbacks.threshold)
                     self.decide(callbacks)
         except Interrupted:
             self.save()
             self.stop.leave(state.step)
         state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
-        if best or callbacks.save_final_model or not self.finished():
+        if best or callbacks.save_final_model or state.best_step is None or not self.finished():
             self.save(best)
         if any(self.place.gather(self.stop.requested)) and not self.finished():
             self.stop.leave(state.step)
 
     def decide(self, callbacks) -> None:
+        if self.state.step_in_epoch:  # max_steps ended the epoch early: its plan may still be gone on with
+            return
         most = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
         increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
         decision = self.state.on_plateau(callbacks.patience, increase, most)
@@ -293,20 +328,9 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def identity(self) -> dict:
-        """What must be the same for a checkpoint to be continued: it decides which rows come next."""
-        data, options = self.config.dataset_kwargs, self.options
-        return {
-            "dataset_kwargs.train_dataset": self.table.folder.name,
-            "dataset_kwargs.train_batch_size": data.train_batch_size,
-            "dataset_kwargs.tokens_per_batch": data.tokens_per_batch,
-            "trainer_kwargs.gradient_accumulation_steps": options.accumulation_steps,
-            "trainer_kwargs.ckpt_training_batch": options.batches_per_epoch,
-            "trainer_kwargs.seed": options.seed,
-        }
-
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.identity()}
+        return {**self.state.to_json(), "identity": identity(self.config, self.table),
+                "judged_by": judged_by(self.config)}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless just this state is saved already."""
@@ -314,6 +338,11 @@ class Trainer:
         state = self.checkpoint_state()
         if state == self.saved and not best:
             return
+        if not all(parameter.isfinite().all() for parameter in self.parameters):
+            raise TrainingError(
+                f"after optimizer step {self.state.step} the weights are not finite: not saved, the checkpoints are "
+                "those of before; lower optimizer_kwargs.lm_lr, or look at optimizer_kwargs.kwargs"
+            )
         if self.place.is_main:
             tensors = {"optimizer": self.optimizer.state_dict(), "random": generators}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)

@@ -18,11 +18,15 @@ from utils.run_log import RunLog
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """name: "validation" or "test". table: rows for the loss. articles: rows for ROUGE; empty where none is asked."""
+    """name: "validation" or "test". table: rows for the loss. articles: rows for ROUGE; empty where none is asked.
+
+    subset: the rows of adaptive loss scaling with metric perplexity; None: the table's.
+    """
 
     name: str
     table: TokenTable
     articles: list[Article]
+    subset: TokenTable | None = None
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Validation:
         """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
         results, scores = {}, {}
         for each in self.sets:
-            metrics = self.losses(each, interrupted)
+            metrics = self.losses(each.table, each.name, interrupted)
             if each.articles:
                 records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
                 metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
@@ -55,9 +59,9 @@ class Validation:
             write_json(self.output_dir / "scores.json", {"step": step, **scores})
         return results.get("validation", {})
 
-    def losses(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> dict[str, float]:
+    def losses(self, table: TokenTable, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
         batch_size = self.generation.batch_size
-        return measure_loss(self.objective, each.table, batch_size, self.place, interrupted, f"{each.name} loss")
+        return measure_loss(self.objective, table, batch_size, self.place, interrupted, f"{name} loss")
 
     def predict(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> list[str]:
         return predict(
@@ -71,13 +75,13 @@ class Validation:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / name, records)
 
-    def score(self, metric: str) -> float | None:
+    def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
         """One metric of the validation set, for adaptive loss scaling."""
         for each in self.sets:
             if each.name != "validation":
                 continue
             if metric == "perplexity":
-                return self.losses(each, never)[metric]
+                return self.losses(each.subset or each.table, "loss scaling", interrupted)[metric]
             if each.articles:
-                return scored_predictions(each.articles, self.predict(each, never))[1][metric]
+                return scored_predictions(each.articles, self.predict(each, interrupted))[1][metric]
         return None
