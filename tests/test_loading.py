@@ -109,7 +109,10 @@ def test_run_folder_and_missing_paths(folder, tmp_path):
 def test_folder_without_tokenizer(folder):
     """A folder without tokenizer gets the library's advice to install other packages."""
     (folder / "tokenizer.json").unlink()
-    assert refusal(folder) == f"{folder} has no tokenizer (tokenizer.json): name another in model_arch.tokenizer"
+    assert refusal(folder) == (
+        f"{folder} has no tokenizer (tokenizer.json): name another, in model_arch.tokenizer (train.py) or by "
+        "--model_name (validate_model.py)"
+    )
 
 
 def test_folder_without_weights(folder):
