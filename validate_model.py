@@ -9,7 +9,7 @@ from data.articles import Article, describe_bad_rows, read_articles
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, has_tokenizer, load_language_model
-from utils.command_line import quiet_libraries, run_command
+from utils.command_line import run_command
 from utils.config_files import ConfigError
 from utils.devices import Place, find_place
 from utils.evaluation import Generation, predict, scored_predictions
@@ -27,7 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def validate(options: ValidateOptions) -> int:
-    quiet_libraries()
     output_dir = Path(options.output_dir)
     place = find_place("auto" if options.device_id is None or options.device_id >= 0 else "cpu", options.device_id,
                        options.precision)

@@ -51,15 +51,15 @@ class Tables:
     def open(self, name: str) -> TokenTable:
         """The table of one CSV; tokenised by the main process, the others wait."""
         path = self.path(name)
-        if self.place.is_main:
-            self.tokenise(path)
+        table = self.tokenise(path) if self.place.is_main else None
         self.place.wait_for_all()
-        table = self.tokenise(path, quiet=True)
+        if table is None:
+            table = self.tokenise(path)
         self.note_skipped(path, table.skipped, len(table))
         return table
 
-    def tokenise(self, path: Path, quiet: bool = False) -> TokenTable:
-        bar = progress_bar(f"tokenising {path.name}", None, "row", is_main=self.place.is_main and not quiet)
+    def tokenise(self, path: Path) -> TokenTable:
+        bar = progress_bar(f"tokenising {path.name}", None, "row", is_main=self.place.is_main)
         with bar:
             return open_token_table(
                 path, self.prompt_format, self.cache_dir, self.data.columns, self.data.on_bad_row, bar.update
