@@ -1,34 +1,35 @@
 """The fine-tuning objective: cross-entropy on the highlights and the end-of-text that closes them."""
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from collections.abc import Iterable, Iterator
 
-from model.language_model import LanguageModel, label_positions
+from torch import Tensor, nn
+
+from model.language_model import LanguageModel
 from model.objective import LossTerms
+from model.vocabulary_loss import vocabulary_loss
 
 
 class FineTuning(nn.Module):
     """Maximum likelihood of the label tokens: loss_sum = -sum over label tokens of log q(token | what is before it).
 
-    Only hidden states that predict a label go through the output head, so no [B, T, V] tensor is made.
+    Only hidden states that predict a label go through the output head, `chunk_size` at a time, so no [B, T, V] tensor
+    is made.
     """
 
-    def __init__(self, language_model: LanguageModel):
+    def __init__(self, language_model: LanguageModel, chunk_size: int = 64):
         super().__init__()
-        self.language_model = language_model
+        self.language_model, self.chunk_size = language_model, chunk_size
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> LossTerms:
-        """input_ids [B, T] int64 on the model's device; attention_mask [B, T]; labels [B, T] int64, -100 = no loss.
+    def ahead(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The arguments of `forward` for each collated batch of a table's rows."""
+        for batch in batches:
+            yield batch["input_ids"], batch["attention_mask"], batch["labels"]
 
-        Mask and labels may stay on the CPU: then nothing here waits for the device. A batch without any label
-        gives exactly 0 with zero gradients.
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> LossTerms:
+        """input_ids [B, T] int64; attention_mask [B, T]; labels [B, T] int64, -100 = no loss; on the CPU or not.
+
+        On the CPU nothing here waits for the device. A batch without any label gives exactly 0 with zero gradients.
         """
-        hidden = self.language_model.hidden_states(input_ids, attention_mask)
-        positions = label_positions(labels)
-        index = positions.index.to(hidden.device, non_blocking=True)
-        targets = positions.targets.to(hidden.device, non_blocking=True)
-        logits = self.language_model.lm_head(hidden.flatten(0, 1)[index])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a reduction in half precision
-        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
-        return LossTerms(loss_sum, len(positions.targets), {"cross_entropy": loss_sum.detach()})
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels)
+        loss = vocabulary_loss(hidden, self.language_model.output_head(), targets, chunk_size=self.chunk_size)
+        return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy})

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from model.packed_gpt2 import can_pack, packed_hidden_states, plan_packing
+from model.vocabulary_loss import OutputHead
+
 IGNORED = -100  # label of a position that takes no loss
 
 
@@ -44,6 +47,8 @@ class LanguageModel(nn.Module):
 
     model: `PreTrainedModel` with float32 weights. tokenizer: a fast tokenizer. Where it has no pad token,
     end-of-text pads: the vocabulary never grows (padding is told by the mask, never by its id).
+    pack_rows, prune_last_block: attributes, for debugging: False computes padding, and the last block everywhere, in
+    `label_hidden` too.
 
     Raises:
         ModelError: the tokenizer is slow, has no end-of-text, or has more tokens than the embedding has rows.
@@ -60,6 +65,7 @@ class LanguageModel(nn.Module):
         self._takes_positions = "position_ids" in accepted
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._logit_scale, self._logit_cap = logit_transform(model)
+        self.pack_rows = self.prune_last_block = True
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +123,31 @@ class LanguageModel(nn.Module):
                 arguments["position_ids"] = position_ids(attention_mask)
         return self.model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
 
+    def label_hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, D] that predict a label, the labels [N]), in row order, on the model's device.
+
+        Arguments [B, T] as for `hidden_states` and `label_positions`; on the CPU nothing here waits for the device.
+        Where the family allows it (GPT-2, padding on the right) no padding is computed, nothing behind a row's last
+        label, and in the last block only keys and values of the positions that predict nothing.
+        """
+        index, targets = label_positions(labels)
+        targets, input_ids = (each.to(self.device, non_blocking=True) for each in (targets, input_ids))
+        padded_left = attention_mask is not None and not is_right_padded(attention_mask.cpu())
+        if padded_left or not can_pack(self.model) or not (self.pack_rows or self.prune_last_block):
+            hidden = self.hidden_states(input_ids, attention_mask).flatten(0, 1)
+            return hidden[index.to(self.device, non_blocking=True)], targets
+        packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)
+        packing = packing._replace(**{name: getattr(packing, name).to(self.device, non_blocking=True)
+                                      for name in ("tokens", "positions", "selected")})
+        return packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block), targets
+
+    def output_head(self) -> OutputHead:
+        """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`."""
+        head = self.model.get_output_embeddings()
+        return OutputHead(head.weight, head.bias, self._logit_scale, self._logit_cap)
+
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D], with the family's scaling or cap of logits."""
         logits = self.model.get_output_embeddings()(hidden)
@@ -155,9 +186,11 @@ class LanguageModel(nn.Module):
         mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]], device=self.device)
         with evaluating(self):
             own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            labels = torch.cat([ids[:, :1] * 0 + IGNORED, ids[:, 1:]], dim=1)
             cases = (
                 ("are not head(hidden states)", lambda: self.hidden_states(ids)[0], own),
                 ("change with padding on the left", lambda: self.hidden_states(padded, mask)[0, 3:], own),
+                ("change at label positions", lambda: self.label_hidden(ids, None, labels)[0], own[:-1]),
                 ("change with a key/value cache", lambda: self._last_hidden_in_steps(padded, mask), own[-1:]),
             )
             for fault, hidden, expected in cases:

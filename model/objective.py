@@ -1,4 +1,10 @@
-"""What every training objective returns to the loop."""
+"""What the loop asks of every training objective.
+
+An objective is an `nn.Module` with the attribute `language_model` (what is trained and saved) and
+- `ahead(table, batches)`: an iterator of the arguments of `forward` for each collated batch. It may work ahead: a
+  teacher on another device computes the next batch while the student computes this one.
+- `forward(input_ids, attention_mask, labels, ...) -> LossTerms`.
+"""
 
 from typing import NamedTuple
 

@@ -46,6 +46,26 @@ class GenerationKwargs(Section):
     early_stopping: bool = Field(False, description="beam search ends as soon as num_beams summaries are complete")
 
 
+# Keys that the configs of both scripts have.
+FromScratch = Annotated[bool, Field(description="random weights of that architecture instead of trained ones")]
+Architecture = Annotated[dict[str, int | float | bool | str], Field(
+    description="with from_scratch: values of the model's own config to change, such as n_layer, n_embd"
+)]
+TokenizerName = Annotated[Name | None, Field(description="hub id or folder; null is the model's own")]
+Dropout = Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Field(
+    description="one number for all dropouts; null is the model's own"
+)]
+PackRows = Annotated[bool, Field(
+    description="training rows are computed without padding, where the family allows it (GPT-2); exact; false for "
+    "debugging"
+)]
+PruneLastBlock = Annotated[bool, Field(
+    description="the last block computes queries, output projection and MLP only where a label is predicted, where the "
+    "family allows it (GPT-2); exact; false for debugging"
+)]
+GpuNumber = Annotated[int, Field(ge=0)] | None
+
+
 class ModelArch(Section):
     """Which model is trained, and where it resides."""
 
@@ -53,17 +73,15 @@ class ModelArch(Section):
         "gpt2", description="hub id (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or any decoder-only causal "
         "LM), local folder, or a built-in demo size (demo-teacher, demo-student)"
     )
-    gpu_device_id: Annotated[int, Field(ge=0)] | None = Field(
+    gpu_device_id: GpuNumber = Field(
         0, description="number of the GPU; null is 0; ignored with a notice where there is no GPU"
     )
-    from_scratch: bool = Field(False, description="random weights of that architecture instead of trained ones")
-    architecture: dict[str, int | float | bool | str] = Field(
-        default={}, description="with from_scratch: values of the model's own config to change, such as n_layer, n_embd"
-    )
-    tokenizer: Name | None = Field(None, description="hub id or folder; null is the model's own")
-    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="one number for all dropouts; null is the model's own"
-    )
+    from_scratch: FromScratch = False
+    architecture: Architecture = Field(default={})
+    tokenizer: TokenizerName = None
+    dropout: Dropout = None
+    pack_rows: PackRows = True
+    prune_last_block: PruneLastBlock = True
     generation_kwargs: GenerationKwargs = Field(default_factory=GenerationKwargs)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from utils.config import NO_EFFECT, FineTuneConfig
+from utils.config_kd import DistillConfig, distillation_warnings
 from utils.config_reference import constants, expected, known_keys, leaves, node_at
 from utils.files import json_text
 
@@ -344,4 +345,4 @@ def warnings_of(config) -> list[str]:
     if scheduler.increase_batch_size_on_plateau and config.callbacks_kwargs.kwargs.patience is None:
         lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau has no effect: set "
                      "callbacks_kwargs.kwargs.patience, the epochs without improvement that make a plateau")
-    return lines
+    return [*lines, *(distillation_warnings(config) if isinstance(config, DistillConfig) else [])]

@@ -1,9 +1,10 @@
-"""The JSON Schema of the config, and what is generated from it: `config.schema.json` and the reference in README.md.
+"""The JSON Schemas of the configs, and what is generated from them: `config.schema.json`, `config_kd.schema.json` and
+the reference in README.md.
 
-    python -m utils.config_reference            writes both
+    python -m utils.config_reference            writes all
     python -m utils.config_reference --check    exit code 1 where one is out of step
 
-Where README.md is absent, only the schema. The reference stands between the two marker lines below.
+Where README.md is absent, only the schemas. The reference stands between the two marker lines below.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from utils.config import FineTuneConfig
+from utils.config_kd import DistillConfig
 from utils.files import json_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA_FILE, README = "config.schema.json", "README.md"
+SCHEMA_FILES, README = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": DistillConfig}, "README.md"
 START, END = "<!-- config reference: start -->", "<!-- config reference: end -->"
 TABLE_HEAD = ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
 FREE_TEXT = {"^_description": {}}
@@ -68,8 +70,10 @@ def leaves(schema: dict, node: dict | None = None, path: tuple = ()) -> Iterator
         child = resolved(schema, child)
         if "properties" in child:
             yield from leaves(schema, child, (*path, key))
-        else:
-            yield (*path, key), child
+            continue
+        yield (*path, key), child
+        for choice in child.get("anyOf", []):  # a section that may be null
+            yield from leaves(schema, resolved(schema, choice), (*path, key))
 
 
 def expected(node: dict) -> str:
@@ -81,6 +85,8 @@ def expected(node: dict) -> str:
         return ("one of " if len(values) > 1 else "") + ", ".join(json.dumps(value) for value in values)
     if node.get("type") == "array":
         return f"a list, each entry {expected(node['items'])}"
+    if "$ref" in node:
+        return "an object"
     if node.get("minLength"):
         return "a string that is not empty"
     return NAMES.get(node.get("type"), "any JSON value") + bounds(node)
@@ -117,15 +123,25 @@ def allow_free_text(node: dict) -> None:
         allow_free_text(child)
 
 
-def markdown_reference(model: type[BaseModel] = FineTuneConfig) -> str:
-    """A table of the keys for each section."""
+def markdown_reference(model: type[BaseModel] = FineTuneConfig, besides: type[BaseModel] | None = None) -> str:
+    """A table of the keys for each section; with `besides`, only those keys that differ from that model's."""
     tree = model.model_json_schema()
+    known = {} if besides is None else dict(leaves(besides.model_json_schema()))
     parts = []
     for name, section in tree["properties"].items():
         section = resolved(tree, section)
-        rows = [row(path, node) for path, node in leaves(tree, section)]
-        parts.append("\n".join([f"### `{name}`", "", section["description"], "", *TABLE_HEAD, *rows]))
+        shown = [(path, node) for path, node in leaves(tree, section) if known.get((name, *path)) != node]
+        if shown:
+            rows = [row(path, node) for path, node in shown]
+            parts.append("\n".join([f"### `{name}`", "", section["description"], "", *TABLE_HEAD, *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def reference() -> str:
+    """What stands in README.md between the markers."""
+    distillation = ("## Config reference: distillation\n\n`config_kd.json` has the sections and keys of `config.json`,\n"
+                    "but `lang_model` and `gpu_device_id`. What it has besides, or with another default:\n")
+    return f"{markdown_reference()}\n{distillation}\n{markdown_reference(DistillConfig, FineTuneConfig)}"
 
 
 def row(path: tuple, node: dict) -> str:
@@ -137,12 +153,12 @@ def row(path: tuple, node: dict) -> str:
 
 def generated(root: Path = ROOT) -> tuple[dict[str, str], list[str]]:
     """({file name: text as it should be}, problems); README.md only where it is there."""
-    texts, problems = {SCHEMA_FILE: json_text(schema())}, []
+    texts, problems = {name: json_text(schema(model)) for name, model in SCHEMA_FILES.items()}, []
     if (root / README).is_file():
         text = (root / README).read_text(encoding="utf-8")
         if text.count(START) == 1 and text.count(END) == 1 and text.index(START) < text.index(END):
             before, after = text.split(START)[0], text.split(END)[1]
-            texts[README] = f"{before}{START}\n\n{markdown_reference()}\n{END}{after}"
+            texts[README] = f"{before}{START}\n\n{reference()}\n{END}{after}"
         else:
             problems.append(f"{README} needs the lines {START} and {END}, once each, where the reference belongs")
     return texts, problems
@@ -156,7 +172,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     texts, problems = generated(root)
     stale = [name for name, text in texts.items() if not same(root / name, text)]
     if check and stale:
-        problems.append(f"{' and '.join(stale)} out of step with utils/config.py: run python -m utils.config_reference")
+        problems.append(f"{' and '.join(stale)} out of step with utils/config.py and utils/config_kd.py: run "
+                        "python -m utils.config_reference")
     if not check:
         for name in stale:
             write_text(root / name, texts[name])

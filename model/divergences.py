@@ -1,0 +1,250 @@
+"""Divergences between teacher and student distributions over the vocabulary, one value a position.
+
+`forward_kl`, `reverse_kl` and so on take logits [N, V] of both and return values [N] in nats, differentiable in the
+student's logits; the teacher is a constant. `choose_divergence` gives the same by name for `vocabulary_loss`, as a
+function of log-probabilities that returns value and gradient together. The gradients are written out: nothing is
+multiplied by an infinite log, so they are finite for any finite logits.
+
+In the notation of the docstrings p is the teacher's distribution and q the student's, both at the temperature.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# (log_p [N, V], log_q [N, V], q [N, V]) -> (values [N], gradient with respect to the student's logits [N, V])
+Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+FLOOR = -1e30  # stands in for log 0: finite, so that 0 * log 0 is 0
+
+
+def choose_divergence(name: str, beta: float = 0.5, lambda_: float = 0.1, mu: float = 0.5) -> Divergence:
+    """The divergence of a config's `kl_div`.
+
+    name: "forward", "reverse", "JS", "generalized_js" (beta), "skew_forward", "skew_reverse" (lambda_),
+    "total_variation", "symmetric" (mu) or "adaptive".
+
+    Raises:
+        ValueError: an unknown name, or a number that is out of range.
+    """
+    check_range("beta", beta, 0 < beta < 1, "between 0 and 1")
+    check_range("lambda", lambda_, 0 < lambda_ < 1, "between 0 and 1")
+    check_range("mu", mu, 0 <= mu <= 1, "from 0 to 1")
+    divergences = {
+        "forward": forward_terms,
+        "reverse": reverse_terms,
+        "JS": partial(generalized_js_terms, beta=0.5),
+        "generalized_js": partial(generalized_js_terms, beta=beta),
+        "skew_forward": partial(skew_forward_terms, lambda_=lambda_),
+        "skew_reverse": partial(skew_reverse_terms, lambda_=lambda_),
+        "total_variation": total_variation_terms,
+        "symmetric": partial(symmetric_terms, mu=mu),
+        "adaptive": adaptive_terms,
+    }
+    if name not in divergences:
+        raise ValueError(f"kl_div is {name!r}: expected one of {', '.join(divergences)}")
+    return divergences[name]
+
+
+def check_range(name: str, value: float, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name} is {value}: expected a number {expected}")
+
+
+# -- from logits -------------------------------------------------------------------------------------------------
+
+
+def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) = sum_v p (log p - log q), [N] from logits [N, V] (Hinton et al. 2015, arXiv 1503.02531)."""
+    return from_logits(teacher_logits, student_logits, temperature, forward_terms)
+
+
+def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q || p) = sum_v q (log q - log p), [N] from logits [N, V] (MiniLLM, arXiv 2306.08543).
+
+    Raises:
+        ValueError: infinite, since the teacher excludes (logit -inf) a token that the student does not.
+    """
+    return from_logits(teacher_logits, student_logits, temperature, reverse_terms)
+
+
+def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2, [N] from logits [N, V]; symmetric, at most log 2."""
+    return generalized_js(teacher_logits, student_logits, temperature, 0.5)
+
+
+def generalized_js(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, beta: float = 0.5
+) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, [N] (GKD, arXiv 2306.13649, eq. 1).
+
+    It tends to 0 at both ends: divided by beta it tends to forward KL as beta -> 0, divided by 1 - beta to reverse KL
+    as beta -> 1. So the strength of the training depends on beta.
+    """
+    return from_logits(
+        teacher_logits, student_logits, temperature, choose_divergence("generalized_js", beta=beta)
+    )
+
+
+def skew_forward_kl(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lambda_: float = 0.1
+) -> Tensor:
+    """KL(p || lambda p + (1 - lambda) q), [N] (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
+    return from_logits(
+        teacher_logits, student_logits, temperature, choose_divergence("skew_forward", lambda_=lambda_)
+    )
+
+
+def skew_reverse_kl(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lambda_: float = 0.1
+) -> Tensor:
+    """KL(q || lambda q + (1 - lambda) p), [N] (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
+    return from_logits(
+        teacher_logits, student_logits, temperature, choose_divergence("skew_reverse", lambda_=lambda_)
+    )
+
+
+def total_variation(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """sum_v |p - q| / 2, [N] from logits [N, V], in [0, 1] (arXiv 2307.15190)."""
+    return from_logits(teacher_logits, student_logits, temperature, total_variation_terms)
+
+
+def symmetric_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, mu: float = 0.5) -> Tensor:
+    """mu KL(p || q) + (1 - mu) KL(q || p), [N] from logits [N, V]; Jeffreys' divergence, halved, at mu = 1/2."""
+    return from_logits(teacher_logits, student_logits, temperature, choose_divergence("symmetric", mu=mu))
+
+
+def adaptive_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """w KL(p || q) + (1 - w) KL(q || p), [N], w at each position by where p and q differ (after arXiv 2404.02657).
+
+    w = gap_head / (gap_head + gap_tail), where the head is the smallest set of the teacher's most likely tokens with
+    mass of at least one half, and a gap is the sum of |p - q| over the set. w is a constant for the gradient.
+    """
+    return from_logits(teacher_logits, student_logits, temperature, adaptive_terms)
+
+
+def from_logits(teacher_logits: Tensor, student_logits: Tensor, temperature: float, divergence: Divergence) -> Tensor:
+    """Values [N] of a divergence of `choose_divergence`; logits [N, V] of one shape, computed in float32 at least.
+
+    A token excluded on both sides (logit -inf) contributes 0 with gradient 0. NaN stays NaN.
+
+    Raises:
+        ValueError: shapes that differ, a temperature of 0 or less, or an infinite divergence, naming the token.
+    """
+    if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
+        shapes = f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
+        raise ValueError(f"teacher and student logits have the shapes {shapes}: expected the same [N, V]")
+    check_range("temperature", temperature, temperature > 0, "greater than 0")
+    return FromLogits.apply(student_logits, teacher_logits.detach(), temperature, divergence)
+
+
+class FromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: Divergence):
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            log_p, log_q = (torch.log_softmax(logits.to(dtype) / temperature, -1)
+                            for logits in (teacher_logits, student_logits))
+            check_support(divergence, torch.isneginf(log_p), torch.isneginf(log_q))
+            log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
+            values, gradient = divergence(log_p, log_q, log_q.exp())
+        ctx.save_for_backward(gradient / temperature)
+        ctx.dtype = student_logits.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_values: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_values[:, None]).to(ctx.dtype), None, None, None
+
+
+def check_support(divergence: Divergence, teacher_excludes: Tensor, student_excludes: Tensor) -> None:
+    """Raises ValueError where a token that one side alone excludes makes the divergence infinite."""
+    kind = getattr(divergence, "func", divergence)
+    both = (symmetric_terms, adaptive_terms)
+    for terms, who, excludes, other in (((reverse_terms, *both), "teacher", teacher_excludes, student_excludes),
+                                        ((forward_terms, *both), "student", student_excludes, teacher_excludes)):
+        if kind in terms and (infinite := excludes & ~other).any():
+            position, token = infinite.nonzero()[0].tolist()
+            raise ValueError(f"the divergence is infinite at position {position}: the {who} excludes token {token} "
+                             "(logit -inf) and the other model does not")
+
+
+# -- from log-probabilities: value and gradient with respect to the student's logits -----------------------------
+# With G = d value / d log q, the gradient is G - q sum_v G.
+
+
+def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    values = dot(p, log_p - log_q)
+    return values, q - p
+
+
+def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = log_q - log_p
+    values = dot(q, ratio)
+    return values, ratio.sub_(values[:, None]).mul_(q)
+
+
+def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    ratio = log_q - log_p
+    # log(m / p) and log(m / q); each by its own logaddexp, since their difference would lose small ones.
+    m_to_p = log_mixture(ratio, beta)
+    m_to_q = log_mixture(ratio.neg_(), 1 - beta)
+    from_teacher, from_student = dot(log_p.exp(), m_to_p).neg_(), dot(q, m_to_q).neg_()
+    gradient = m_to_q.add_(from_student[:, None]).mul_(q).mul_(beta - 1)
+    return beta * from_teacher + (1 - beta) * from_student, gradient
+
+
+def log_mixture(ratio: Tensor, share: float) -> Tensor:
+    """log((share a + (1 - share) b) / a) from ratio = log(b / a), by logaddexp; exactly 0 at a = b, share = 1/2."""
+    own = torch.tensor(math.log(share), dtype=ratio.dtype, device=ratio.device)
+    return torch.logaddexp(own, ratio + math.log1p(-share))
+
+
+def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    m_to_p = log_mixture(log_q - log_p, lambda_)
+    p = log_p.exp()
+    values = dot(p, m_to_p).neg_()
+    weight = (log_q - m_to_p).exp_()  # p q / m
+    return values, (q * weight.sum(-1, keepdim=True)).sub_(weight).mul_(1 - lambda_)
+
+
+def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    m_to_q = log_mixture(log_p - log_q, lambda_)
+    values = dot(q, m_to_q).neg_()
+    inner = m_to_q.neg().exp_().mul_(-lambda_).sub_(m_to_q)  # log(q / m) - lambda q / m
+    return values, inner.sub_(dot(q, inner)[:, None]).mul_(q)
+
+
+def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    difference = q - log_p.exp()
+    values = difference.abs().sum(-1).mul_(0.5)
+    sign = difference.sign_().mul_(0.5)
+    return values, sign.sub_(dot(q, sign)[:, None]).mul_(q)
+
+
+def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
+    forward, forward_gradient = forward_terms(log_p, log_q, q)
+    reverse, reverse_gradient = reverse_terms(log_p, log_q, q)
+    share = mu[:, None] if isinstance(mu, Tensor) else mu
+    return mu * forward + (1 - mu) * reverse, share * forward_gradient + (1 - share) * reverse_gradient
+
+
+def adaptive_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    p, order = log_p.exp().sort(-1, descending=True)
+    gap = (p - q.gather(-1, order)).abs_()
+    head = p.cumsum(-1).sub_(p) < 0.5  # what lies before a token of the head is less than half
+    gap_head, gap_all = (gap * head).sum(-1), gap.sum(-1)
+    share = torch.where(gap_all > 0, gap_head / gap_all, 0.5)
+    return symmetric_terms(log_p, log_q, q, share)
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """sum_v left * right, [N], without a product of size [N, V]."""
+    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]

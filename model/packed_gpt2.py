@@ -1,0 +1,117 @@
+"""GPT-2's forward pass without work that has no effect: no padding, and the last block only where a label is predicted.
+
+Written over the library's modules and weights, so checkpoints stay standard. The rows' tokens are laid one after the
+other, [tokens, D]; only attention knows rows. In the last block keys and values are computed everywhere, queries,
+output projection and MLP at the selected positions. Equal to the library's forward pass up to rounding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GPT2Model
+
+
+class Packing(NamedTuple):
+    """Which tokens are computed, all int64 on one device except `lengths`.
+
+    tokens [P]: positions in the flattened [B * T]. positions [P]: their places in their rows. lengths: tokens of each
+    row, in order. selected [N]: which of the P are asked for, in row order. counts: how many of them in each row.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: list[int]
+    selected: Tensor
+    counts: list[int]
+
+
+def plan_packing(index: Tensor, shape: tuple[int, int], cut: bool) -> Packing:
+    """The packing for the hidden states at `index` [N] of a flattened [B, T] batch, on the CPU.
+
+    cut: each row ends with its last selected position, since no later token can change it; rows without one are left
+    out. Otherwise all T tokens of every row are computed.
+    """
+    rows, length = shape
+    counts = torch.bincount(index // length, minlength=rows)
+    if cut:
+        lengths = torch.zeros(rows, dtype=torch.int64).scatter_reduce(0, index // length, index % length + 1, "amax")
+    else:
+        lengths = torch.full((rows,), length)
+    kept = torch.arange(length) < lengths[:, None]
+    tokens = kept.flatten().nonzero()[:, 0]
+    selected = kept.flatten().cumsum(0)[index] - 1
+    used = lengths > 0
+    return Packing(tokens, tokens % length, lengths[used].tolist(), selected, counts[used].tolist())
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether `packed_hidden_states` computes what this model's base model does."""
+    base = model.base_model
+    return type(base) is GPT2Model and not base.config.add_cross_attention and not base.config.reorder_and_upcast_attn
+
+
+def packed_hidden_states(base: GPT2Model, input_ids: Tensor, packing: Packing, prune_last_block: bool) -> Tensor:
+    """Final hidden states [N, D] at the selected positions of input_ids [B, T]."""
+    lengths = packing.lengths
+    hidden = base.wte(input_ids.flatten()[packing.tokens]) + base.wpe(packing.positions)
+    hidden = base.drop(hidden)
+    *blocks, last = base.h
+    for block in blocks:
+        hidden = hidden + attention(block.attn, block.ln_1(hidden), lengths)
+        hidden = hidden + feed_forward(block, hidden)
+    if not prune_last_block:
+        hidden = hidden + attention(last.attn, last.ln_1(hidden), lengths)
+        hidden = (hidden + feed_forward(last, hidden))[packing.selected]
+        return base.ln_f(hidden)
+    attended = attention_at(last.attn, last.ln_1(hidden), packing)
+    hidden = hidden[packing.selected] + attended
+    return base.ln_f(hidden + feed_forward(last, hidden))
+
+
+def attention(attn: nn.Module, hidden: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each row; hidden [P, D]."""
+    query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in attn.c_attn(hidden).chunk(3, dim=-1))
+    options = {"dropout_p": attn.attn_dropout.p if attn.training else 0.0, "is_causal": True, "scale": attn.scaling}
+    if len(set(lengths)) == 1:
+        batch = (each.unflatten(0, (len(lengths), -1)).transpose(1, 2) for each in (query, key, value))
+        mixed = F.scaled_dot_product_attention(*batch, **options).transpose(1, 2).flatten(0, 1)
+    else:
+        rows = zip(*(each.split(lengths) for each in (query, key, value)), strict=True)
+        mixed = torch.cat([
+            F.scaled_dot_product_attention(*(each.transpose(0, 1)[None] for each in row), **options)[0].transpose(0, 1)
+            for row in rows
+        ])
+    return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
+
+
+def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
+    """Causal attention [N, D] at the selected positions; keys and values of all P."""
+    width = hidden.shape[-1]
+    weight, bias = attn.c_attn.weight, attn.c_attn.bias
+    query = torch.addmm(bias[:width], hidden[packing.selected], weight[:, :width])
+    key, value = torch.addmm(bias[width:], hidden, weight[:, width:]).chunk(2, dim=-1)
+    heads = [each.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1)[None] for each in (query, key, value)]
+    places = packing.positions[packing.selected]
+    rows = zip(
+        heads[0].split(packing.counts, dim=2), heads[1].split(packing.lengths, dim=2),
+        heads[2].split(packing.lengths, dim=2), places.split(packing.counts), strict=True,
+    )
+    mixed = [
+        F.scaled_dot_product_attention(
+            query, key, value, attn_mask=torch.arange(key.shape[2], device=key.device) <= place[:, None],
+            dropout_p=attn.attn_dropout.p if attn.training else 0.0, scale=attn.scaling,
+        )[0].transpose(0, 1)
+        for query, key, value, place in rows
+    ]
+    return attn.resid_dropout(attn.c_proj(torch.cat(mixed).flatten(1)))
+
+
+def feed_forward(block: nn.Module, hidden: Tensor) -> Tensor:
+    """The block's MLP of hidden [P, D]; GPT-2's activation by the fused kernel of the same formula."""
+    mlp = block.mlp
+    inner = mlp.c_fc(block.ln_2(hidden))
+    fused = block.attn.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
+    inner = F.gelu(inner, approximate="tanh") if fused else mlp.act(inner)
+    return mlp.dropout(mlp.c_proj(inner))

@@ -1,0 +1,72 @@
+"""A student made of blocks of its teacher (the start of DistilBERT, Sanh et al. 2019, arXiv 1910.01108, section 3)."""
+
+import re
+
+import torch
+from torch import nn
+
+from model.language_model import LanguageModel, ModelError
+
+
+def spread_layers(of_teacher: int, of_student: int) -> list[int]:
+    """Numbers of the teacher's blocks, evenly from the first to the last; the first alone for one."""
+    if of_student == 1:
+        return [0]
+    return [round(index * (of_teacher - 1) / (of_student - 1)) for index in range(of_student)]
+
+
+@torch.no_grad()
+def copy_teacher_layers(teacher: LanguageModel, student: LanguageModel, layers: list[int] | None = None) -> list[int]:
+    """Copies embeddings, final norm, head and the chosen blocks of the teacher into the student; returns the numbers.
+
+    layers: numbers of the teacher's blocks, from 0, one for each of the student's; None spreads them evenly.
+
+    Raises:
+        ModelError: another family or width, or block numbers that do not fit.
+    """
+    blocks_of_teacher, blocks_of_student = block_count(teacher.model), block_count(student.model)
+    for name in ("model_type", "hidden_size", "num_attention_heads", "intermediate_size"):
+        ours, theirs = (getattr(model.config, name, None) for model in (student.model, teacher.model))
+        if ours != theirs:
+            raise ModelError(
+                f'distillation_kwargs.student_init "teacher_layers": {name} of the teacher is {theirs} and of the '
+                f"student {ours}: name a student_lang_model of the teacher's width, or set student_init to null"
+            )
+    if layers is None:
+        if blocks_of_student > blocks_of_teacher:
+            raise ModelError(
+                f'distillation_kwargs.student_init "teacher_layers": the student has {blocks_of_student} blocks, the '
+                f"teacher only {blocks_of_teacher}: name a smaller student_lang_model"
+            )
+        layers = spread_layers(blocks_of_teacher, blocks_of_student)
+    if len(layers) != blocks_of_student or max(layers) >= blocks_of_teacher:
+        raise ModelError(
+            f"distillation_kwargs.student_layers is {layers}: expected {blocks_of_student} numbers from 0 to "
+            f"{blocks_of_teacher - 1}, one for each block of the student"
+        )
+    source = teacher.model.state_dict()
+    path = re.escape(block_path(student.model))
+    own = student.model.state_dict()
+    copied = {}
+    for name, value in own.items():
+        wanted = re.sub(rf"^({path})\.(\d+)\.", lambda found: f"{found[1]}.{layers[int(found[2])]}.", name)
+        if wanted not in source or source[wanted].shape[1:] != value.shape[1:]:
+            raise ModelError(f'distillation_kwargs.student_init "teacher_layers": the teacher has no {wanted} of the '
+                             "student's shape: name a student_lang_model of the teacher's family and width")
+        copied[name] = source[wanted]
+    for name, value in copied.items():
+        rows = min(len(own[name]), len(value)) if value.dim() else None
+        own[name][:rows].copy_(value[:rows]) if value.dim() else own[name].copy_(value)
+    return layers
+
+
+def block_path(model: nn.Module) -> str:
+    """Name of the list of blocks, such as transformer.h."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == model.config.num_hidden_layers:
+            return name
+    raise ModelError(f"{type(model).__name__}: its blocks are not a list: student_init is not possible for this family")
+
+
+def block_count(model: nn.Module) -> int:
+    return model.config.num_hidden_layers

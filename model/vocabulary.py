@@ -1,0 +1,31 @@
+"""Whether teacher and student have the same vocabulary: without that no divergence between them means anything."""
+
+from model.language_model import ModelError
+
+
+def shared_vocabulary(teacher_tokenizer, student_tokenizer) -> int:
+    """Number of token ids that both models have, the same strings for the same ids.
+
+    A pad token that one side has added at the end is no real token and is left out.
+
+    Raises:
+        ModelError: sizes and the first token that differs.
+    """
+    teacher, student = (real_tokens(tokenizer) for tokenizer in (teacher_tokenizer, student_tokenizer))
+    if teacher == student:
+        return max(teacher) + 1
+    first = min(token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token))
+    told = [repr(tokens[first]) if first in tokens else "none" for tokens in (teacher, student)]
+    raise ModelError(
+        f"teacher and student have different vocabularies ({len(teacher)} and {len(student)} tokens; the first that "
+        f"differs has id {first}: {told[0]} and {told[1]}): distil between models of one tokenizer"
+    )
+
+
+def real_tokens(tokenizer) -> dict[int, str]:
+    """Token of each id, without a pad token that was added behind all others."""
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    last = max(tokens)
+    if last == tokenizer.pad_token_id and last != tokenizer.eos_token_id and last in tokenizer.added_tokens_decoder:
+        del tokens[last]
+    return tokens

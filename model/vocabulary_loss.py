@@ -1,0 +1,249 @@
+"""Cross-entropy and divergences straight from hidden states and head weights, in chunks over label positions.
+
+Only [chunk_size, V] logits exist at a time, and the gradients are formed in the forward pass, while the chunk's logits
+are there: one product for the student's logits and two for the gradients of its hidden states and head, one for the
+teacher's logits. Nothing is computed twice, and memory does not depend on the number of positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.divergences import FLOOR, Divergence
+
+
+class OutputHead(NamedTuple):
+    """logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap); without cap, scale * (...).
+
+    weight [rows, D]; bias [rows] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+
+class TeacherHidden(NamedTuple):
+    """The teacher's hidden states [N, Dt] at the label positions, and its head."""
+
+    hidden: Tensor
+    head: OutputHead
+
+
+class TeacherTopK(NamedTuple):
+    """The teacher's k most likely tokens at each label position, at the temperature of the loss.
+
+    ids [N, k] int64; log_probs [N, k]; log_rest [N]: log of the mass of all other tokens. The rest counts as one token:
+    divergences that obey the data-processing inequality (all but "adaptive") are then bounded from below, and equal
+    at k = V - 1.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+class VocabularyLoss(NamedTuple):
+    """loss_sum: scalar with a graph. cross_entropy, divergence: detached sums over positions, in nats."""
+
+    loss_sum: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor | None
+
+
+def vocabulary_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Tensor,
+    *,
+    vocabulary: int | None = None,
+    teacher: TeacherHidden | TeacherTopK | None = None,
+    divergence: Divergence | None = None,
+    temperature: float = 1.0,
+    kd_weight: float = 0.0,
+    chunk_size: int = 64,
+) -> VocabularyLoss:
+    """Sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
+
+    hidden [N, D]: the student's states that predict `targets` [N] int64, on one device with head and teacher.
+    vocabulary: number of real tokens; later rows of either head are padding of the matrix and are left out of every
+    softmax. divergence: of `choose_divergence`; p and q are at `temperature`, CE at 1.
+    chunk_size: positions whose logits exist at a time.
+
+    Reductions are in float32 at least; under autocast the products are in its type. Gradients flow to hidden, weight
+    and bias. N = 0 gives exactly 0 with zero gradients.
+
+    Raises:
+        ValueError: sizes that do not fit, or a number out of range.
+    """
+    if len(hidden) != len(targets):
+        raise ValueError(f"{len(hidden)} hidden states but {len(targets)} targets: expected one each")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: expected at least 1")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: expected a number greater than 0")
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
+    if teacher is not None and len(teacher[0]) != len(hidden):
+        raise ValueError(f"{len(teacher[0])} teacher positions but {len(hidden)} of the student: expected as many")
+    size = len(head.weight) if vocabulary is None else vocabulary
+    kd_weight = 0.0 if teacher is None else kd_weight
+    work = Work(head, targets, size, teacher, divergence, temperature, kd_weight, chunk_size, torch.is_grad_enabled())
+    loss_sum, cross_entropy, divergence_sum = ChunkedLoss.apply(hidden, head.weight, head.bias, work)
+    return VocabularyLoss(loss_sum, cross_entropy, None if teacher is None else divergence_sum)
+
+
+class Work(NamedTuple):
+    """What `ChunkedLoss` does; all but the tensors that gradients flow to."""
+
+    head: OutputHead
+    targets: Tensor
+    size: int
+    teacher: TeacherHidden | TeacherTopK | None
+    divergence: Divergence | None
+    temperature: float
+    kd_weight: float
+    chunk_size: int
+    with_gradients: bool
+
+
+class ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Work):
+        wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        product_type = autocast_type(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            sums, gradients = all_chunks(hidden, weight, bias, work, wanted, product_type)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *unused):
+        return (*(None if each is None else each.mul_(grad_loss) for each in ctx.saved_tensors), None)
+
+
+def autocast_type(hidden: Tensor) -> torch.dtype:
+    """Type of the products: autocast's where it is on, else that of the hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_type: torch.dtype):
+    """((loss, cross-entropy, divergence) sums, gradients of hidden, weight and bias where wanted)."""
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    rows = weight[: work.size].to(product_type)
+    student_bias = None if bias is None else bias[: work.size]
+    states = hidden.to(product_type)
+    teacher = work.teacher
+    if isinstance(teacher, TeacherHidden):
+        teacher_head = teacher.head._replace(weight=teacher.head.weight[: work.size].to(product_type),
+                                             bias=None if teacher.head.bias is None else teacher.head.bias[: work.size])
+        teacher = TeacherHidden(teacher.hidden.to(product_type), teacher_head)
+    gradients = [torch.zeros_like(each) if want else None
+                 for each, want in zip((hidden, weight, bias), wanted, strict=True)]
+    sums = torch.zeros(2, dtype=precision, device=hidden.device)
+    student_head = work.head._replace(weight=rows, bias=student_bias)
+    for start in range(0, len(hidden), work.chunk_size):
+        part = slice(start, start + work.chunk_size)
+        logits, slope = head_logits(states[part], student_head, precision, any(wanted))
+        of_teacher = None if teacher is None else chunk_of_teacher(teacher, part, work.temperature, precision)
+        values, gradient = chunk_terms(logits, work.targets[part], of_teacher, work, any(wanted))
+        sums += values
+        if gradient is not None:
+            if slope is not None:
+                gradient *= slope
+            add_products(gradients, gradient, part, states, rows, product_type)
+    loss = (1 - work.kd_weight) * sums[0] + work.kd_weight * work.temperature**2 * sums[1]
+    return (loss, sums[0], sums[1]), gradients
+
+
+def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_slope: bool):
+    """(logits [n, V] in `precision`, their derivative by the product where it is not 1, else None)."""
+    logits = (states @ head.weight.T).to(precision)
+    if head.bias is not None:
+        logits += head.bias
+    slope = None
+    if head.scale != 1.0:
+        logits *= head.scale
+        slope = torch.tensor(head.scale, dtype=precision, device=logits.device)
+    if head.cap is not None:
+        logits.div_(head.cap).tanh_()
+        slope = head.scale * (1 - logits.square()) if with_slope else None
+        logits *= head.cap
+    return logits, slope
+
+
+def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, temperature: float, precision: torch.dtype):
+    """log_p [n, V] of one chunk, or its top-k entries."""
+    if isinstance(teacher, TeacherTopK):
+        ids, log_probs, log_rest = (each[part] for each in teacher)
+        return TeacherTopK(ids, log_probs.to(precision), log_rest.to(precision))
+    logits, _ = head_logits(teacher.hidden[part], teacher.head, precision, with_slope=False)
+    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), -1)
+
+
+def chunk_terms(logits: Tensor, targets: Tensor, of_teacher, work: Work, with_gradient: bool):
+    """(sums [2] of cross-entropy and divergence, gradient [n, V] of the loss by the student's logits or None)."""
+    label_share = 1 - work.kd_weight
+    log_q = torch.log_softmax(logits, -1)
+    cross_entropy = -log_q.gather(1, targets[:, None]).sum()
+    if of_teacher is None:
+        values, gradient, q = logits.new_zeros(()), None, log_q.exp() if with_gradient else None
+    else:
+        soft = log_q if work.temperature == 1.0 else torch.log_softmax(logits.div_(work.temperature), -1)
+        soft_q = soft.exp()
+        terms = top_k_terms if isinstance(of_teacher, TeacherTopK) else full_terms
+        values, gradient = terms(of_teacher, soft, soft_q, work.divergence)
+        values = values.sum()
+        if with_gradient:
+            gradient *= work.kd_weight * work.temperature  # temperature^2, and 1 / temperature of the softmax
+            q = soft_q if work.temperature == 1.0 else log_q.exp_()
+    sums = torch.stack([cross_entropy, values])
+    if not with_gradient:
+        return sums, None
+    gradient = q if gradient is None else gradient.add_(q, alpha=label_share)
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= label_share
+    return sums, gradient
+
+
+def full_terms(log_p: Tensor, log_q: Tensor, q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    return divergence(log_p, log_q, q)
+
+
+def top_k_terms(top: TeacherTopK, log_q: Tensor, q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+    """Divergence [n] and gradient [n, V] where the tokens that are not among the top k count as one.
+
+    For a token of the rest the gradient is that of the rest, in the token's share of it.
+    """
+    rest = log_q.scatter(1, top.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q_k = torch.cat([log_q.gather(1, top.ids), rest], 1).clamp(min=FLOOR)
+    log_p_k = torch.cat([top.log_probs, top.log_rest[:, None]], 1).clamp(min=FLOOR)
+    values, gradient_k = divergence(log_p_k, log_q_k, log_q_k.exp())
+    gradient = (log_q - rest).exp_().mul_(gradient_k[:, -1:])
+    return values, gradient.scatter_(1, top.ids, gradient_k[:, :-1])
+
+
+def top_k_of(log_p: Tensor, k: int) -> TeacherTopK:
+    """The k best of log-probabilities [N, V] and the log of the remaining mass (k is cut to V)."""
+    best = log_p.topk(min(k, log_p.shape[1]), -1)
+    return TeacherTopK(best.indices, best.values, log_p.scatter(1, best.indices, -torch.inf).logsumexp(-1))
+
+
+def add_products(gradients: list, gradient: Tensor, part: slice, states: Tensor, rows: Tensor, product_type) -> None:
+    """Adds one chunk's share to the gradients of hidden states, head weight and bias."""
+    of_hidden, of_weight, of_bias = gradients
+    if of_bias is not None:
+        of_bias[: len(rows)] += gradient.sum(0)
+    gradient = gradient.to(product_type)
+    if of_hidden is not None:
+        of_hidden[part] = gradient @ rows
+    if of_weight is not None:
+        if product_type == of_weight.dtype:
+            of_weight[: len(rows)].addmm_(gradient.T, states[part])
+        else:  # autocast: summed in the weight's own type
+            of_weight[: len(rows)] += gradient.T @ states[part]
