@@ -94,7 +94,7 @@ def load_model(options: ValidateOptions) -> LanguageModel:
         options.model_path, tokenizer=None if own_tokenizer else options.model_name
     )
     if options.model_name is not None:
-        check_same_architecture(language_model.model, options.model_name)
+        check_same_architecture(language_model.model.config, options.model_name)
     return language_model
 
 

@@ -98,13 +98,13 @@ def collate(table: TokenTable, rows: np.ndarray, pad_id: int) -> dict[str, Tenso
 
 
 class BatchDataset(Dataset):
-    """Collated batches, indexed by arrays of row numbers."""
+    """Collated batches with their `rows`, indexed by arrays of row numbers."""
 
     def __init__(self, table: TokenTable, pad_id: int):
         self.table, self.pad_id = table, pad_id
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return collate(self.table, rows, self.pad_id)
+        return {**collate(self.table, rows, self.pad_id), "rows": rows}
 
 
 def leave_signals_to_the_loop(worker: int) -> None:

@@ -135,7 +135,8 @@ class LanguageModel(nn.Module):
         index, targets = label_positions(labels)
         targets, input_ids = (each.to(self.device, non_blocking=True) for each in (targets, input_ids))
         padded_left = attention_mask is not None and not is_right_padded(attention_mask.cpu())
-        if padded_left or not can_pack(self.model) or not (self.pack_rows or self.prune_last_block):
+        switched_off = not (self.pack_rows or self.prune_last_block)
+        if padded_left or switched_off or not len(index) or not can_pack(self.model):
             hidden = self.hidden_states(input_ids, attention_mask).flatten(0, 1)
             return hidden[index.to(self.device, non_blocking=True)], targets
         packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)

@@ -180,11 +180,11 @@ def set_dropout(config, rate: float) -> None:
             setattr(config, key, rate)
 
 
-def check_same_architecture(model, name: str) -> None:
-    """Raises ModelError where a checkpoint is not of the architecture that the user names."""
+def check_same_architecture(config, name: str) -> None:
+    """Raises ModelError where a checkpoint's config is not of the architecture that the user names."""
     expected = model_config(name, without_hub=True)
     for field in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"):
-        want, have = getattr(expected, field, None), getattr(model.config, field, None)
+        want, have = getattr(expected, field, None), getattr(config, field, None)
         if want is not None and want != have:
             raise ModelError(f"the checkpoint is not a '{name}': its {field} is {have}, '{name}' has {want}")
 

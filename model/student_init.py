@@ -50,13 +50,12 @@ def copy_teacher_layers(teacher: LanguageModel, student: LanguageModel, layers: 
     copied = {}
     for name, value in own.items():
         wanted = re.sub(rf"^({path})\.(\d+)\.", lambda found: f"{found[1]}.{layers[int(found[2])]}.", name)
-        if wanted not in source or source[wanted].shape[1:] != value.shape[1:]:
+        if wanted not in source or source[wanted].shape[1:] != value.shape[1:] or len(source[wanted]) < len(value):
             raise ModelError(f'distillation_kwargs.student_init "teacher_layers": the teacher has no {wanted} of the '
                              "student's shape: name a student_lang_model of the teacher's family and width")
-        copied[name] = source[wanted]
+        copied[name] = source[wanted][: len(value)]
     for name, value in copied.items():
-        rows = min(len(own[name]), len(value)) if value.dim() else None
-        own[name][:rows].copy_(value[:rows]) if value.dim() else own[name].copy_(value)
+        own[name].copy_(value)
     return layers
 
 

@@ -46,24 +46,31 @@ class Teacher:
         return self.to_student(self.hidden(input_ids, attention_mask, labels))
 
     def ahead(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, TeacherHidden]]:
-        """The arguments of `TeacherStudent.forward` for each collated batch.
+        """The arguments of `TeacherStudent.forward` for each collated batch, the teacher one batch ahead."""
+        return one_ahead(
+            batches, lambda batch: self.hidden(*arguments_of(batch)),
+            lambda batch, hidden: (*arguments_of(batch), self.to_student(hidden)),
+        )
 
-        The teacher's work on the next batch is started before a batch is handed out, so on a device of its own it
-        computes while the student does. The copy of this batch's states comes before that, because copies queue behind
-        what the teacher's device was given earlier.
-        """
-        started = None
-        for batch in batches:
-            ready = None if started is None else self.finish(*started)
-            arguments = batch["input_ids"], batch["attention_mask"], batch["labels"]
-            started = arguments, self.hidden(*arguments)
-            if ready is not None:
-                yield ready
-        if started is not None:
-            yield self.finish(*started)
 
-    def finish(self, arguments: tuple[Tensor, ...], hidden: Tensor) -> tuple:
-        return *arguments, self.to_student(hidden)
+def arguments_of(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    return batch["input_ids"], batch["attention_mask"], batch["labels"]
+
+
+def one_ahead(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:
+    """finish(batch, start(batch)) of each batch; the next one's start comes before a batch is handed out.
+
+    So a teacher on a device of its own computes while the student does. This batch's finish, which copies to the
+    student, comes before the next one's start, because copies queue behind what the device was given earlier.
+    """
+    waiting = None
+    for batch in batches:
+        ready = None if waiting is None else finish(*waiting)
+        waiting = batch, start(batch)
+        if ready is not None:
+            yield ready
+    if waiting is not None:
+        yield finish(*waiting)
 
 
 def move_head(head: OutputHead, device: torch.device) -> OutputHead:

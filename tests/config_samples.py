@@ -53,7 +53,7 @@ USERS_CONFIG = {
 DEFAULTS = {
     "model_arch": {
         "lang_model": "gpt2", "gpu_device_id": 0, "from_scratch": False, "architecture": {}, "tokenizer": None,
-        "dropout": None,
+        "dropout": None, "pack_rows": True, "prune_last_block": True,
         "generation_kwargs": {"max_generation_length": 80, "num_beams": 1, "early_stopping": False},
     },
     "trainer_kwargs": {
@@ -83,15 +83,15 @@ DEFAULTS = {
 }
 
 
-def load(folder: Path, content: dict | str, *overrides: str) -> FineTuneConfig:
-    """Writes config.json (values, or text as it is) into the folder and loads it."""
+def load(folder: Path, content: dict | str, *overrides: str, model=FineTuneConfig):
+    """Writes config.json (values, or text as it is) into the folder and loads it, as an instance of `model`."""
     path = folder / "config.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return load_config(path, overrides)
+    return load_config(path, overrides, model)
 
 
-def refusal(folder: Path, content: dict | str, *overrides: str) -> list[str]:
+def refusal(folder: Path, content: dict | str, *overrides: str, model=FineTuneConfig) -> list[str]:
     """As `load`, for what is refused: the lines of the error, with the file's name alone."""
     with pytest.raises(ConfigError) as error:
-        load(folder, content, *overrides)
+        load(folder, content, *overrides, model=model)
     return str(error.value).replace(f"{folder / 'config.json'}", "config.json").split("\n")

@@ -273,6 +273,7 @@ def test_loaded_batches_are_the_collated_ones_in_order(table, num_workers):
     batches = [rows for step in plan_epoch(table.lengths, 4, 2, 1, 0) for rows in step]
     loaded = list(load_batches(table, batches, END, num_workers))
     assert len(loaded) == len(batches)
+    assert all(np.array_equal(batch.pop("rows"), rows) for batch, rows in zip(loaded, batches, strict=True))
     assert all(same(batch, collate(table, rows, END)) for batch, rows in zip(loaded, batches, strict=True))
 
 

@@ -10,7 +10,8 @@ import pytest
 from tests.config_samples import DEFAULTS, USERS_CONFIG, load, refusal
 from utils import config_reference
 from utils.config_files import ConfigError, config_json, load_config, read_json, warnings_of
-from utils.config_reference import END, START, markdown_reference, schema
+from utils.config_kd import DistillConfig
+from utils.config_reference import END, START, markdown_reference, reference, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,12 +160,13 @@ def test_shipped_config_is_the_recipe():
 
 
 def test_schema_and_reference_are_in_step():
-    """config.schema.json or README.md lags behind utils/config.py."""
+    """A schema or README.md lags behind utils/config.py or utils/config_kd.py."""
     assert json.loads((ROOT / "config.schema.json").read_text(encoding="utf-8")) == schema()
+    assert json.loads((ROOT / "config_kd.schema.json").read_text(encoding="utf-8")) == schema(DistillConfig)
     readme = ROOT / "README.md"
     if readme.is_file() and START in readme.read_text(encoding="utf-8"):
         between = readme.read_text(encoding="utf-8").split(START)[1].split(END)[0]
-        assert between.strip() == markdown_reference().strip()
+        assert between.strip() == reference().strip()
 
 
 def test_every_key_is_explained():
@@ -216,17 +218,19 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
     run = config_reference.main
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "config.schema.json out of step with utils/config.py: run python -m utils.config_reference"]
+        "config.schema.json and config_kd.schema.json out of step with utils/config.py and utils/config_kd.py: run "
+        "python -m utils.config_reference"]
     readme = tmp_path / "README.md"
     readme.write_text(f"# Title\n{START}\nold\n{END}\nrest\n", encoding="utf-8")
     assert run([], tmp_path) == 0 and run(["--check"], tmp_path) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"# Title\n{START}\n") and text.endswith(f"{END}\nrest\n") and "`lm_lr`" in text
+    assert text.startswith(f"# Title\n{START}\n") and text.endswith(f"{END}\nrest\n")
+    assert "`lm_lr`" in text and "`lambda`" in text
     readme.write_text(text.replace("lm_lr", "lr"), encoding="utf-8")
     capsys.readouterr()
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "README.md out of step with utils/config.py: run python -m utils.config_reference"]
+        "README.md out of step with utils/config.py and utils/config_kd.py: run python -m utils.config_reference"]
     readme.write_text("# no markers\n", encoding="utf-8")
     assert run(["--check"], tmp_path) == 1 and len(capsys.readouterr().err.splitlines()) == 1
 

@@ -256,7 +256,7 @@ def test_gpt2_shapes_need_no_hub(name, prefix, tokenizer):
         )
     assert model.parameter_count() == GPT2_PARAMETERS[name]
     assert model.context == 1024
-    check_same_architecture(model.model, name)
+    check_same_architecture(model.model.config, name)
 
 
 def test_from_scratch(tokenizer):
@@ -342,6 +342,6 @@ def test_demo_models(tokenizer, monkeypatch, tmp_path, name, layers, width):
 def test_same_architecture(folder):
     """A model name that is not the checkpoint's is believed."""
     network = tiny_gpt2()
-    check_same_architecture(network, str(folder))
+    check_same_architecture(network.config, str(folder))
     with pytest.raises(ModelError, match=r"not a 'gpt2-medium': its num_hidden_layers is 1, 'gpt2-medium' has 24"):
-        check_same_architecture(network, "gpt2-medium")
+        check_same_architecture(network.config, "gpt2-medium")

@@ -55,6 +55,9 @@ class Distance(nn.Module):
         self.w = nn.Parameter(torch.zeros(()))
         self.language_model = [language_model]
 
+    def ahead(self, table, batches):
+        return ((batch["input_ids"], batch["attention_mask"], batch["labels"]) for batch in batches)
+
     def forward(self, input_ids, attention_mask, labels):
         loss = ((self.w - input_ids[:, 0].double()) ** 2).sum()
         return LossTerms(loss, len(input_ids), {})
@@ -99,7 +102,7 @@ def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     log = RunLog(tmp_path)
     trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), None,
-                      Place(torch.device("cpu")), log, Checkpoints(tmp_path / "c", "run", 2), StopRequest())
+                      Place(torch.device("cpu")), log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
     return trainer, objective
 
 
@@ -111,7 +114,7 @@ def test_last_window_is_flushed_and_divided_by_its_own_rows(tmp_path):
     for step in steps:
         from data.batches import load_batches
 
-        trainer.train_step(step, iter(load_batches(trainer.table, step, 0)), 0.1)
+        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0)), 0.1)
         found.append(objective.w.item())
     assert found == pytest.approx([0.5, 1.4], abs=1e-6)
 
@@ -160,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]
     with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2, 3;"):
-        trainer.train_step(step, iter(load_batches(trainer.table, step, 0)), 0.1)
+        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0)), 0.1)
     assert objective.w.item() == 0.0
 
 

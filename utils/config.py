@@ -2,8 +2,8 @@
 
 The descriptions below are the only reference: `config.schema.json` and the tables in README.md are generated from them
 (`python -m utils.config_reference`). Values are never converted: only a whole number where a number is expected is
-taken as it is. A script for another task can make its own model of the same sections and call `contradictions`.
-Nothing here imports torch, so that a wrong config is refused at once.
+taken as it is. The config of train_kd.py, `utils/config_kd.py`, is made of the same sections. Nothing here imports
+torch, so that a wrong config is refused at once.
 """
 
 from typing import Annotated, Literal
@@ -47,6 +47,7 @@ class GenerationKwargs(Section):
 
 
 # Keys that the configs of both scripts have.
+EXACT = "where the family allows it (GPT-2); exact; false for debugging"
 FromScratch = Annotated[bool, Field(description="random weights of that architecture instead of trained ones")]
 Architecture = Annotated[dict[str, int | float | bool | str], Field(
     description="with from_scratch: values of the model's own config to change, such as n_layer, n_embd"
@@ -56,14 +57,15 @@ Dropout = Annotated[Annotated[float, Field(ge=0, lt=1)] | None, Field(
     description="one number for all dropouts; null is the model's own"
 )]
 PackRows = Annotated[bool, Field(
-    description="training rows are computed without padding, where the family allows it (GPT-2); exact; false for "
-    "debugging"
+    description=f"training rows are computed one after the other without padding, {EXACT}"
 )]
 PruneLastBlock = Annotated[bool, Field(
-    description="the last block computes queries, output projection and MLP only where a label is predicted, where the "
-    "family allows it (GPT-2); exact; false for debugging"
+    description=f"the last block computes queries, output projection and MLP only where a label is predicted, {EXACT}"
 )]
-GpuNumber = Annotated[int, Field(ge=0)] | None
+GpuNumber = Annotated[Annotated[int, Field(ge=0)] | None, Field(
+    description="number of the GPU; null is 0; ignored with a notice where there is no GPU"
+)]
+Columns = Annotated[dict[Literal["id", "article", "highlights"], Name | None], AfterValidator(complete_columns)]
 
 
 class ModelArch(Section):
@@ -73,9 +75,7 @@ class ModelArch(Section):
         "gpt2", description="hub id (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, or any decoder-only causal "
         "LM), local folder, or a built-in demo size (demo-teacher, demo-student)"
     )
-    gpu_device_id: GpuNumber = Field(
-        0, description="number of the GPU; null is 0; ignored with a notice where there is no GPU"
-    )
+    gpu_device_id: GpuNumber = 0
     from_scratch: FromScratch = False
     architecture: Architecture = Field(default={})
     tokenizer: TokenizerName = None
@@ -253,9 +253,7 @@ class DatasetKwargs(Section):
     prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
         "{article}\nTL;DR:", description="what the model reads before it writes; holds {article} exactly once"
     )
-    columns: Annotated[
-        dict[Literal["id", "article", "highlights"], Name | None], AfterValidator(complete_columns)
-    ] = Field(
+    columns: Columns = Field(
         default={key: key for key in COLUMNS},
         description="names of the columns in your CSVs; id may be null: rows are numbered",
     )
@@ -296,7 +294,7 @@ def monitored_metric(stopping: StoppingKwargs) -> str:
 
 
 def contradictions(config) -> list[str]:
-    """One line for each pair of keys that cannot both be meant. config: has the sections trainer_kwargs to the last."""
+    """One line for each pair of keys that cannot both be meant, of the sections that both configs have."""
     return [*dataset_contradictions(config), *stopping_contradictions(config), *scaling_contradictions(config)]
 
 
@@ -341,13 +339,11 @@ def scaling_contradictions(config) -> list[str]:
         return [f"{start} trainer_kwargs.monitor_val is false: set monitor_val to true, {end}"]
     if data.validation_dataset is None:
         return [f"{start} dataset_kwargs.validation_dataset is null: set it to a CSV, {end}"]
-    if not trainer.scaling_metric.startswith("rouge"):
-        return []
-    lines = []
-    if "rouge" not in trainer.metrics:
+    lines, by_rouge = [], trainer.scaling_metric.startswith("rouge")
+    if by_rouge and "rouge" not in trainer.metrics:
         lines.append(f'{start} trainer_kwargs.metrics does not hold "rouge": add it, set adaptive_loss_metric to '
                      f'"perplexity", {end}')
-    if trainer.scaling_baseline > 1:
+    if by_rouge and trainer.scaling_baseline > 1:
         lines.append(f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
                      f'trainer_kwargs.adaptive_loss_metric is "{trainer.scaling_metric}", a score from 0 to 1: write '
                      "such as 0.15")

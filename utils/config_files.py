@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from difflib import SequenceMatcher
 from os import PathLike
 from pathlib import Path
 
@@ -11,15 +10,14 @@ from pydantic import BaseModel, ValidationError
 
 from utils.config import NO_EFFECT, FineTuneConfig
 from utils.config_kd import DistillConfig, distillation_warnings
-from utils.config_reference import constants, expected, known_keys, leaves, node_at
+from utils.config_reference import CLOSE, constants, expected, most_alike, nearest, node_at
 from utils.files import json_text
 
 DEEPEST = 50
-CLOSE = 0.6  # of SequenceMatcher.ratio, as difflib.get_close_matches has it
 # Pydantic's errors about the value itself, and those raised here; all others are about its type.
 VALUE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
                 "string_too_short", "string_pattern_mismatch"}
-CUSTOM_ERRORS = {"template", "columns", "contradiction", "value_error"}
+CUSTOM_ERRORS = {"template", "columns", "layers", "contradiction"}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -214,7 +212,7 @@ def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -
     if "missing" in types:
         return [f"{dotted(path)} is missing: expected {expected(node_at(schema, path))}"]
     if "extra_forbidden" in types or any(each["loc"][-1:] == ("[key]",) for each in errors):
-        return [f"{dotted(path)} is unknown: {nearest(schema, path)}"]
+        return [f"{dotted(path)} is unknown: {nearest(model, schema, path)}"]
     if types & CUSTOM_ERRORS:
         text = errors[0]["msg"].removeprefix("Value error, ")
         return text.split("\n") if not path else [f"{dotted(path)} is {show(value_at(data, path))}: {text}"]
@@ -226,31 +224,6 @@ def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -
     return [f"{dotted(path)} is {show(value)}{of_kind}: expected {expected(node)}{remedy(model, data, path, node)}"]
 
 
-def nearest(schema: dict, path: tuple) -> str:
-    """Where an unknown key belongs, or the known key that it resembles most."""
-    *parent, key = path
-    places = [other[:-1] for other, _ in leaves(schema) if other[-1] == key]
-    if places:
-        return f"{key} belongs in {' or '.join(dotted(place) or 'the top level' for place in places)}"
-    beside = {name: name for name in known_keys(node_at(schema, tuple(parent)))}
-    if not beside:
-        return "remove it, or see --help"
-    elsewhere = {dotted(other): other[-1] for other, _ in leaves(schema)}
-    best, likeness = most_alike(key, beside)
-    if likeness < CLOSE:
-        far, likeness = most_alike(key, elsewhere)
-        best = far if likeness >= CLOSE + 0.1 else best
-    return f"did you mean {best}?"
-
-
-def most_alike(key: str, names: dict[str, str]) -> tuple[str, float]:
-    """(the name whose last part is most like `key`, how alike from 0 to 1)."""
-    plain = key.lower().replace("-", "_")
-    alike = {name: SequenceMatcher(None, plain, last.lower()).ratio() for name, last in names.items()}
-    best = max(alike, key=alike.get, default="")
-    return best, alike.get(best, 0.0)
-
-
 def remedy(model, data: dict, path: tuple, node: dict) -> str:
     """What to write instead, where the value as it stands says what was meant."""
     value = value_at(data, path)
@@ -259,8 +232,8 @@ def remedy(model, data: dict, path: tuple, node: dict) -> str:
         *parent, key = path
         value_at(changed, tuple(parent))[key] = candidate
         if accepted(model, changed, path):
-            quotes = " without quotes" if isinstance(value, str) and not isinstance(candidate, str | list) else ""
-            return f"; write {json.dumps(candidate)}{quotes}"
+            quoted = isinstance(value, str) and not isinstance(candidate, str | list | dict)
+            return f"; write {json.dumps(candidate)}{' without quotes' if quoted else ''}"
     return ""
 
 
@@ -285,7 +258,16 @@ def candidates(value, node: dict) -> Iterator:
         if value == value // 1:
             yield int(value)
         yield json.dumps(value)
+    yield from sections_with(value, node)
     yield [value]
+
+
+def sections_with(value, node: dict) -> Iterator[dict]:
+    """For a section that may be null: one with `value` under the key that lists it, else under its default."""
+    listing = {key: child for choice in node.get("anyOf", []) for key, child in choice.get("properties", {}).items()
+               if constants(child)}
+    yield from ({key: value} for key, child in listing.items() if value in constants(child))
+    yield from ({key: child["default"]} for key, child in listing.items())
 
 
 def accepted(model, data: dict, path: tuple) -> bool:
@@ -328,7 +310,7 @@ def kind(value) -> str:
 
 def config_json(config: BaseModel) -> str:
     """The resolved config as JSON with a final newline; `load_config` reads it back as the same config."""
-    values = config.model_dump()
+    values = config.model_dump(by_alias=True)
     for key in NO_EFFECT:
         if values["trainer_kwargs"][key] is None:
             del values["trainer_kwargs"][key]

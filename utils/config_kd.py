@@ -1,4 +1,7 @@
-"""The distillation config (`config_kd.json`): what it has beside or instead of the sections of `utils/config.py`."""
+"""The distillation config (`config_kd.json`): what it has beside or instead of the sections of `utils/config.py`.
+
+In a file, on the command line and in errors `lambda_` is called lambda. Nothing here imports torch.
+"""
 
 from typing import Annotated, Literal
 
@@ -26,7 +29,9 @@ from utils.config import (
 )
 
 # Which divergences a number belongs to; it has no effect on the others.
-NUMBERS = {"beta": ("generalized_js",), "lambda": ("skew_forward", "skew_reverse"), "mu": ("symmetric",)}
+NUMBERS = {"beta": ("generalized_js",), "lambda_": ("skew_forward", "skew_reverse"), "mu": ("symmetric",)}
+# Keys of config.json that stand for one model there: where they are here.
+STUDENT_KEYS = {"lang_model": "student_lang_model", "gpu_device_id": "student_gpu_device_id"}
 
 
 class DistillModelArch(Section):
@@ -86,7 +91,7 @@ class TeacherCache(Section):
     )
     top_k: int = Field(64, ge=1, description="with kind top_k: tokens kept at each label position")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="with kind hidden: stored precision; auto is that of the forward pass"
+        "auto", description="with kind hidden: stored precision; auto is that of the forward pass, which loses nothing"
     )
     dir: Name | None = Field(
         None, description="folder of the cache, shared by runs; null is teacher_cache in output_dir"
@@ -95,7 +100,7 @@ class TeacherCache(Section):
 
 def check_layers(layers: list[int] | None) -> list[int] | None:
     if layers is not None and (not layers or len(set(layers)) < len(layers)):
-        raise PydanticCustomError("value_error", "expected block numbers, each once, such as [0, 4, 8, 11]")
+        raise PydanticCustomError("layers", "expected block numbers, each once, such as [0, 4, 8, 11]")
     return layers
 
 
@@ -110,30 +115,32 @@ class DistillationKwargs(Section):
         "adaptive",
     ] = Field("forward", description="the divergence D(teacher, student)")
     temperature: float = Field(
-        1.0, gt=0, description="of both softmaxes in the divergence, which is multiplied by its square"
+        1.0, gt=0, description="of both softmaxes in the divergence D; the loss multiplies D by its square"
     )
     kd_weight: float = Field(
-        0.5, ge=0, le=1, description="share w of the divergence: the loss is (1 - w) cross-entropy + w temperature² D"
+        0.5, ge=0, le=1, description="share w of the divergence; the rest is cross-entropy: the loss of a label token "
+        "is (1 - w) cross-entropy + w temperature² D"
     )
     beta: float = Field(
-        0.5, gt=0, lt=1, description="generalized_js: the teacher's share of the mixture; the loss gets weak towards 0 "
-        "and 1"
+        0.5, gt=0, lt=1, description="generalized_js: weight of the teacher in the mixture; the loss tends to 0 at "
+        "both ends"
     )
     lambda_: float = Field(
-        0.1, gt=0, lt=1, alias="lambda", description="skew_forward, skew_reverse: share of the first argument"
+        0.1, gt=0, lt=1, alias="lambda", description="skew_forward, skew_reverse: weight of the first argument"
     )
     mu: float = Field(0.5, ge=0, le=1, description="symmetric: share of forward KL; the rest is reverse KL")
     chunk_size: int = Field(64, ge=1, description="label positions whose logits exist at a time")
     teacher_cache: TeacherCache | None = Field(
         None, description='keep the teacher\'s outputs on disk: the first epoch fills it, later ones do not need the '
-        'teacher; such as {"kind": "hidden"}; null is off'
+        'teacher; {"kind": "hidden"} is the simplest; null is off'
     )
     student_init: Literal["teacher_layers"] | None = Field(
-        None, description="teacher_layers starts the student from blocks of a teacher of the same width"
+        None, description="teacher_layers copies blocks of a teacher of the same width; null is the student's weights"
     )
     student_layers: Annotated[
         list[Annotated[int, Field(ge=0)]] | None, AfterValidator(check_layers)
-    ] = Field(None, description="with student_init: numbers of the teacher's blocks, from 0; null spreads them evenly")
+    ] = Field(None, description="with student_init: numbers of the teacher's blocks, from 0; null spreads "
+            "them evenly from first to last")
 
 
 class DistillConfig(Section):
@@ -162,43 +169,56 @@ class DistillConfig(Section):
 def model_contradictions(config: DistillConfig) -> list[str]:
     """One line for each pair of keys about teacher and student that cannot both be meant."""
     arch, trainer, distillation = config.model_arch, config.trainer_kwargs, config.distillation_kwargs
-    teacher, student, init = trainer.teacher_ckpt_path, trainer.student_ckpt_path, distillation.student_init
+    return [*teacher_contradictions(arch, trainer), *student_contradictions(arch, trainer, distillation)]
+
+
+def teacher_contradictions(arch: DistillModelArch, trainer: DistillTrainerKwargs) -> list[str]:
+    if arch.teacher_lang_model is not None:
+        return []
+    if trainer.teacher_ckpt_path is None:
+        return ["model_arch.teacher_lang_model and trainer_kwargs.teacher_ckpt_path are both null: name the teacher, "
+                "such as the model_checkpoints/best of a train.py run in teacher_ckpt_path"]
+    if trainer.teacher_ckpt_path.endswith(".pt"):
+        return ["trainer_kwargs.teacher_ckpt_path is a .pt file but model_arch.teacher_lang_model is null: set "
+                "teacher_lang_model to the architecture of that file, such as gpt2-medium"]
+    return []
+
+
+def student_contradictions(
+    arch: DistillModelArch, trainer: DistillTrainerKwargs, distillation: DistillationKwargs
+) -> list[str]:
+    from_checkpoint, from_teacher = trainer.student_ckpt_path is not None, distillation.student_init is not None
+    checkpoint, init = "trainer_kwargs.student_ckpt_path", "distillation_kwargs.student_init"
     lines = []
-    if arch.teacher_lang_model is None and teacher is None:
-        lines.append("model_arch.teacher_lang_model and trainer_kwargs.teacher_ckpt_path are both null: name the "
-                     "teacher, such as the model_checkpoints/best of a train.py run in teacher_ckpt_path")
-    if teacher is not None and teacher.endswith(".pt") and arch.teacher_lang_model is None:
-        lines.append(f'trainer_kwargs.teacher_ckpt_path is "{teacher}" but model_arch.teacher_lang_model is null: name '
-                     "the architecture of that state dict there, such as gpt2-medium")
-    if student is not None and init is not None:
-        lines.append(f'trainer_kwargs.student_ckpt_path is "{student}" but distillation_kwargs.student_init is '
-                     f'"{init}": the student has one start, set one of them to null')
-    if arch.from_scratch and (student is not None or init is not None):
-        other = ("trainer_kwargs.student_ckpt_path" if student is not None else "distillation_kwargs.student_init")
-        lines.append(f"model_arch.from_scratch is true but {other} names weights: set one of them to "
-                     "its default (false, null)")
-    if arch.architecture and student is not None:
-        lines.append("model_arch.architecture changes the student's shape but trainer_kwargs.student_ckpt_path names "
-                     "weights: remove architecture, or set student_ckpt_path to null")
-    if distillation.student_layers is not None and init is None:
-        lines.append('distillation_kwargs.student_layers is set but distillation_kwargs.student_init is null: set '
-                     'student_init to "teacher_layers", or student_layers to null')
-    if init is not None and arch.tokenizer is not None:
-        lines.append('model_arch.tokenizer is set but distillation_kwargs.student_init is "teacher_layers", whose '
-                     "tokenizer is the teacher's: set tokenizer to null")
+    if from_checkpoint and from_teacher:
+        lines.append(f'{checkpoint} is set but {init} is "{distillation.student_init}", another start of the student: '
+                     "set student_ckpt_path or student_init to null")
+    if from_checkpoint and arch.from_scratch:
+        lines.append(f"{checkpoint} is set but model_arch.from_scratch is true, another start of the student: set "
+                     "student_ckpt_path to null, or from_scratch to false")
+    if from_teacher and arch.from_scratch:
+        lines.append(f'{init} is "{distillation.student_init}" but model_arch.from_scratch is true, another start of '
+                     "the student: set student_init to null, or from_scratch to false")
+    if from_checkpoint and arch.architecture:
+        lines.append(f"{checkpoint} is set but model_arch.architecture is not empty: that checkpoint has its own, "
+                     "remove architecture, or set student_ckpt_path to null")
+    if from_teacher and arch.tokenizer is not None:
+        lines.append(f'{init} is "{distillation.student_init}" but model_arch.tokenizer is set: the student has the '
+                     "teacher's embeddings and so its tokenizer, set tokenizer or student_init to null")
+    if distillation.student_layers is not None and not from_teacher:
+        lines.append(f'distillation_kwargs.student_layers is set but {init} is null: set student_init to '
+                     '"teacher_layers", or student_layers to null')
     return lines
 
 
 def distillation_warnings(config: DistillConfig) -> list[str]:
     """One line for each number that is set but has no effect."""
-    distillation = config.distillation_kwargs
-    values = distillation.model_dump()
+    distillation, fields = config.distillation_kwargs, DistillationKwargs.model_fields
     lines = []
-    for key, names in NUMBERS.items():
-        default = type(distillation).model_fields["lambda_" if key == "lambda" else key].default
-        if values[key] != default and distillation.kl_div not in names:
-            lines.append(f'distillation_kwargs.{key} has no effect: it belongs to kl_div {" and ".join(names)}, and '
-                         f"kl_div is {distillation.kl_div}")
-    if distillation.kd_weight == 0:
-        lines.append("distillation_kwargs.kd_weight is 0: the student learns nothing from the teacher")
+    for name, divergences in NUMBERS.items():
+        if getattr(distillation, name) != fields[name].default and distillation.kl_div not in divergences:
+            lines.append(f"distillation_kwargs.{fields[name].alias or name} has no effect: it belongs to kl_div "
+                         f"{' and '.join(divergences)}, and kl_div is {distillation.kl_div}")
+    if distillation.temperature != 1 and distillation.kd_weight == 0:
+        lines.append("distillation_kwargs.temperature has no effect: it belongs to the divergence, and kd_weight is 0")
     return lines

@@ -12,16 +12,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from difflib import SequenceMatcher
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from utils.config import FineTuneConfig
-from utils.config_kd import DistillConfig
+from utils.config_kd import STUDENT_KEYS, DistillConfig
 from utils.files import json_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILES, README = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": DistillConfig}, "README.md"
+OTHER_SCRIPT = {FineTuneConfig: ("train_kd.py", DistillConfig), DistillConfig: ("train.py", FineTuneConfig)}
+CLOSE = 0.6  # of SequenceMatcher.ratio, as difflib.get_close_matches has it
 START, END = "<!-- config reference: start -->", "<!-- config reference: end -->"
 TABLE_HEAD = ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
 FREE_TEXT = {"^_description": {}}
@@ -33,7 +36,9 @@ NAMES = {"integer": "a whole number", "number": "a number", "string": "a string"
 
 
 def resolved(schema: dict, node: dict) -> dict:
-    """The node with what its `$ref` points to; its own entries win."""
+    """The node with what its `$ref`, and those of its choices, point to; its own entries win."""
+    if "anyOf" in node:
+        return {**node, "anyOf": [resolved(schema, choice) for choice in node["anyOf"]]}
     if "$ref" in node:
         return {**schema["$defs"][node["$ref"].rsplit("/", 1)[1]], **node}
     return node
@@ -43,9 +48,9 @@ def node_at(schema: dict, path: tuple) -> dict:
     """The node that describes the value at `path` (keys and list indices); {} where nothing describes it."""
     node = schema
     for key in path:
-        choices = [resolved(schema, choice) for choice in node.get("anyOf", [node])]
         inner = [choice.get("items") if isinstance(key, int) else
-                 choice.get("properties", {}).get(key, choice.get("additionalProperties")) for choice in choices]
+                 choice.get("properties", {}).get(key, choice.get("additionalProperties"))
+                 for choice in node.get("anyOf", [node])]
         node = resolved(schema, next((each for each in inner if isinstance(each, dict)), {}))
     return node
 
@@ -73,7 +78,47 @@ def leaves(schema: dict, node: dict | None = None, path: tuple = ()) -> Iterator
             continue
         yield (*path, key), child
         for choice in child.get("anyOf", []):  # a section that may be null
-            yield from leaves(schema, resolved(schema, choice), (*path, key))
+            yield from leaves(schema, choice, (*path, key))
+
+
+def nearest(model: type[BaseModel], schema: dict, path: tuple) -> str:
+    """Where an unknown key belongs, or the known key that it resembles most."""
+    *parent, key = path
+    known = [other for other, _ in leaves(schema)]
+    if places := [other[:-1] for other in known if other[-1] == key]:
+        return f"{key} belongs in {' or '.join('.'.join(place) or 'the top level' for place in places)}"
+    if hint := key_of_other_script(model, path):
+        return hint
+    beside = {name: name for name in known_keys(node_at(schema, tuple(parent)))}
+    if not beside:
+        return "remove it, or see --help"
+    best, likeness = most_alike(key, beside)
+    if likeness < CLOSE:
+        far, likeness = most_alike(key, {".".join(other): other[-1] for other in known})
+        best = far if likeness >= CLOSE + 0.1 else best
+    return f"did you mean {best}?"
+
+
+def key_of_other_script(model: type[BaseModel], path: tuple) -> str | None:
+    """What to write instead of a key of the other script's config; None for any other key."""
+    if model not in OTHER_SCRIPT:
+        return None
+    renamed = STUDENT_KEYS if model is DistillConfig else {new: old for old, new in STUDENT_KEYS.items()}
+    if path[-1] in renamed:
+        return f"did you mean model_arch.{renamed[path[-1]]}?"
+    script, other = OTHER_SCRIPT[model]
+    if not node_at(other.model_json_schema(), path):
+        return None
+    place = f"{'.'.join(path[:-1])} of " if path[:-1] else ""
+    return f"{path[-1]} belongs in {place}a config of {script}"
+
+
+def most_alike(key: str, names: dict[str, str]) -> tuple[str, float]:
+    """(the name whose last part is most like `key`, how alike from 0 to 1)."""
+    plain = key.lower().replace("-", "_")
+    alike = {name: SequenceMatcher(None, plain, last.lower()).ratio() for name, last in names.items()}
+    best = max(alike, key=alike.get, default="")
+    return best, alike.get(best, 0.0)
 
 
 def expected(node: dict) -> str:
@@ -123,25 +168,33 @@ def allow_free_text(node: dict) -> None:
         allow_free_text(child)
 
 
-def markdown_reference(model: type[BaseModel] = FineTuneConfig, besides: type[BaseModel] | None = None) -> str:
-    """A table of the keys for each section; with `besides`, only those keys that differ from that model's."""
+def markdown_reference(model: type[BaseModel] = FineTuneConfig, above: type[BaseModel] | None = None) -> str:
+    """A table of the keys for each section.
+
+    above: a model whose reference stands above: sections that are the same are left out, and of one that has all the
+    keys of `above` only those that differ are shown.
+    """
     tree = model.model_json_schema()
-    known = {} if besides is None else dict(leaves(besides.model_json_schema()))
+    known = {} if above is None else dict(leaves(above.model_json_schema()))
     parts = []
     for name, section in tree["properties"].items():
         section = resolved(tree, section)
-        shown = [(path, node) for path, node in leaves(tree, section) if known.get((name, *path)) != node]
-        if shown:
-            rows = [row(path, node) for path, node in shown]
-            parts.append("\n".join([f"### `{name}`", "", section["description"], "", *TABLE_HEAD, *rows]))
+        own, meaning = {(name, *path): node for path, node in leaves(tree, section)}, section["description"]
+        theirs = {path for path in known if path[0] == name}
+        if theirs and theirs <= own.keys():
+            own = {path: node for path, node in own.items() if known.get(path) != node}
+            meaning = "As above, but for:"
+        if own:
+            rows = [row(path[1:], node) for path, node in own.items()]
+            parts.append("\n".join([f"### `{name}`", "", meaning, "", *TABLE_HEAD, *rows]))
     return "\n\n".join(parts) + "\n"
 
 
 def reference() -> str:
-    """What stands in README.md between the markers."""
-    distillation = ("## Config reference: distillation\n\n`config_kd.json` has the sections and keys of `config.json`,\n"
-                    "but `lang_model` and `gpu_device_id`. What it has besides, or with another default:\n")
-    return f"{markdown_reference()}\n{distillation}\n{markdown_reference(DistillConfig, FineTuneConfig)}"
+    """What stands in README.md between the markers: config.json in full, then what differs in config_kd.json."""
+    heading = ("## Config reference: `config_kd.json`\n\n"
+               "Sections that are not listed here are those of `config.json` above.\n")
+    return f"{markdown_reference()}\n{heading}\n{markdown_reference(DistillConfig, FineTuneConfig)}"
 
 
 def row(path: tuple, node: dict) -> str:

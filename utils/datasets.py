@@ -40,6 +40,7 @@ class Tables:
         self.data, self.prompt_format, self.place, self.log = config.dataset_kwargs, prompt_format, place, log
         self.cache_dir = self.data.cache_dir or str(Path(config.trainer_kwargs.output_dir) / "token_cache")
         self.skipped: dict[str, list[dict]] = {}
+        self.opened: dict[str, TokenTable] = {}
 
     def path(self, name: str) -> Path:
         """The CSV of a config's file name. Raises DataError where it is not there, naming the way to get it."""
@@ -50,12 +51,15 @@ class Tables:
 
     def open(self, name: str) -> TokenTable:
         """The table of one CSV; tokenised by the main process, the others wait."""
+        if name in self.opened:
+            return self.opened[name]
         path = self.path(name)
         table = self.tokenise(path) if self.place.is_main else None
         self.place.wait_for_all()
         if table is None:
             table = self.tokenise(path)
         self.note_skipped(path, table.skipped, len(table))
+        self.opened[name] = table
         return table
 
     def tokenise(self, path: Path) -> TokenTable:
@@ -82,6 +86,13 @@ class Tables:
         """`skipped_rows.json`: every row left out, with its reason."""
         if self.skipped and self.place.is_main:
             write_json(output_dir / "skipped_rows.json", self.skipped)
+
+
+def measured_datasets(config: FineTuneConfig) -> list[str]:
+    """File names of the sets whose loss is measured after each epoch."""
+    data, options = config.dataset_kwargs, config.trainer_kwargs
+    names = (data.validation_dataset if options.monitor_val else None, data.test_dataset if options.monitor_test else None)
+    return [name for name in names if name]
 
 
 def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSet]:

@@ -72,10 +72,13 @@ class Place:
             distributed.barrier()
 
 
-def choose_device(device: str, gpu_device_id: int | None) -> tuple[torch.device, list[str]]:
+def choose_device(
+    device: str, gpu_device_id: int | None, key: str = "gpu_device_id"
+) -> tuple[torch.device, list[str]]:
     """The device and notices for the user.
 
-    device: "auto" (a GPU where there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0.
+    device: "auto" (a GPU where there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in
+    the config.
 
     Raises:
         DeviceError: a GPU number that is not there, with those that are.
@@ -85,12 +88,12 @@ def choose_device(device: str, gpu_device_id: int | None) -> tuple[torch.device,
         return torch.device("cpu"), []
     if not present:
         asked = ['device "cuda"'] if device == "cuda" else []
-        asked += [f"gpu_device_id {gpu_device_id}"] if gpu_device_id else []
+        asked += [f"{key} {gpu_device_id}"] if gpu_device_id else []
         return torch.device("cpu"), [f"no GPU here: {' and '.join(asked)} ignored, running on the CPU"] if asked else []
     number = gpu_device_id or 0
     if number >= present:
         gpus = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(present))
-        raise DeviceError(f"gpu_device_id is {number}: expected one of the GPUs present: {gpus}")
+        raise DeviceError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
     return torch.device("cuda", number), []
 
 
@@ -110,7 +113,8 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def find_place(
-    device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = ()
+    device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = (),
+    key: str = "gpu_device_id",
 ) -> Place:
     """This process's place; joins the process group where torch's launcher started us.
 
@@ -127,7 +131,7 @@ def find_place(
                 f"start at most {len(gpus)} processes"
             )
         gpu_device_id = gpus[local_rank]
-    chosen, notices = choose_device(device, gpu_device_id)
+    chosen, notices = choose_device(device, gpu_device_id, key)
     if multi_gpu and chosen.type == "cpu":
         notices.append("no GPU in use: multi_gpu ignored")
     if chosen.type == "cuda":

@@ -61,11 +61,11 @@ def measure_loss(
     sums: dict[str, float] = {}
     bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
     with apart(objective), bar:
-        for batch in load_batches(table, batches, pad_id):
+        for arguments in objective.ahead(table, load_batches(table, batches, pad_id)):
             if interrupted():
                 raise Interrupted
             with place.autocast():
-                terms = objective(batch["input_ids"].to(place.device), batch["attention_mask"], batch["labels"])
+                terms = objective(*arguments)
             for part, value in {"loss": terms.loss_sum, **terms.parts, "tokens": terms.token_count}.items():
                 sums[part] = sums.get(part, 0.0) + float(value)
             bar.update()

@@ -115,8 +115,9 @@ def run_of(folder: Path) -> str | None:
         return None
 
 
-def identity(config: FineTuneConfig, table: TokenTable) -> dict:
-    """What must be the same for a checkpoint to be continued: the model, and what decides which rows come next."""
+def identity(config: FineTuneConfig, table: TokenTable, of_objective: dict | None = None) -> dict:
+    """What must be the same for a checkpoint to be continued: the model, what decides which rows come next, and what
+    the objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
     return {
         "model_arch.lang_model": arch.lang_model,
@@ -131,6 +132,7 @@ def identity(config: FineTuneConfig, table: TokenTable) -> dict:
         "trainer_kwargs.gradient_accumulation_steps": options.accumulation_steps,
         "trainer_kwargs.ckpt_training_batch": options.batches_per_epoch,
         "trainer_kwargs.seed": options.seed,
+        **(of_objective or {}),
     }
 
 

@@ -24,7 +24,7 @@ from utils.evaluation import Interrupted, never
 from utils.gradients import divide_and_clip, gradient_norm, sum_gradients
 from utils.optimization import Schedule, make_schedule
 from utils.random_state import random_state, seed_everything, set_random_state
-from utils.run_folder import identity, judged_by
+from utils.run_folder import judged_by
 from utils.run_log import RunLog, progress_bar
 from utils.signals import StopRequest
 from utils.train_state import TrainState
@@ -63,10 +63,11 @@ class Trainer:
         log: RunLog,
         checkpoints: Checkpoints,
         stop: StopRequest,
+        identity: dict,
     ):
         self.objective, self.language_model, self.optimizer = objective, language_model, optimizer
         self.config, self.table, self.validation = config, table, validation
-        self.place, self.log, self.checkpoints, self.stop = place, log, checkpoints, stop
+        self.place, self.log, self.checkpoints, self.stop, self.identity = place, log, checkpoints, stop, identity
         self.options = config.trainer_kwargs
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self.state = TrainState(
@@ -150,7 +151,7 @@ class Trainer:
         if most is not None:
             remaining = remaining[: most - self.state.step]
         own = [rows for step in remaining for rows in self.own_share(step)]
-        batches = iter(load_batches(
+        batches = self.objective.ahead(self.table, load_batches(
             self.table, own, self.language_model.tokenizer.pad_token_id, self.config.dataset_kwargs.num_workers,
             pin_memory=self.place.device.type == "cuda",
         ))
@@ -196,18 +197,15 @@ class Trainer:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def train_step(self, step: Step, batches: Iterator, learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches of `step`, whose collated rows come from `batches`."""
-        device = self.place.device
+        """One optimizer step over the micro-batches of `step`; `batches` yields the objective's arguments."""
         scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
         self.optimizer.zero_grad(set_to_none=True)
         for _ in self.own_share(step):
-            batch = next(batches)
+            arguments = next(batches)
             with self.place.autocast():
-                terms = self.objective(
-                    batch["input_ids"].to(device, non_blocking=True), batch["attention_mask"], batch["labels"]
-                )
+                terms = self.objective(*arguments)
             loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
             loss.backward()
             micro_losses.append(loss.detach())
@@ -329,8 +327,7 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": identity(self.config, self.table),
-                "judged_by": judged_by(self.config)}
+        return {**self.state.to_json(), "identity": self.identity, "judged_by": judged_by(self.config)}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless just this state is saved already."""

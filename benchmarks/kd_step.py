@@ -1,0 +1,326 @@
+"""A distillation step, teacher's forward and student's forward and backward: ours against full logits and TRL's GKD.
+
+    python -m benchmarks.kd_step [--size small|real] [--batch 2] [--length 384] [--labels 74] [--lengths full|real]
+                                 [--precision float32|bfloat16] [--peer_precision float32|bfloat16] [--chunk_size 64]
+                                 [--threads 1] [--variants plain packed ...] [--rounds 6] [--skip_memory]
+
+Random GPT-2s (real: gpt2-medium teaches gpt2), no dropout, Jensen-Shannon divergence (beta 1/2, temperature 1, no
+cross-entropy), mean per label token, the same weights and rows everywhere. No optimizer in any variant:
+  plain     logits of all positions of both models, then the label positions are picked
+  trl_gkd   `training_step` of TRL's GKDTrainer with lmbda 0 (what runs between its on_step_begin and the optimizer)
+  gathered  ours, logits at label positions alone
+  packed    ours as it trains: also no padding, and the last block only where it is needed
+  cached    packed, with the teacher's hidden states given
+--lengths full: one micro-batch of rows of --length tokens. --lengths real: --micro_batches of rows of different length
+(even steps up to --length, chosen so that random batches hold 25 % padding); the peers get random batches, ours get the
+same rows sorted by length, and the gradients of all micro-batches add up.
+--precision is that of ours, --peer_precision that of plain and trl_gkd (the same unless given); bfloat16 is autocast.
+
+Loss and gradients are compared first, with full logits in float32. Variants take turns, the first round is dropped.
+Peak memory is measured in a process of its own for each variant, with the default allocator, gradients included. Large
+temporaries are mapped anew in each step by glibc's default allocator; so that this does not slow the peers, time with
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
+"""
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from benchmarks.interleaved import (
+    Step,
+    Target,
+    add_common_options,
+    choose_variants,
+    compare,
+    conditions,
+    memory_of_each,
+    peak_above_rest,
+    print_memory_ratio,
+    print_time_ratio,
+    print_times,
+    take_turns,
+)
+from model.language_model import IGNORED, LanguageModel
+from model.teacher import Teacher
+from model.teacher_student import TeacherStudent
+from utils.command_line import OneLineParser, quiet_libraries
+from utils.devices import computes_bfloat16
+
+SIZES = {  # blocks, width and heads of teacher and student, vocabulary
+    "tiny": ((2, 32, 2), (1, 16, 2), 211),
+    "small": ((6, 384, 6), (4, 256, 4), 50257),
+    "real": ((24, 1024, 16), (12, 768, 12), 50257),
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+PACKAGES = {"plain": None, "trl_gkd": "trl", "gathered": None, "packed": None, "cached": None}
+PEERS = ("plain", "trl_gkd")
+MOST_MEMORY = Target(1 / 5, 1 / 6, at_most=True)
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask and labels [B, T]
+
+
+class Work(NamedTuple):
+    """What all variants compute: the same rows in the peers' batches and in ours, tokens: labels of all of them."""
+
+    of_peers: list[Batch]
+    ours: list[Batch]
+    tokens: int
+
+
+# -- models and rows -----------------------------------------------------------------------------------------------
+
+
+def make_models(size: str) -> tuple[LanguageModel, LanguageModel]:
+    """(teacher, student), the same weights at each call."""
+    torch.manual_seed(0)
+    *shapes, vocabulary = SIZES[size]
+    made = []
+    for blocks, width, heads in shapes:
+        model = GPT2LMHeadModel(GPT2Config(
+            n_layer=blocks, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0,
+            **NO_DROPOUT,
+        ))
+        words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
+        made.append(LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")))
+    return made[0], made[1]
+
+
+def row_lengths(options: argparse.Namespace) -> list[int]:
+    """Tokens of each row, in the peers' order."""
+    if options.lengths == "full":
+        return [options.length] * options.batch
+    rows = options.batch * options.micro_batches
+    most = options.batch / (options.batch + 1)  # mean of the longest of B numbers that are uniform in [0, 1]
+    shortest = (1.5 * most - 1) / (1.5 * most - 0.5)  # share of the longest row that gives 25 % padding
+    lengths = [round(options.length * (shortest + (1 - shortest) * (row + 0.5) / rows)) for row in range(rows)]
+    lengths = [max(2, length) for length in lengths]
+    orders = [random.Random(seed).sample(lengths, rows) for seed in range(100)]
+    return min(orders, key=lambda order: abs(padding(order, options.batch) - 0.25))
+
+
+def padding(lengths: list[int], batch: int) -> float:
+    """Share of padding in batches of rows in this order."""
+    padded = sum(batch * max(lengths[start : start + batch]) for start in range(0, len(lengths), batch))
+    return 1 - sum(lengths) / padded
+
+
+def make_work(options: argparse.Namespace) -> Work:
+    """Random tokens; the last --labels tokens of each row, at most half of it where lengths differ, are labels."""
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for length in row_lengths(options):
+        count = min(options.labels, length // 2 if options.lengths == "real" else length - 1)
+        rows.append((torch.randint(SIZES[options.size][2], (length,), generator=draw), count))
+    by_length = sorted(rows, key=lambda row: -len(row[0]))
+    of_peers, ours = ([collate(order[start : start + options.batch]) for start in range(0, len(rows), options.batch)]
+                      for order in (rows, by_length))
+    return Work(of_peers, ours, sum(count for _, count in rows))
+
+
+def collate(rows: list[tuple[Tensor, int]]) -> Batch:
+    """A batch padded on the right."""
+    longest = max(len(ids) for ids, _ in rows)
+    batch = {"input_ids": torch.zeros(len(rows), longest, dtype=torch.int64)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+    for row, (ids, count) in enumerate(rows):
+        batch["input_ids"][row, : len(ids)] = ids
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, len(ids) - count : len(ids)] = ids[-count:]
+    return batch
+
+
+# -- variants ------------------------------------------------------------------------------------------------------
+
+
+def autocast(precision: str):
+    return nullcontext() if precision == "float32" else torch.autocast("cpu", torch.bfloat16)
+
+
+def plain_step(teacher: LanguageModel, student: LanguageModel, work: Work, precision: str) -> tuple[float, list]:
+    student.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in work.of_peers:
+        ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        with autocast(precision):
+            with torch.no_grad():
+                teacher_logits = teacher.model(**ids).logits
+            logits = student.model(**ids).logits
+        log_p, log_q = (F.log_softmax(each[:, :-1].float(), -1) for each in (teacher_logits, logits))
+        log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
+        values = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
+        loss = values[batch["labels"][:, 1:] != IGNORED].sum() / work.tokens
+        loss.backward()
+        total += loss.item()
+    return total, [each.grad for each in student.parameters()]
+
+
+def gkd_step(size: str, work: Work, precision: str) -> Step:
+    """A step of a GKDTrainer on models of its own, since it changes their forward methods."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    teacher, student = make_models(size)
+    folder = tempfile.TemporaryDirectory()
+    settings = GKDConfig(
+        output_dir=folder.name, lmbda=0.0, beta=0.5, bf16=precision == "bfloat16", use_cpu=True, report_to="none",
+        gradient_checkpointing=False,
+    )
+    trainer = GKDTrainer(
+        student.model, teacher.model, settings, data_collator=list, train_dataset=Dataset.from_dict({"row": [0]}),
+        processing_class=student.tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1  # its loss is divided by the label tokens already
+    prepared = trainer.accelerator.prepare_model(trainer.model)
+
+    def step() -> tuple[float, list[Tensor]]:
+        prepared.zero_grad(set_to_none=True)
+        losses = [trainer.training_step(prepared, dict(batch), work.tokens) for batch in work.of_peers]
+        return sum(loss.item() for loss in losses), [each.grad for each in prepared.parameters()]
+
+    folder.cleanup()
+    return step
+
+
+def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work: Work, precision: str,
+             chunk_size: int) -> Step:
+    objective = TeacherStudent(
+        student, Teacher(teacher), kl_div="JS", kd_weight=1.0, chunk_size=chunk_size,
+        vocabulary=teacher.model.config.vocab_size,
+    )
+    given = [()] * len(work.ours)
+    if variant == "cached":
+        with autocast(precision):
+            given = [(objective.teacher.outputs(**batch),) for batch in work.ours]
+
+    def step() -> tuple[float, list[Tensor]]:
+        for each in (teacher, student):
+            each.pack_rows = each.prune_last_block = variant != "gathered"
+        student.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch, outputs in zip(work.ours, given, strict=True):
+            with autocast(precision):
+                terms = objective(batch["input_ids"], batch["attention_mask"], batch["labels"], *outputs)
+            loss = terms.loss_sum / work.tokens
+            loss.backward()
+            total += loss.item()
+        return total, [each.grad for each in student.parameters()]
+
+    return step
+
+
+def make_steps(options: argparse.Namespace, variants: list[str]) -> tuple[dict[str, Step], Step]:
+    """(a step of each variant, full logits in float32 to compare with)."""
+    teacher, student = make_models(options.size)
+    teacher.eval().requires_grad_(False)
+    work = make_work(options)
+    plain = partial(plain_step, teacher, student, work)
+    steps: dict[str, Step] = {}
+    for variant in variants:
+        if variant == "plain":
+            steps[variant] = partial(plain, options.peer_precision)
+        elif variant == "trl_gkd":
+            steps[variant] = gkd_step(options.size, work, options.peer_precision)
+        else:
+            steps[variant] = our_step(variant, teacher, student, work, options.precision, options.chunk_size)
+    return steps, partial(plain, "float32")
+
+
+# -- the program ---------------------------------------------------------------------------------------------------
+
+
+def step_target(options: argparse.Namespace) -> Target | None:
+    """What `packed` should reach against TRL's GKD."""
+    precisions = options.precision, options.peer_precision
+    if options.size != "real" or precisions == ("float32", "bfloat16"):
+        return None
+    if precisions == ("bfloat16", "float32"):
+        return Target(3.5, 4.2) if options.lengths == "full" and computes_bfloat16(torch.device("cpu")) else None
+    if options.lengths == "real":
+        return Target(1.7, 1.8)
+    return Target(1.35, 1.45 if precisions[0] == "float32" else 1.6)
+
+
+def print_ratios(options: argparse.Namespace, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
+    peers, ours = ([name for name in seconds if (name in PEERS) == wanted] for wanted in (True, False))
+    for peer in peers:
+        for name in ours:
+            of_trl = (peer, name) == ("trl_gkd", "packed")
+            target = step_target(options) if of_trl else None
+            print_time_ratio(f"{peer} / {name}", seconds[peer], seconds[name], target)
+            if memory:
+                target = MOST_MEMORY if of_trl and options.size == "real" else None
+                print_memory_ratio(f"{name} / {peer}", memory[name], memory[peer], target)
+    if {"trl_gkd", "packed", "cached"} <= seconds.keys():
+        five = [5 * each for each in seconds["trl_gkd"]]
+        mine = [first + 4 * later for first, later in zip(seconds["packed"], seconds["cached"], strict=True)]
+        equal = options.precision == options.peer_precision
+        target = Target(2.6, 3.0) if options.size == "real" and options.lengths == "real" and equal else None
+        print_time_ratio("5 trl_gkd / (packed + 4 cached), five epochs", five, mine, target)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser("python -m benchmarks.kd_step", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="small")
+    for name, default in (("batch", 2), ("length", 384), ("labels", 74), ("micro_batches", 8), ("chunk_size", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--lengths", choices=("full", "real"), default="full", help="default: %(default)s")
+    for name in ("precision", "peer_precision"):
+        parser.add_argument(f"--{name}", choices=("float32", "bfloat16"))
+    add_common_options(parser, list(PACKAGES))
+    options = parser.parse_args(argv)
+    options.precision = options.precision or "float32"
+    options.peer_precision = options.peer_precision or options.precision
+    for name, least in (("batch", 1), ("labels", 1), ("micro_batches", 1), ("chunk_size", 1), ("threads", 1),
+                        ("rounds", 2), ("length", options.labels + 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} is {getattr(options, name)}: expected at least {least}")
+    if options.length > 1024:
+        parser.error(f"--length is {options.length}: expected at most 1024, GPT-2's context")
+    if options.lengths == "real" and options.batch == 1:
+        parser.error("--lengths real needs --batch 2 or more: a row alone has no padding")
+    options.variants = choose_variants(parser, options.variants, PACKAGES)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    options = parse(argv)
+    quiet_libraries()
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    torch.set_num_threads(options.threads)
+    if variant := options.memory_of:
+        tiny = argparse.Namespace(**{**vars(options), "size": "tiny"})
+        make_steps(tiny, [variant])[0][variant]()  # so that what it imports late does not count as memory of a step
+        print(peak_above_rest(make_steps(options, [variant])[0][variant]))
+        return
+    memory = memory_of_each("benchmarks.kd_step", argv, () if options.skip_memory else options.variants)
+    lengths = row_lengths(options)
+    print(f"{options.size}: {len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens in batches of "
+          f"{options.batch}, up to {options.labels} labels each, chunks of {options.chunk_size}; padding of the peers "
+          f"{padding(lengths, options.batch):.1%}, of sorted rows {padding(sorted(lengths)[::-1], options.batch):.1%}")
+    native = "" if computes_bfloat16(torch.device("cpu")) else " (bfloat16 is not native here)"
+    print(f"{options.precision}, peers {options.peer_precision}{native}, {conditions(options.threads)}")
+    steps, full_logits = make_steps(options, options.variants)
+    reference = full_logits()
+    for variant, step in steps.items():
+        compare(variant, step(), reference, options.peer_precision if variant in PEERS else options.precision)
+    del reference
+    seconds = take_turns(steps, options.rounds)
+    print_times(seconds, memory)
+    print_ratios(options, seconds, memory)
+
+
+if __name__ == "__main__":
+    main()

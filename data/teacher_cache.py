@@ -1,0 +1,159 @@
+"""Teacher outputs of a token table on disk, a memory map an array: computed once, then read with the batch.
+
+A cache folder holds one flat `.bin` file for each array, over all label positions of the table in row order, and
+`checks.bin` with a CRC-32 of each row: 0 where the row is not there yet. So a row that a killed process left half
+written, or that the disk changed, is found when it is read, and made again. The folder is named by a hash of all that
+decides the values; it is made beside its place and renamed.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.articles import DataError
+from data.token_cache import TokenTable
+
+VERSION = 1  # raise it when the same key gives other files
+CHECKS, MANIFEST = "checks.bin", "manifest.json"
+
+
+class ArrayShape(NamedTuple):
+    """width: values at each label position. dtype: NumPy's name of their type."""
+
+    width: int
+    dtype: str
+
+
+class TeacherCache:
+    """Arrays over the label positions of a table, written and read by rows."""
+
+    def __init__(self, folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]):
+        self.folder = folder
+        self._offsets = np.cumsum([0, *table.label_counts])
+        shapes = {name: (int(self._offsets[-1]), shape.width) for name, shape in arrays.items()}
+        self._arrays = {name: np.memmap(folder / f"{name}.bin", arrays[name].dtype, "r+", shape=shape)
+                        for name, shape in shapes.items()}
+        self._checks = np.memmap(folder / CHECKS, "uint32", "r+", shape=(len(table),))
+
+    def missing(self) -> int:
+        """Rows that are not there yet."""
+        return int((self._checks == 0).sum())
+
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray] | None:
+        """Each array's values [N, width] at the label positions of `rows`, in that order; None where one row is
+        missing or damaged (it then counts as missing)."""
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in self._arrays}
+        for row in rows:
+            values = {name: np.array(array[self._part(row)]) for name, array in self._arrays.items()}
+            if not self._checks[row] or self._checks[row] != checksum(values):
+                self._checks[row] = 0
+                return None
+            for name, value in values.items():
+                parts[name].append(value)
+        return {name: np.concatenate(values) for name, values in parts.items()}
+
+    def write(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the values of `rows`; arrays as `read` gives them."""
+        ends = np.cumsum([self._offsets[row + 1] - self._offsets[row] for row in rows])[:-1]
+        parts = {name: np.split(array, ends) for name, array in arrays.items()}
+        for index, row in enumerate(rows):
+            values = {name: np.ascontiguousarray(part[index]) for name, part in parts.items()}
+            for name, value in values.items():
+                self._arrays[name][self._part(row)] = value
+            self._checks[row] = checksum(values)
+
+    def _part(self, row: int) -> slice:
+        return slice(self._offsets[row], self._offsets[row + 1])
+
+
+def checksum(values: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 over all arrays of a row; never 0, which means missing."""
+    crc = 0
+    for name in sorted(values):
+        crc = zlib.crc32(values[name].tobytes(), crc)
+    return crc or 1
+
+
+def cache_folder(cache_dir: str | Path, table: TokenTable, key: list) -> Path:
+    """The folder of a table's cache: named by the table and a hash of `key`, JSON values that decide the content."""
+    text = json.dumps([VERSION, table.folder.name, *key], sort_keys=True)
+    return Path(cache_dir) / f"{table.folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def cache_bytes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> int:
+    """Size of a cache on disk, without what lies beside the arrays."""
+    positions = int(table.label_counts.sum())
+    return 4 * len(table) + sum(positions * each.width * np.dtype(each.dtype).itemsize for each in arrays.values())
+
+
+def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> bool:
+    """Whether a cache's files are all there, as long as they must be; rows may be missing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest != manifest_of(folder, table, arrays):
+            return False
+        sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
+    except (OSError, ValueError):
+        return False
+    positions = int(table.label_counts.sum())
+    expected = {f"{name}.bin": positions * each.width * np.dtype(each.dtype).itemsize for name, each in arrays.items()}
+    return sizes == {**expected, CHECKS: 4 * len(table)}
+
+
+def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict:
+    """What the manifest must say; other files than the arrays are told by their SHA-256."""
+    others = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".bin" and path.name != MANIFEST:
+            with path.open("rb") as file:
+                others[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    shapes = {name: list(each) for name, each in sorted(arrays.items())}
+    return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": others}
+
+
+def make_cache(
+    folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape],
+    add_files: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    """An empty cache at `folder`; add_files(folder) may put other files into it. A damaged one there is replaced.
+
+    Raises:
+        DataError: it cannot be written, or the disk has not enough room for all of it.
+    """
+    key = "distillation_kwargs.teacher_cache.dir"
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        size, free = cache_bytes(table, arrays), shutil.disk_usage(folder.parent).free
+        if size > free:
+            raise DataError(
+                f"{key}: the cache of {table.folder.name} needs {size / 1e9:.2f} GB and {folder.parent} has "
+                f'{free / 1e9:.2f} GB: name a folder on another disk, or take kind "top_k" with a smaller top_k'
+            )
+        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+        new = scratch / "cache"
+        new.mkdir()
+        positions = int(table.label_counts.sum())
+        for name, each in arrays.items():
+            with (new / f"{name}.bin").open("wb") as file:
+                file.truncate(positions * each.width * np.dtype(each.dtype).itemsize)
+        with (new / CHECKS).open("wb") as file:
+            file.truncate(4 * len(table))
+        add_files(new)
+        (new / MANIFEST).write_text(json.dumps(manifest_of(new, table, arrays)), encoding="utf-8")
+        if folder.exists():
+            folder.rename(scratch / "damaged")
+        new.rename(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{key}: {folder} cannot be written ({reason}): make room for it, or name another") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)

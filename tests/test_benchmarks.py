@@ -1,0 +1,126 @@
+"""The distillation benchmarks, on tiny sizes: that they compare before they time. Peers are run where installed."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import interleaved, kd_step, loss_head
+from model.divergences import choose_divergence
+from model.teacher_student import TeacherStudent
+
+QUICK = ["--size", "tiny", "--rounds", "2", "--skip_memory"]
+KD = [*QUICK, "--length", "40", "--labels", "9"]
+
+
+@pytest.mark.parametrize("variant", [name for name in loss_head.PACKAGES if name != "ours"])
+def test_loss_heads_are_equal(variant, capsys):
+    """A peer is driven with another divergence, division or set of positions than ours."""
+    if package := loss_head.PACKAGES[variant]:
+        pytest.importorskip(package)
+    loss_head.main([*QUICK, "--total", "40", "--positions", "13", "--chunk_size", "5", "--variants", variant, "ours"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == [variant, "ours"] and "gradients off by" in lines[2]
+    assert lines[-1].startswith(f"time {variant} / ours: ")
+
+
+@pytest.mark.parametrize("lengths", ["full", "real"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_distillation_steps_are_equal(lengths, precision, capsys):
+    """A variant computes other rows, labels or gradients than full logits in float32."""
+    kd_step.main([*KD, "--lengths", lengths, "--precision", precision])
+    out = capsys.readouterr().out
+    assert all(f"\n{variant:<15} loss " in out for variant in ("plain", "gathered", "packed", "cached"))
+    assert "time plain / packed: " in out
+
+
+def test_another_divergence_is_refused(monkeypatch, capsys):
+    """Times are printed for variants that compute different losses."""
+    monkeypatch.setattr(loss_head, "choose_divergence", lambda name: choose_divergence("forward"))
+    with pytest.raises(SystemExit, match="not equal to full logits in float32: ours"):
+        loss_head.main([*QUICK, "--variants", "plain", "ours"])
+    monkeypatch.setattr(kd_step, "TeacherStudent", lambda *given, **named: TeacherStudent(
+        *given, **{**named, "kl_div": "forward"}))
+    with pytest.raises(SystemExit, match="not equal to full logits in float32: packed"):
+        kd_step.main([*KD, "--variants", "plain", "packed"])
+    assert "median" not in capsys.readouterr().out
+
+
+def test_gradients_are_compared_too():
+    """Equal losses with different gradients, or NaN, pass."""
+    gradient = torch.tensor([3.0, 4.0])
+    interleaved.compare("same", (1.0, [gradient]), (1.0, [gradient]), "float32")
+    for wrong in (gradient * 1.001, gradient * float("nan")):  # off by 1e-3 of the norm, ten times what is allowed
+        with pytest.raises(SystemExit, match="not equal"):
+            interleaved.compare("other", (1.0, [wrong]), (1.0, [gradient]), "float32")
+
+
+@pytest.mark.parametrize("batch", [2, 4, 16])
+def test_rows_of_different_length(batch):
+    """The peers' batches hold another share of padding than told, or ours other rows than theirs."""
+    options = kd_step.parse(["--size", "tiny", "--lengths", "real", "--batch", str(batch)])
+    work = kd_step.make_work(options)
+    attended = sum(batch["attention_mask"].sum().item() for batch in work.of_peers)
+    places = sum(batch["attention_mask"].numel() for batch in work.of_peers)
+    assert abs(1 - attended / places - 0.25) < 0.005
+    rows_of_both = [
+        sorted(tuple(ids[mask == 1].tolist()) for each in batches
+               for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True))
+        for batches in (work.of_peers, work.ours)
+    ]
+    assert rows_of_both[0] == rows_of_both[1] and len(rows_of_both[0]) == 8 * batch
+    for batches in (work.of_peers, work.ours):
+        assert sum((each["labels"][:, 1:] != -100).sum().item() for each in batches) == work.tokens
+
+
+def test_targets_belong_to_real_sizes():
+    """A ratio of a small model, or of another precision, is held against a target that was set for real sizes."""
+
+    def target(size, lengths, precision, peer_precision):
+        return kd_step.step_target(argparse.Namespace(
+            size=size, lengths=lengths, precision=precision, peer_precision=peer_precision))
+
+    assert str(target("real", "full", "float32", "float32")) == "; reach at least 1.35, goal 1.45"
+    assert str(target("real", "full", "bfloat16", "bfloat16")) == "; reach at least 1.35, goal 1.6"
+    assert str(target("real", "real", "float32", "float32")) == "; reach at least 1.7, goal 1.8"
+    assert str(kd_step.MOST_MEMORY) == "; reach at most 0.2, goal 0.167"
+    assert target("small", "full", "float32", "float32") is None
+    assert target("real", "full", "float32", "bfloat16") is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux alone")
+def test_peak_memory_is_of_the_step():
+    """What was used before hides what a step needs: the mark is that of the whole process."""
+
+    def step(mebibytes):
+        return torch.ones(mebibytes, 1024, 256).sum().item(), []
+
+    step(200)
+    assert 63 < interleaved.peak_above_rest(lambda: step(64)) < 100
+
+
+def test_usage_errors_are_one_line(capsys, monkeypatch):
+    """A peer that is not installed, or sizes that do not fit, end in a traceback."""
+    monkeypatch.setattr(interleaved, "find_spec", lambda package: None)
+    for main, arguments, told in (
+        (loss_head.main, ["--variants", "liger"], "liger needs liger_kernel: pip install -r benchmarks/requirements"),
+        (kd_step.main, ["--variants", "trl_gkd"], "trl_gkd needs trl: pip install -r benchmarks/requirements.txt"),
+        (loss_head.main, ["--positions", "2000"], "--positions is 2000: expected 1 to 1024"),
+        (kd_step.main, ["--labels", "384"], "--length is 384: expected at least 385"),
+        (kd_step.main, ["--rounds", "1"], "--rounds is 1: expected at least 2"),
+        (kd_step.main, ["--lengths", "real", "--batch", "1"], "--lengths real needs --batch 2 or more"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        errors = capsys.readouterr().err
+        assert caught.value.code == 2 and told in errors and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_memory_in_a_process_of_its_own(capsys):
+    """Memory cannot be measured, or the process that measures does not get the same sizes."""
+    loss_head.main(["--size", "small", "--total", "512", "--positions", "8", "--rounds", "2",
+                    "--variants", "plain", "ours"])
+    ratios = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ours / plain: ")]
+    assert len(ratios) == 1 and 0 < float(ratios[0].split()[-1]) < 0.5

@@ -1,0 +1,168 @@
+"""A teacher whose outputs are kept on disk: the first epoch computes them, later ones and later runs only read.
+
+Its body is loaded when a row is first missing, and let go when no row is missing any more.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
+from data.token_cache import TokenTable
+from model.teacher import Teacher, arguments_of, move_head, one_ahead
+from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, head_logits, top_k_of
+from utils.config_kd import DistillationKwargs
+from utils.devices import Place
+
+HEAD = "head.safetensors"
+
+
+class CachedTeacher:
+    """What `TeacherStudent` asks of a teacher, from disk where it is there.
+
+    load: gives the teacher. fingerprint: of its weights. width: of its hidden states. vocabulary: number of real
+    tokens. cache_dir: where the folders of the tables are. say: takes lines for the user.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Teacher],
+        fingerprint: str,
+        width: int,
+        vocabulary: int,
+        options: DistillationKwargs,
+        cache_dir: str | Path,
+        place: Place,
+        say: Callable[[str], None],
+    ):
+        cache = options.teacher_cache
+        self.load, self.vocabulary, self.temperature = load, vocabulary, options.temperature
+        self.chunk_size, self.cache_dir, self.place, self.say = options.chunk_size, Path(cache_dir), place, say
+        self.kind = cache.kind
+        self.key = [fingerprint, cache.kind, place.precision, vocabulary]
+        if cache.kind == "hidden":
+            stored = place.precision if cache.dtype == "auto" else cache.dtype
+            self.arrays = {"hidden": ArrayShape(width, {"float32": "float32", "bfloat16": "uint16"}[stored])}
+            self.key.append(stored)
+        else:
+            k = min(cache.top_k, vocabulary)
+            ids = "uint16" if vocabulary <= 1 << 16 else "uint32"
+            self.arrays = {"ids": ArrayShape(k, ids), "log_probs": ArrayShape(k, "float32"),
+                           "log_rest": ArrayShape(1, "float32")}
+            self.key += [k, options.temperature]
+        self.head: OutputHead | None = None
+        self._teacher: Teacher | None = None
+        self._caches: dict[str, TeacherCache] = {}
+
+    def open(self, table: TokenTable) -> TeacherCache:
+        """The cache of a table; made empty, by the main process, where there is none that is whole.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        name = table.folder.name
+        if name in self._caches:
+            return self._caches[name]
+        folder = cache_folder(self.cache_dir, table, self.key)
+        if self.place.is_main and not is_whole(folder, table, self.arrays):
+            damaged = "a damaged one was there; " if folder.exists() else ""
+            size = cache_bytes(table, self.arrays) / 1e9
+            self.say(f"teacher cache: {damaged}{len(table):,} rows of {name}, {size:.3f} GB in {folder}, filled as "
+                     "they are first needed")
+            make_cache(folder, table, self.arrays, self.write_head)
+        self.place.wait_for_all()
+        self._caches[name] = cache = TeacherCache(folder, table, self.arrays)
+        if self.kind == "hidden" and self.head is None:
+            self.head = move_head(read_head(folder / HEAD), self.place.device)
+        if (missing := cache.missing()) < len(table):
+            self.say(f"teacher cache: {len(table) - missing:,} of {len(table):,} rows of {name} are there, in {folder}")
+        return cache
+
+    # -- what TeacherStudent asks --------------------------------------------------------------------------------
+
+    def outputs(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> TeacherHidden | TeacherTopK:
+        """Of one batch that belongs to no table: computed now."""
+        return self.from_stored(self.stored(self.teacher().hidden(input_ids, attention_mask, labels)))
+
+    def ahead(self, table: TokenTable, batches: Iterable[dict]) -> Iterator[tuple]:
+        """The arguments of `TeacherStudent.forward` for each collated batch of a table's rows."""
+        cache = self.open(table)
+
+        def start(batch: dict) -> dict[str, np.ndarray] | Tensor:
+            found = cache.read(batch["rows"])
+            return self.teacher().hidden(*arguments_of(batch)) if found is None else found
+
+        def finish(batch: dict, found: dict[str, np.ndarray] | Tensor) -> tuple:
+            if isinstance(found, Tensor):
+                found = self.stored(found)
+                cache.write(batch["rows"], found)
+                self.let_go_when_done()
+            return *arguments_of(batch), self.from_stored(found)
+
+        return one_ahead(batches, start, finish)
+
+    # -- the teacher ---------------------------------------------------------------------------------------------
+
+    def teacher(self) -> Teacher:
+        if self._teacher is None:
+            self._teacher = self.load()
+        return self._teacher
+
+    def let_go_when_done(self) -> None:
+        if self._teacher is not None and not any(cache.missing() for cache in self._caches.values()):
+            self._teacher = None
+            self.say("teacher cache: all rows are there, the teacher is no longer needed")
+
+    def write_head(self, folder: Path) -> None:
+        if self.kind == "hidden":
+            head = self.teacher().language_model.output_head()
+            tensors = {"weight": head.weight[: self.vocabulary], "scale": torch.tensor(head.scale, dtype=torch.float64)}
+            if head.bias is not None:
+                tensors["bias"] = head.bias[: self.vocabulary]
+            if head.cap is not None:
+                tensors["cap"] = torch.tensor(head.cap, dtype=torch.float64)
+            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / HEAD)
+
+    # -- stored form ---------------------------------------------------------------------------------------------
+
+    def stored(self, hidden: Tensor) -> dict[str, np.ndarray]:
+        """The arrays of hidden states [N, Dt]."""
+        if self.kind == "hidden":
+            if self.arrays["hidden"].dtype == "uint16":  # NumPy has no bfloat16
+                rounded = hidden.to("cpu", torch.bfloat16).contiguous()
+                return {"hidden": rounded.view(torch.int16).numpy().view("uint16")}
+            return {"hidden": hidden.to("cpu", torch.float32).contiguous().numpy()}
+        parts = [self.top_k(part) for part in self.teacher().to_student(hidden).hidden.split(self.chunk_size)]
+        ids, log_probs, log_rest = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
+        return {"ids": ids.astype(self.arrays["ids"].dtype), "log_probs": log_probs, "log_rest": log_rest[:, None]}
+
+    @torch.no_grad()
+    def top_k(self, hidden: Tensor) -> TeacherTopK:
+        head = self.teacher().head
+        rows, bias = head.weight[: self.vocabulary], None if head.bias is None else head.bias[: self.vocabulary]
+        with self.place.autocast():
+            logits, _ = head_logits(hidden, head._replace(weight=rows, bias=bias), torch.float32, with_slope=False)
+        return top_k_of(torch.log_softmax(logits / self.temperature, -1), self.arrays["ids"].width)
+
+    def from_stored(self, found: dict[str, np.ndarray]) -> TeacherHidden | TeacherTopK:
+        """The arrays as `TeacherStudent` takes them, on the student's device."""
+        device = self.place.device
+        if self.kind == "hidden":
+            values = found["hidden"]
+            hidden = torch.from_numpy(values.view("int16") if values.dtype == "uint16" else values)
+            hidden = hidden.view(torch.bfloat16) if values.dtype == "uint16" else hidden
+            return TeacherHidden(hidden.to(device, non_blocking=True), self.head)
+        ids = torch.from_numpy(found["ids"].astype("int64"))
+        log_probs, log_rest = torch.from_numpy(found["log_probs"]), torch.from_numpy(found["log_rest"][:, 0])
+        return TeacherTopK(*(each.to(device, non_blocking=True) for each in (ids, log_probs, log_rest)))
+
+
+def read_head(path: Path) -> OutputHead:
+    """The head that `CachedTeacher.write_head` wrote."""
+    tensors = load_file(path)
+    cap = tensors["cap"].item() if "cap" in tensors else None
+    return OutputHead(tensors["weight"], tensors.get("bias"), tensors["scale"].item(), cap)

@@ -1,0 +1,140 @@
+"""Which teacher a distillation config means: checked before it is loaded, loaded when it is needed."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from model.language_model import LanguageModel, ModelError
+from model.loading import (
+    DEMO_SHAPES,
+    WEIGHT_FILES,
+    check_same_architecture,
+    load_language_model,
+    load_tokenizer,
+    model_config,
+)
+from model.teacher import Teacher
+from model.vocabulary import shared_vocabulary
+from utils.config_files import ConfigError
+from utils.config_kd import DistillConfig
+from utils.devices import Place, choose_device
+from utils.files import sha256_of
+
+NOT_OF_THE_WEIGHTS = ("transformers_version", "_name_or_path", "dtype", "prompt_template", "prompt_max_length")
+KEY = "trainer_kwargs.teacher_ckpt_path"
+
+
+@dataclass
+class TeacherSource:
+    """name: hub id, folder, or the architecture of `weights`. weights: a legacy state dict. key: of the config."""
+
+    name: str
+    weights: str | None
+    key: str
+    config: PreTrainedConfig
+    tokenizer: object
+
+    def describe(self) -> str:
+        return self.weights or self.name
+
+    def fingerprint(self) -> str:
+        """Changes with the weights: SHA-256 of the files of a folder or `.pt`, the commit of a hub model."""
+        if self.weights is not None:
+            return f"{self.name} {sha256_of(self.weights)}"
+        if not Path(self.name).is_dir():
+            return f"{self.name} {getattr(self.config, '_commit_hash', None)}"
+        files = [*(Path(self.name, name) for name in WEIGHT_FILES), *sorted(Path(self.name).glob("*-of-*.safetensors"))]
+        digests = [sha256_of(path) for path in files if path.is_file()]
+        shape = {key: value for key, value in self.config.to_dict().items() if key not in NOT_OF_THE_WEIGHTS}
+        return hashlib.sha256(repr([digests, sorted(shape.items(), key=str)]).encode()).hexdigest()
+
+    def load(self) -> LanguageModel:
+        try:
+            language_model = load_language_model(self.name, weights=self.weights)
+            language_model.check_family()
+            return language_model
+        except ModelError as error:
+            raise ModelError(f"{self.key}: {error}") from error
+
+
+def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
+    """(the teacher, notices). Reads its config and tokenizer, not its weights.
+
+    Raises:
+        ModelError: it is not there, has random weights, is of another architecture than `teacher_lang_model`, has
+            another vocabulary than its student will have (see `check_student`), or too short a context.
+        ConfigError: it was trained on another prompt template.
+    """
+    named, path = config.model_arch.teacher_lang_model, config.trainer_kwargs.teacher_ckpt_path
+    key = KEY if path is not None else "model_arch.teacher_lang_model"
+    legacy = path is not None and path.endswith(".pt")
+    name = named if path is None or legacy else path
+    try:
+        if path is not None and not Path(path).exists():
+            raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
+                             "state dict; train the teacher first, with train.py")
+        if not legacy and name in DEMO_SHAPES:
+            raise ModelError(f"'{name}' has random weights, so it can teach nothing: train it (./demo.sh does), and "
+                             f"name its checkpoint in {KEY}")
+        teacher_config = model_config(name, without_hub=legacy)
+        if path is not None and not legacy and named is not None:
+            check_same_architecture(teacher_config, named)
+        source = TeacherSource(name, path if legacy else None, key, teacher_config, load_tokenizer(name))
+    except ModelError as error:
+        raise ModelError(f"{key}: {error}") from error
+    return source, check_template(source, config)
+
+
+def check_template(source: TeacherSource, config: DistillConfig) -> list[str]:
+    """Notices. Raises ConfigError where the teacher says that it was trained on another prompt template."""
+    template = getattr(source.config, "prompt_template", None)
+    own = config.dataset_kwargs.prompt_template
+    if template is not None and template != own:
+        raise ConfigError(f"{source.key}: the teacher {source.describe()} was trained on the prompt_template "
+                          f"{template!r}, and dataset_kwargs.prompt_template is {own!r}: write the teacher's there")
+    if template is None and source.key != KEY:
+        return [f"the teacher {source.describe()} was not fine-tuned by train.py: a teacher that knows the task "
+                f"teaches more; fine-tune it first and name its checkpoint in {KEY}"]
+    if template is None:
+        return [f"the teacher {source.describe()} does not say which prompt it was trained on: is it {own!r}?"]
+    return []
+
+
+def check_student(source: TeacherSource, student: LanguageModel, max_length: int) -> tuple[int, list[str]]:
+    """(number of tokens that both have, notices). Raises ModelError where they do not fit together."""
+    try:
+        vocabulary = shared_vocabulary(source.tokenizer, student.tokenizer)
+        context = getattr(source.config, "max_position_embeddings", None)
+        if context is not None and context < max_length:
+            raise ModelError(f"the teacher's context is {context} tokens, the rows have up to {max_length}: set "
+                             "dataset_kwargs.max_length to the teacher's context")
+    except ModelError as error:
+        raise ModelError(f"{source.key}: {error}") from error
+    size, own = (layer_size(config) for config in (source.config, student.model.config))
+    smaller = ["the teacher is not bigger than its student: a bigger one has more to teach"] if size <= own else []
+    return vocabulary, smaller
+
+
+def layer_size(config: PreTrainedConfig) -> int:
+    """Weights of the blocks of a transformer, about."""
+    return config.num_hidden_layers * config.hidden_size**2
+
+
+def load_teacher(source: TeacherSource, config: DistillConfig, place: Place) -> Teacher:
+    """The teacher on its device, its head on the student's."""
+    device, _ = teacher_device(config, place)
+    language_model = source.load().to(device)
+    arch = config.model_arch
+    language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
+    return Teacher(language_model, place.device, place.autocast)
+
+
+def teacher_device(config: DistillConfig, place: Place) -> tuple[torch.device, list[str]]:
+    """Where the teacher resides, and notices; beside the student in each process of a group, and on a CPU."""
+    number = config.model_arch.teacher_gpu_device_id
+    if place.world_size > 1:
+        return place.device, []
+    return choose_device(config.trainer_kwargs.device, number, "model_arch.teacher_gpu_device_id")

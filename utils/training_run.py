@@ -1,0 +1,112 @@
+"""What the training scripts share: the run folder around a run, and the parts from the objective to the loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from data.prompts import PromptFormat
+from data.token_cache import TokenTable
+from model.language_model import LanguageModel
+from utils.checkpoint import Checkpoints
+from utils.config import FineTuneConfig
+from utils.config_files import warnings_of
+from utils.datasets import Tables, make_validation
+from utils.devices import Place, find_place, launch_group
+from utils.optimization import build_optimizer
+from utils.random_state import seed_everything
+from utils.run_folder import (
+    Start,
+    check_resumable,
+    claimed,
+    find_start,
+    how_to_go_on,
+    identity,
+    open_run_folder,
+    restore_best,
+)
+from utils.run_log import RunLog
+from utils.signals import StopRequest
+from utils.trainer import Trainer
+
+
+def in_run_folder(config: FineTuneConfig, run: Callable[..., int], gpu_key: str = "gpu_device_id") -> int:
+    """`run(place, config, stop, log, start)` while this process holds the run folder; seeded, notices told."""
+    arch, options = config.model_arch, config.trainer_kwargs
+    launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
+    place = find_place(
+        options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
+    )
+    output_dir = Path(options.output_dir)
+    with claimed(output_dir, place.is_main), StopRequest(how_to_go_on(config)) as stop:
+        log = RunLog(output_dir, place.is_main)
+        start = place.from_main(find_start(config) if place.is_main else None)
+        for line in (*warnings_of(config), *place.notices, place.describe(), *start.notices):
+            log.say(line)
+        seed_everything(options.seed)
+        return run(place, config, stop, log, start)
+
+
+def set_up_model(language_model: LanguageModel, config: FineTuneConfig, place: Place) -> LanguageModel:
+    """The model that is trained: on its device, checked, with the switches of its forward pass."""
+    arch, compiled = config.model_arch, config.trainer_kwargs.compile
+    language_model.to(place.device)
+    # What is compiled is the library's own forward pass.
+    language_model.pack_rows = arch.pack_rows and not compiled
+    language_model.prune_last_block = arch.prune_last_block and not compiled
+    language_model.check_family()
+    if compiled:
+        language_model.model.base_model.compile(dynamic=True)
+    return language_model
+
+
+def train_objective(
+    objective: nn.Module,
+    config: FineTuneConfig,
+    place: Place,
+    stop: StopRequest,
+    log: RunLog,
+    start: Start,
+    prompt_format: PromptFormat,
+    tables: Tables,
+    train_table: TokenTable,
+    of_objective: dict | None = None,
+) -> int:
+    """Optimizer, validation, checkpoints and loop around an objective, until the run is finished. The exit code.
+
+    of_objective: what of the objective must be the same for a checkpoint to be continued.
+    """
+    output_dir, optimizer_kwargs = Path(config.trainer_kwargs.output_dir), config.optimizer_kwargs
+    optimizer = build_optimizer(
+        objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
+    )
+    validation = make_validation(config, objective, prompt_format, tables, place, log)
+    checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
+    of_run = identity(config, train_table, of_objective)
+    trainer = Trainer(
+        objective, objective.language_model, optimizer, config, train_table, validation, place, log, checkpoints, stop,
+        of_run,
+    )
+    if start.folder is not None:
+        check_resumable(of_run, start.state)
+        for line in trainer.restore(start.state, start.tensors):
+            log.say(line)
+    if place.is_main:
+        restore_best(checkpoints, trainer.state.best_step)
+    if ended_by := trainer.what_ended():
+        log.say(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
+                "anew, set trainer_kwargs.load_from_checkpoint to false")
+        return 0
+    if place.is_main:
+        for line in open_run_folder(config, start):
+            log.say(line)
+        restore_best(checkpoints, trainer.state.best_step)
+        tables.write_skipped(output_dir)
+    place.wait_for_all()
+    log.open(trainer.state.step, trainer.state.evaluation_pending)
+    try:
+        trainer.fit()
+    finally:
+        log.close()
+    log.say(f"finished at step {trainer.state.step}: {output_dir / 'model_checkpoints' / 'last'}")
+    return 0
