@@ -20,7 +20,7 @@ from utils.training_run import in_run_folder, set_up_model, train_objective
 EXAMPLES = """\
 examples:
   python train_kd.py                                       the recipe in config_kd.json: gpt2-medium into gpt2
-  python train_kd.py --config demo/distil_forward.json     the demo (after ./demo.sh): no hub, no GPU
+  python train_kd.py --config demo/distil_student.json     the demo (after ./demo.sh): no hub, no GPU
   python train_kd.py --set distillation_kwargs.kl_div=JS --set trainer_kwargs.output_dir=runs/js
   python train_kd.py --set 'distillation_kwargs.teacher_cache={"kind": "hidden"}'
                                                            compute the teacher's outputs once, for several epochs
@@ -75,13 +75,24 @@ def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLo
         student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.beta, kwargs.lambda_, kwargs.mu,
         kwargs.chunk_size, vocabulary,
     )
-    of_objective = {
-        "the teacher's weights": fingerprint,
-        **{f"distillation_kwargs.{key}": value for key, value in kwargs.model_dump().items() if key != "chunk_size"},
-    }
     return train_objective(
-        objective, config, place, stop, log, start, prompt_format, tables, train_table, of_objective
+        objective, config, place, stop, log, start, prompt_format, tables, train_table,
+        identity_of(config, fingerprint),
     )
+
+
+def identity_of(config: DistillConfig, fingerprint: str) -> dict:
+    """What decides the loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
+    kwargs = config.distillation_kwargs
+    cache = kwargs.teacher_cache
+    return {
+        "the teacher's weights": fingerprint,
+        "distillation_kwargs.kl_div": kwargs.kl_div,
+        "distillation_kwargs.temperature": kwargs.temperature,
+        "distillation_kwargs.kd_weight": kwargs.kd_weight,
+        "distillation_kwargs (beta, lambda, mu)": [kwargs.beta, kwargs.lambda_, kwargs.mu],
+        "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
+    }
 
 
 if __name__ == "__main__":

@@ -82,6 +82,26 @@ DEFAULTS = {
     },
 }
 
+# Written by hand: what differs from config.json, with the one key that has no default of use.
+TEACHER = {"model_arch": {"teacher_lang_model": "gpt2-medium"}}
+KD_ARCH = {
+    "teacher_lang_model": "gpt2-medium", "student_lang_model": "gpt2", "teacher_gpu_device_id": 0,
+    "student_gpu_device_id": 0, "from_scratch": False, "architecture": {}, "tokenizer": None, "dropout": None,
+    "pack_rows": True, "prune_last_block": True,
+    "generation_kwargs": {"max_generation_length": 80, "num_beams": 1, "early_stopping": False},
+}
+KD_TRAINER = {"output_dir": "runs/distill", "teacher_ckpt_path": None, "student_ckpt_path": None}
+KD_KWARGS = {
+    "method": "divergence", "kl_div": "forward", "temperature": 1.0, "kd_weight": 0.5, "beta": 0.5, "lambda": 0.1,
+    "mu": 0.5, "chunk_size": 64, "teacher_cache": None, "student_init": None, "student_layers": None,
+}
+KL_DIVS = ["forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
+           "adaptive"]
+
+
+def distillation(**values) -> dict:
+    return {**TEACHER, "distillation_kwargs": values}
+
 
 def load(folder: Path, content: dict | str, *overrides: str, model=FineTuneConfig):
     """Writes config.json (values, or text as it is) into the folder and loads it, as an instance of `model`."""

@@ -16,7 +16,7 @@ KD = [*QUICK, "--length", "40", "--labels", "9"]
 
 @pytest.mark.parametrize("variant", [name for name in loss_head.PACKAGES if name != "ours"])
 def test_loss_heads_are_equal(variant, capsys):
-    """A peer is driven with another divergence, division or set of positions than ours."""
+    """Fault: A peer is driven with another divergence, division or set of positions than ours."""
     if package := loss_head.PACKAGES[variant]:
         pytest.importorskip(package)
     loss_head.main([*QUICK, "--total", "40", "--positions", "13", "--chunk_size", "5", "--variants", variant, "ours"])
@@ -28,7 +28,7 @@ def test_loss_heads_are_equal(variant, capsys):
 @pytest.mark.parametrize("lengths", ["full", "real"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_distillation_steps_are_equal(lengths, precision, capsys):
-    """A variant computes other rows, labels or gradients than full logits in float32."""
+    """Fault: A variant computes other rows, labels or gradients than full logits in float32."""
     kd_step.main([*KD, "--lengths", lengths, "--precision", precision])
     out = capsys.readouterr().out
     assert all(f"\n{variant:<15} loss " in out for variant in ("plain", "gathered", "packed", "cached"))
@@ -36,7 +36,7 @@ def test_distillation_steps_are_equal(lengths, precision, capsys):
 
 
 def test_another_divergence_is_refused(monkeypatch, capsys):
-    """Times are printed for variants that compute different losses."""
+    """Fault: Times are printed for variants that compute different losses."""
     monkeypatch.setattr(loss_head, "choose_divergence", lambda name: choose_divergence("forward"))
     with pytest.raises(SystemExit, match="not equal to full logits in float32: ours"):
         loss_head.main([*QUICK, "--variants", "plain", "ours"])
@@ -48,7 +48,7 @@ def test_another_divergence_is_refused(monkeypatch, capsys):
 
 
 def test_gradients_are_compared_too():
-    """Equal losses with different gradients, or NaN, pass."""
+    """Fault: Equal losses with different gradients, or NaN, pass."""
     gradient = torch.tensor([3.0, 4.0])
     interleaved.compare("same", (1.0, [gradient]), (1.0, [gradient]), "float32")
     for wrong in (gradient * 1.001, gradient * float("nan")):  # off by 1e-3 of the norm, ten times what is allowed
@@ -58,7 +58,7 @@ def test_gradients_are_compared_too():
 
 @pytest.mark.parametrize("batch", [2, 4, 16])
 def test_rows_of_different_length(batch):
-    """The peers' batches hold another share of padding than told, or ours other rows than theirs."""
+    """Fault: The peers' batches hold another share of padding than told, or ours other rows than theirs."""
     options = kd_step.parse(["--size", "tiny", "--lengths", "real", "--batch", str(batch)])
     work = kd_step.make_work(options)
     attended = sum(batch["attention_mask"].sum().item() for batch in work.of_peers)
@@ -75,7 +75,7 @@ def test_rows_of_different_length(batch):
 
 
 def test_targets_belong_to_real_sizes():
-    """A ratio of a small model, or of another precision, is held against a target that was set for real sizes."""
+    """Fault: A ratio of a small model, or of another precision, is held against a target for real sizes."""
 
     def target(size, lengths, precision, peer_precision):
         return kd_step.step_target(argparse.Namespace(
@@ -91,7 +91,7 @@ def test_targets_belong_to_real_sizes():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux alone")
 def test_peak_memory_is_of_the_step():
-    """What was used before hides what a step needs: the mark is that of the whole process."""
+    """Fault: What was used before hides what a step needs: the mark is that of the whole process."""
 
     def step(mebibytes):
         return torch.ones(mebibytes, 1024, 256).sum().item(), []
@@ -101,7 +101,7 @@ def test_peak_memory_is_of_the_step():
 
 
 def test_usage_errors_are_one_line(capsys, monkeypatch):
-    """A peer that is not installed, or sizes that do not fit, end in a traceback."""
+    """Fault: A peer that is not installed, or sizes that do not fit, end in a traceback."""
     monkeypatch.setattr(interleaved, "find_spec", lambda package: None)
     for main, arguments, told in (
         (loss_head.main, ["--variants", "liger"], "liger needs liger_kernel: pip install -r benchmarks/requirements"),
@@ -119,7 +119,7 @@ def test_usage_errors_are_one_line(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_in_a_process_of_its_own(capsys):
-    """Memory cannot be measured, or the process that measures does not get the same sizes."""
+    """Fault: Memory cannot be measured, or the process that measures does not get the same sizes."""
     loss_head.main(["--size", "small", "--total", "512", "--positions", "8", "--rounds", "2",
                     "--variants", "plain", "ours"])
     ratios = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory ours / plain: ")]

@@ -7,8 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.config_samples import DEFAULTS, USERS_CONFIG, load, refusal
+from tests.config_samples import (
+    DEFAULTS,
+    KD_ARCH,
+    KD_KWARGS,
+    KD_TRAINER,
+    TEACHER,
+    USERS_CONFIG,
+    distillation,
+    load,
+    refusal,
+)
 from utils import config_reference
+from utils.config import FineTuneConfig
 from utils.config_files import ConfigError, config_json, load_config, read_json, warnings_of
 from utils.config_kd import DistillConfig
 from utils.config_reference import END, START, markdown_reference, reference, schema
@@ -159,6 +170,21 @@ def test_shipped_config_is_the_recipe():
     assert warnings_of(config) == []
 
 
+def test_shipped_distillation_config_is_the_recipe():
+    """Fault: config_kd.json is not the documented recipe, does not load, or does not continue config.json."""
+    config, teacher = load_config(ROOT / "config_kd.json", (), DistillConfig), load_config(ROOT / "config.json")
+    arch, trainer, kwargs = config.model_arch, config.trainer_kwargs, config.distillation_kwargs
+    assert trainer.teacher_ckpt_path == "runs/gpt2-medium-cnn/model_checkpoints/best"
+    assert trainer.teacher_ckpt_path == f"{teacher.trainer_kwargs.output_dir}/model_checkpoints/best"
+    assert (arch.student_lang_model, arch.teacher_gpu_device_id, arch.student_gpu_device_id) == ("gpt2", 0, 0)
+    assert (kwargs.kl_div, kwargs.kd_weight, kwargs.temperature, kwargs.teacher_cache) == ("forward", 0.5, 1.0, None)
+    assert trainer.output_dir != teacher.trainer_kwargs.output_dir
+    rows = config.dataset_kwargs.train_batch_size * trainer.accumulation_steps
+    assert rows == teacher.dataset_kwargs.train_batch_size * teacher.trainer_kwargs.accumulation_steps == 32
+    assert config.dataset_kwargs == teacher.dataset_kwargs.model_copy(update={"train_batch_size": 4})
+    assert warnings_of(config) == []
+
+
 def test_schema_and_reference_are_in_step():
     """A schema or README.md lags behind utils/config.py or utils/config_kd.py."""
     assert json.loads((ROOT / "config.schema.json").read_text(encoding="utf-8")) == schema()
@@ -196,9 +222,14 @@ def test_editors_accept_what_we_accept():
         assert list(validator.iter_errors(bad))
 
 
-def test_every_object_of_the_schema_has_free_text():
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [(FineTuneConfig, 12),  # the file, its 6 sections, 2 inner ones, and 3 objects of free keys
+     (DistillConfig, 14)],  # two sections more: distillation_kwargs, and its teacher_cache
+)
+def test_every_object_of_the_schema_has_free_text(model, count):
     """One level of the schema refuses `_description` keys, so an editor underlines them there."""
-    tree = schema()
+    tree = schema(model)
     assert tree["properties"]["$schema"]["type"] == "string"
 
     def objects(node):
@@ -209,7 +240,7 @@ def test_every_object_of_the_schema_has_free_text():
                 yield from objects(child)
 
     found = list(objects(tree))
-    assert len(found) == 12  # the file, its 6 sections, 2 inner ones, and 3 objects of free keys
+    assert len(found) == count
     assert all(node["patternProperties"] == {"^_description": {}} for node in found)
 
 
@@ -233,6 +264,37 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
         "README.md out of step with utils/config.py and utils/config_kd.py: run python -m utils.config_reference"]
     readme.write_text("# no markers\n", encoding="utf-8")
     assert run(["--check"], tmp_path) == 1 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_editors_accept_a_distillation_config():
+    """Fault: the schema marks a good config_kd.json as wrong in an editor, or lets a key of config.json pass."""
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed; pydantic alone was tested")
+    validator = jsonschema.Draft202012Validator(schema(DistillConfig))
+    cache = distillation(teacher_cache={"_description": 1, "kind": "top_k"}, **{"lambda": 0.2})
+    for good in (read_json(ROOT / "config_kd.json"), TEACHER, cache):
+        assert [error.message for error in validator.iter_errors(good)] == []
+    for bad in ({"model_arch": {"lang_model": "x"}}, distillation(lambda_=0.2), distillation(teacher_cache="hidden"),
+                distillation(**{"lambda": 1}), distillation(temperature=0)):
+        assert list(validator.iter_errors(bad))
+
+
+def test_readme_lists_what_differs_and_nothing_twice():
+    """Fault: a key of config_kd.json is in no table of README.md, is told twice, or its section is not in full."""
+    between = (ROOT / "README.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    first, second = between.split("\n## Config reference: `config_kd.json`\n")
+    found = {section.split("`")[0]: [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+             for section in second.split("\n### `")[1:]}
+    generation = ["max_generation_length", "num_beams", "early_stopping"]
+    arch = [key for key in KD_ARCH if key != "generation_kwargs"]
+    cache = [f"teacher_cache.{key}" for key in ("kind", "top_k", "dtype", "dir")]
+    kwargs = list(KD_KWARGS)
+    after = kwargs.index("teacher_cache") + 1
+    assert found == {
+        "model_arch": [*arch, *(f"generation_kwargs.{key}" for key in generation)],
+        "trainer_kwargs": list(KD_TRAINER),
+        "distillation_kwargs": [*kwargs[:after], *cache, *kwargs[after:]],
+    }
+    assert "distillation_kwargs" not in first and "`lang_model`" not in second
 
 
 def test_configs_need_no_torch():

@@ -1,4 +1,4 @@
-"""The distillation config: its keys, what is refused or has no effect, recipe, schema, reference: utils/config_kd.py."""
+"""The distillation config: its keys, what is refused, and what has no effect: utils/config_kd.py."""
 
 import json
 from pathlib import Path
@@ -6,28 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests import config_samples
-from tests.config_samples import DEFAULTS
-from utils.config_files import config_json, load_config, read_json, warnings_of
+from tests.config_samples import DEFAULTS, KD_ARCH, KD_KWARGS, KD_TRAINER, KL_DIVS, TEACHER, distillation
+from utils.config_files import config_json, warnings_of
 from utils.config_kd import DistillConfig
 from utils.config_reference import END, START, schema
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Written by hand: what differs from config.json, with the one key that has no default of use.
-TEACHER = {"model_arch": {"teacher_lang_model": "gpt2-medium"}}
-ARCH_DEFAULTS = {
-    "teacher_lang_model": "gpt2-medium", "student_lang_model": "gpt2", "teacher_gpu_device_id": 0,
-    "student_gpu_device_id": 0, "from_scratch": False, "architecture": {}, "tokenizer": None, "dropout": None,
-    "pack_rows": True, "prune_last_block": True,
-    "generation_kwargs": {"max_generation_length": 80, "num_beams": 1, "early_stopping": False},
-}
-TRAINER_DEFAULTS = {"output_dir": "runs/distill", "teacher_ckpt_path": None, "student_ckpt_path": None}
-DISTILLATION_DEFAULTS = {
-    "method": "divergence", "kl_div": "forward", "temperature": 1.0, "kd_weight": 0.5, "beta": 0.5, "lambda": 0.1,
-    "mu": 0.5, "chunk_size": 64, "teacher_cache": None, "student_init": None, "student_layers": None,
-}
-KL_DIVS = ["forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
-           "adaptive"]
 
 
 def load(folder: Path, content: dict | str, *overrides: str) -> DistillConfig:
@@ -38,18 +22,14 @@ def refusal(folder: Path, content: dict | str, *overrides: str) -> list[str]:
     return config_samples.refusal(folder, content, *overrides, model=DistillConfig)
 
 
-def distillation(**values) -> dict:
-    return {**TEACHER, "distillation_kwargs": values}
-
-
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
 def test_defaults(tmp_path):
     """Fault: a default that is not the documented one, or a section of config.json that differs or is missing."""
     assert json.loads(config_json(load(tmp_path, TEACHER))) == {
-        **DEFAULTS, "model_arch": ARCH_DEFAULTS, "trainer_kwargs": DEFAULTS["trainer_kwargs"] | TRAINER_DEFAULTS,
-        "distillation_kwargs": DISTILLATION_DEFAULTS,
+        **DEFAULTS, "model_arch": KD_ARCH, "trainer_kwargs": DEFAULTS["trainer_kwargs"] | KD_TRAINER,
+        "distillation_kwargs": KD_KWARGS,
     }
 
 
@@ -329,7 +309,7 @@ def test_numbers_of_another_divergence(tmp_path, key, value, theirs):
         for line in lines:
             assert line.startswith(f"distillation_kwargs.{key} has no effect: ")
             assert all(other in line for other in [*theirs, f"kl_div is {name}"])
-        assert warnings_of(load(tmp_path, distillation(**{key: DISTILLATION_DEFAULTS[key], "kl_div": name}))) == []
+        assert warnings_of(load(tmp_path, distillation(**{key: KD_KWARGS[key], "kl_div": name}))) == []
 
 
 def test_temperature_without_divergence(tmp_path):
@@ -345,69 +325,3 @@ def test_warnings_of_both_configs_add_up(tmp_path):
     content = distillation(beta=0.3, mu=0.1) | {"trainer_kwargs": {"use_cache": True}}
     assert [line.split(" ")[0] for line in warnings_of(load(tmp_path, content))] == [
         "trainer_kwargs.use_cache", "distillation_kwargs.beta", "distillation_kwargs.mu"]
-
-
-# -- what is shipped and generated -------------------------------------------------------------------------------
-
-
-def test_shipped_config_is_the_recipe():
-    """Fault: config_kd.json is not the documented recipe, does not load, or does not continue config.json."""
-    config, teacher = load_config(ROOT / "config_kd.json", (), DistillConfig), load_config(ROOT / "config.json")
-    arch, trainer, kwargs = config.model_arch, config.trainer_kwargs, config.distillation_kwargs
-    assert trainer.teacher_ckpt_path == "runs/gpt2-medium-cnn/model_checkpoints/best"
-    assert trainer.teacher_ckpt_path == f"{teacher.trainer_kwargs.output_dir}/model_checkpoints/best"
-    assert (arch.student_lang_model, arch.teacher_gpu_device_id, arch.student_gpu_device_id) == ("gpt2", 0, 0)
-    assert (kwargs.kl_div, kwargs.kd_weight, kwargs.temperature, kwargs.teacher_cache) == ("forward", 0.5, 1.0, None)
-    assert trainer.output_dir != teacher.trainer_kwargs.output_dir
-    rows = config.dataset_kwargs.train_batch_size * trainer.accumulation_steps
-    assert rows == teacher.dataset_kwargs.train_batch_size * teacher.trainer_kwargs.accumulation_steps == 32
-    same = {"train_batch_size": 4}
-    assert config.dataset_kwargs == teacher.dataset_kwargs.model_copy(update=same)
-    assert warnings_of(config) == []
-
-
-def test_schema_is_in_step_and_has_free_text_everywhere():
-    """Fault: config_kd.schema.json lags behind, or an editor underlines `_description` keys at some level."""
-    tree = schema(DistillConfig)
-    assert json.loads((ROOT / "config_kd.schema.json").read_text(encoding="utf-8")) == tree
-    objects = [node for node in every_node(tree) if node.get("type") == "object"]
-    assert len(objects) == 14  # the file, its 7 sections, 3 inner ones, and 3 objects of free keys
-    assert all(node["patternProperties"] == {"^_description": {}} for node in objects)
-
-
-def every_node(node):
-    if isinstance(node, dict):
-        yield node
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        yield from every_node(child)
-
-
-def test_editors_accept_what_we_accept():
-    """Fault: the schema marks a good config_kd.json as wrong in an editor, or lets a key of config.json pass."""
-    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed; pydantic alone was tested")
-    validator = jsonschema.Draft202012Validator(schema(DistillConfig))
-    cache = distillation(teacher_cache={"_description": 1, "kind": "top_k"}, **{"lambda": 0.2})
-    for good in (read_json(ROOT / "config_kd.json"), TEACHER, cache):
-        assert [error.message for error in validator.iter_errors(good)] == []
-    for bad in ({"model_arch": {"lang_model": "x"}}, distillation(lambda_=0.2), distillation(teacher_cache="hidden"),
-                distillation(**{"lambda": 1}), distillation(temperature=0)):
-        assert list(validator.iter_errors(bad))
-
-
-def test_readme_lists_what_differs_and_nothing_twice():
-    """Fault: a key of config_kd.json is in no table of README.md, is told twice, or its section is not in full."""
-    between = (ROOT / "README.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
-    first, second = between.split("\n## Config reference: `config_kd.json`\n")
-    found = {section.split("`")[0]: [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
-             for section in second.split("\n### `")[1:]}
-    generation = ["max_generation_length", "num_beams", "early_stopping"]
-    arch = [key for key in ARCH_DEFAULTS if key != "generation_kwargs"]
-    cache = [f"teacher_cache.{key}" for key in ("kind", "top_k", "dtype", "dir")]
-    kwargs = list(DISTILLATION_DEFAULTS)
-    after = kwargs.index("teacher_cache") + 1
-    assert found == {
-        "model_arch": [*arch, *(f"generation_kwargs.{key}" for key in generation)],
-        "trainer_kwargs": list(TRAINER_DEFAULTS),
-        "distillation_kwargs": [*kwargs[:after], *cache, *kwargs[after:]],
-    }
-    assert "distillation_kwargs" not in first and "`lang_model`" not in second

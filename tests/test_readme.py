@@ -10,13 +10,14 @@ import pytest
 
 import data.cnn_dailymail
 import train
+import train_kd
 import utils.compare
 import validate_model
 from tests.conftest import ROOT, byte_tokenizer, tiny_gpt2
 from tests.small_runs import make_rows
 
 MAINS = {
-    "train.py": train.main, "validate_model.py": validate_model.main, "data.cnn_dailymail": data.cnn_dailymail.main,
+    "train.py": train.main, "train_kd.py": train_kd.main, "validate_model.py": validate_model.main, "data.cnn_dailymail": data.cnn_dailymail.main,
     "utils.compare": utils.compare.main,
 }
 
@@ -32,7 +33,8 @@ def readme_commands() -> list[list[str]]:
 def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     """Fault: a README whose commands do not work."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "config.json", tmp_path)
+    for name in ("config.json", "config_kd.json"):
+        shutil.copy(ROOT / name, tmp_path)
     for name in ("gpt2", "gpt2-medium"):  # a folder of that name stands in for the hub's model
         tiny_gpt2(positions=1024).save_pretrained(tmp_path / name)
         byte_tokenizer().save_pretrained(tmp_path / name)
@@ -46,6 +48,20 @@ def test_readme_commands_run(tmp_path, monkeypatch, capsys):
     scores = json.loads((tmp_path / "runs/gpt2-medium-cnn/test/scores.json").read_text())
     assert scores["rows"] == 20
     assert "lead-3" in capsys.readouterr().out
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    """Fault: the README's example of TeacherStudent does not run, or trains the teacher."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("gpt2", 16), ("gpt2-medium", 32)):
+        tiny_gpt2(width=width).save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    names = {}
+    exec(example, names)
+    assert names["terms"].token_count == 5
+    assert all(parameter.grad is not None for parameter in names["student"].parameters())
+    assert all(parameter.grad is None for parameter in names["teacher"].language_model.parameters())
 
 
 def test_readme_names_files_that_exist():

@@ -106,11 +106,11 @@ def key_of_other_script(model: type[BaseModel], path: tuple) -> str | None:
     renamed = STUDENT_KEYS if model is DistillConfig else {new: old for old, new in STUDENT_KEYS.items()}
     if path[-1] in renamed:
         return f"did you mean model_arch.{renamed[path[-1]]}?"
+    *parent, key = path
     script, other = OTHER_SCRIPT[model]
-    if not node_at(other.model_json_schema(), path):
+    if key not in known_keys(node_at(other.model_json_schema(), tuple(parent))):
         return None
-    place = f"{'.'.join(path[:-1])} of " if path[:-1] else ""
-    return f"{path[-1]} belongs in {place}a config of {script}"
+    return f"{key} belongs in {'.'.join(parent)}{' of ' if parent else ''}a config of {script}"
 
 
 def most_alike(key: str, names: dict[str, str]) -> tuple[str, float]:

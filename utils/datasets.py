@@ -91,8 +91,8 @@ class Tables:
 def measured_datasets(config: FineTuneConfig) -> list[str]:
     """File names of the sets whose loss is measured after each epoch."""
     data, options = config.dataset_kwargs, config.trainer_kwargs
-    names = (data.validation_dataset if options.monitor_val else None, data.test_dataset if options.monitor_test else None)
-    return [name for name in names if name]
+    sets = (options.monitor_val, data.validation_dataset), (options.monitor_test, data.test_dataset)
+    return [name for monitored, name in sets if monitored and name]
 
 
 def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSet]:

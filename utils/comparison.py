@@ -1,0 +1,260 @@
+"""The numbers of a comparison: scores of several runs, share of the teacher-student gap, significance."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.config_files import parse, printable, shorten
+from utils.rouge import METRICS, paired_bootstrap
+from utils.run_log import read_metrics
+
+LEVEL = 0.05
+
+
+class CompareError(ValueError):
+    """Folders that cannot be compared: one line that names file, row and remedy."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the table.
+
+    scores: means, intervals and counts, checked. set_name: "validation" or "test" of a training run, the stem of the
+    CSV of validate_model.py (None where its scores.json does not say). predictions: where the scores of each row are.
+    metrics: the metrics.jsonl of the training, None where no run is known. remedy: what would write the folder anew.
+    """
+
+    name: str
+    scores: dict
+    set_name: str | None
+    predictions: Path
+    metrics: Path | None
+    remedy: str
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """What of a prediction is needed to pair it: its target, and its F-measures (fractions of 1)."""
+
+    target: str
+    scores: dict[str, float]
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_evaluation(name: str, folder: Path) -> Evaluation:
+    """The scores in an output_dir of validate_model.py or of a training script (its test set, else its validation).
+
+    Raises:
+        CompareError: scores.json is not there, or is of another kind, or not whole.
+    """
+    path = folder / "scores.json"
+    remedy = f"validate_model.py --output_dir {folder}"
+    try:
+        content = parse(path.read_bytes().decode("utf-8-sig"))
+        if "step" in content:
+            step, set_name = whole(content["step"]), "test" if "test" in content else "validation"
+            scores, metrics = content[set_name], folder / "metrics.jsonl"
+            predictions = folder / "predictions" / f"{set_name}-step-{step}.json"
+            remedy += ", or train it with trainer_kwargs.save_predictions"
+        else:
+            settings = content.get("settings") or {}
+            scores, metrics = content, metrics_of(settings.get("model_path"))
+            set_name = Path(settings["csv_path"]).stem if "csv_path" in settings else None
+            predictions = folder / "predictions.json"
+        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy)
+    except OSError as error:
+        raise CompareError(f"{path} cannot be read ({error.strerror}): write it with {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kinds = "validate_model.py or of a training script"
+        raise CompareError(f"{path} is not a scores.json of {kinds}: write it again with {remedy}") from error
+
+
+def checked(scores: dict) -> dict:
+    """The scores. KeyError, TypeError, AttributeError or ValueError where the table could not show them."""
+    for metric in METRICS:
+        low, high = scores["confidence_intervals"][metric]
+        number(scores[metric]), number(low), number(high)
+    for key in ("facts", "parameters"):
+        number(scores.get(key) or 0)
+    whole(scores["rows"])
+    return scores
+
+
+def number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is not a number")
+    return value
+
+
+def whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+
+def metrics_of(model_path: object) -> Path | None:
+    """`<run>/metrics.jsonl` for a model `<run>/model_checkpoints/<x>`; None for a model of any other place."""
+    checkpoints = Path(model_path).parent if isinstance(model_path, str) else Path()
+    return checkpoints.parent / "metrics.jsonl" if checkpoints.name == "model_checkpoints" else None
+
+
+def training_speed(metrics: Path | None) -> float | None:
+    """Median of the tokens a second of a training; the first value holds the warming up and counts only if alone.
+
+    Raises:
+        CompareError: the file is there and cannot be read.
+    """
+    try:
+        if metrics is None or not metrics.is_file():
+            return None
+        lines = [line for line in read_metrics(metrics) if isinstance(line, dict) and line.get("split") == "train"]
+        speeds = [number(line["tokens_per_second"]) for line in lines if line.get("tokens_per_second") is not None]
+    except (OSError, UnicodeDecodeError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CompareError(f"{metrics} cannot be read ({reason}): mend it, or move it away") from error
+    return statistics.median(speeds[1:] or speeds) if speeds else None
+
+
+def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow] | None:
+    """The rows behind an evaluation by id, in the file's order; None where no predictions were kept.
+
+    Raises:
+        CompareError: the file cannot be read, or its rows are not those behind the evaluation's scores.
+    """
+    path, remedy = evaluation.predictions, f"write it again with {evaluation.remedy}"
+    rows: dict[str, ScoredRow] = {}
+    try:
+        records = parse(path.read_bytes().decode("utf-8-sig"))
+        if not isinstance(records, list):
+            raise TypeError
+        for record in records:
+            scores = {metric: number(record["rouge"][metric])}
+            row_id, target = record["id"], record["target_highlight"]
+            if not isinstance(row_id, str) or not isinstance(target, str) or row_id in rows:
+                raise TypeError
+            rows[row_id] = ScoredRow(target, scores)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise CompareError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    except (KeyError, TypeError) as error:
+        reason = f"row {len(rows) + 1} lacks an id of its own, target_highlight or rouge"
+        raise CompareError(f"{path} holds no predictions of this project ({reason}): {remedy}") from error
+    except ValueError as error:
+        raise CompareError(f"{path} is not whole JSON: {remedy}") from error
+    same = len(rows) == evaluation.scores["rows"]
+    if not same or abs(statistics.fmean(row.scores[metric] for row in rows.values()) - evaluation.scores[metric]) > 1e-6:
+        raise CompareError(f"{path} does not hold the rows behind the scores.json of {evaluation.name}: {remedy}")
+    return rows
+
+
+# -- derived numbers -----------------------------------------------------------------------------------------------
+
+
+def compare(
+    evaluations: Sequence[Evaluation], metric: str = "rougeL", teacher: str | None = None, baseline: str | None = None
+) -> tuple[list[dict], list[str]]:
+    """(one flat object for each evaluation, remarks of one line on what is missing).
+
+    All shares and scores are fractions of 1, speeds tokens a second, absent numbers None. With a baseline each other
+    row has `difference` (its mean minus the baseline's), `difference_low` and `_high` (95 %), `p_value`,
+    `p_value_holm` and `significant` (p_value_holm <= 0.05); with a teacher too, `gap_share`.
+
+    Raises:
+        CompareError: a file cannot be read, or two rows were scored on different articles.
+    """
+    rows = [plain_numbers(evaluation) for evaluation in evaluations]
+    remarks = []
+    if teacher is not None:
+        remarks += add_gap_shares(rows, metric, teacher, baseline)
+    if baseline is not None:
+        remarks += add_differences(rows, evaluations, metric, baseline)
+    return rows, remarks
+
+
+def plain_numbers(evaluation: Evaluation) -> dict:
+    scores = evaluation.scores
+    row = {"method": evaluation.name, "set": evaluation.set_name}
+    for metric in METRICS:
+        low, high = scores["confidence_intervals"][metric]
+        row |= {metric: scores[metric], f"{metric}_low": low, f"{metric}_high": high}
+    return {**row, "facts": scores.get("facts"), "rows": scores["rows"], "parameters": scores.get("parameters"),
+            "tokens_per_second": training_speed(evaluation.metrics)}
+
+
+def add_gap_shares(rows: list[dict], metric: str, teacher: str, baseline: str) -> list[str]:
+    """`gap_share` of each row: (method - baseline) / (teacher - baseline), None for those two. Remarks."""
+    means = {row["method"]: row[metric] for row in rows}
+    gap = means[teacher] - means[baseline]
+    for row in rows:
+        own = row["method"] in (teacher, baseline)
+        row["gap_share"] = None if own or gap <= 0 else (row[metric] - means[baseline]) / gap
+    return [] if gap > 0 else [f"gap: empty, because {teacher} is not above {baseline} in {metric}"]
+
+
+def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric: str, baseline: str) -> list[str]:
+    """Difference, interval, p values and significance of each row but the baseline's. Remarks."""
+    base = next(each for each in evaluations if each.name == baseline)
+    base_rows = read_scored_rows(base, metric)
+    missing = [] if base_rows is not None else [baseline]
+    compared = []
+    for row, each in zip(rows, evaluations, strict=True):
+        row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p_value", "p_value_holm",
+                              "significant"))
+        if each is base:
+            continue
+        own_rows = read_scored_rows(each, metric)
+        if own_rows is None:
+            missing.append(each.name)
+        if own_rows is None or base_rows is None:
+            if each.scores["rows"] != base.scores["rows"]:
+                counts = f"{each.scores['rows']} and {base.scores['rows']} rows"
+                raise CompareError(f"{each.name} and {baseline} were scored on {counts}: {remedy_for(each.name)}")
+            continue
+        check_same_rows(each.name, own_rows, baseline, base_rows)
+        result = paired_bootstrap(
+            [own_rows[row_id].scores for row_id in base_rows], [base_row.scores for base_row in base_rows.values()],
+            metric,
+        )
+        low, high = result["interval"]
+        row |= {"difference": result["difference"], "difference_low": low, "difference_high": high,
+                "p_value": result["p_value"]}
+        compared.append(row)
+    for row, adjusted in zip(compared, holm([row["p_value"] for row in compared]), strict=True):
+        row |= {"p_value_holm": adjusted, "significant": adjusted <= LEVEL}
+    if not missing:
+        return []
+    return [f"significance unknown: no predictions of {', '.join(missing)} (from validate_model.py, or in training "
+            "with trainer_kwargs.save_predictions)"]
+
+
+def check_same_rows(name: str, rows: dict[str, ScoredRow], baseline: str, base_rows: dict[str, ScoredRow]) -> None:
+    """Raises CompareError, naming the first id that is in one alone, or whose targets differ."""
+    for row_id, base_row in base_rows.items():
+        if row_id not in rows:
+            problem = f"id {shorten(row_id)} is only in {baseline}"
+        elif rows[row_id].target != base_row.target:
+            problem = f"the targets of id {shorten(row_id)} differ"
+        else:
+            continue
+        raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: {remedy_for(name)}")
+    if extra := next((row_id for row_id in rows if row_id not in base_rows), None):
+        problem = f"id {shorten(extra)} is only in {name}"
+        raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: {remedy_for(name)}")
+
+
+def remedy_for(name: str) -> str:
+    return f"score both on one CSV, or leave {name} out"
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for so many comparisons, in the given order (Holm, 1979): small ones are below the level."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
