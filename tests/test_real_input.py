@@ -74,6 +74,50 @@ def test_small_gpt2_from_scratch(tmp_path, shared):
     assert (scores["rows"], scores["prompt_max_length"]) == (500, 256)
 
 
+def test_small_pair_from_scratch_is_distilled(tmp_path, shared):
+    """Fault: real articles do not go through train_kd.py, its loss does not fall, or the cache changes what it does."""
+    data = shared / "data"
+    with (data / "cnn_dm_train.csv").open(encoding="utf-8", newline="") as file:
+        write_rows(tmp_path / "train.csv", list(islice(csv.DictReader(file), 120)))  # two epochs: the cache is read
+    with (data / "cnn_dm_val.csv").open(encoding="utf-8", newline="") as file:
+        write_rows(tmp_path / "validation.csv", list(islice(csv.DictReader(file), 8)))
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256}
+    arch = {"from_scratch": True, "tokenizer": str(data / "gpt2-tokenizer"),
+            "generation_kwargs": {"max_generation_length": 20}}
+    trainer = {"log_every": 1, "max_steps": 50, "epochs": 2, "precision": "float32", "device": "cpu"}
+    common = {
+        "optimizer_kwargs": {"lm_lr": 2e-3},
+        "dataset_kwargs": {"data_dir": str(tmp_path), "train_batch_size": 4, "max_length": 256},
+    }
+    teacher = {
+        **common, "model_arch": {**arch, "lang_model": "gpt2", "architecture": shape},
+        "trainer_kwargs": {**trainer, "output_dir": str(tmp_path / "teacher"), "metrics": []},
+    }
+    run_script("train.py", "--config", str(write_config(tmp_path, **teacher)))
+    student = {
+        **common, "model_arch": {**arch, "student_lang_model": "gpt2", "architecture": {**shape, "n_layer": 1}},
+        "trainer_kwargs": {**trainer, "output_dir": str(tmp_path / "student"), "save_predictions": True,
+                           "teacher_ckpt_path": str(tmp_path / "teacher/model_checkpoints/last")},
+        "distillation_kwargs": {"kl_div": "JS", "kd_weight": 0.9, "teacher_cache": {"kind": "hidden"}},
+    }
+    config = str(write_config(tmp_path, **student))
+    said = run_script("train_kd.py", "--config", config)
+    assert "0.0" in said.split("teacher cache: 120 rows")[1].split(" GB")[0]  # told before it is written
+    lines = [line for line in read_metrics(tmp_path / "student/metrics.jsonl") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, 51))
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.1 * line["cross_entropy"] + 0.9 * line["divergence"], rel=1e-5)
+    for part in ("cross_entropy", "divergence"):
+        assert statistics.fmean(line[part] for line in lines[-10:]) < 0.8 * lines[0][part]
+    predictions = json.loads((tmp_path / "student/predictions/validation-step-50.json").read_text(encoding="utf-8"))
+    assert len(predictions) == 8
+    run_script("train_kd.py", "--config", config, "--set", f"trainer_kwargs.output_dir={tmp_path / 'live'}", "--set",
+               "distillation_kwargs.teacher_cache=null")
+    live, cached = ((tmp_path / name / "model_checkpoints/last/model.safetensors").read_bytes()
+                    for name in ("live", "student"))
+    assert live == cached
+
+
 def test_real_pretrained_weights(tmp_path, shared):
     """Fault: fine-tuning harms a trained model instead of helping it (wrong shift, labels, scale or schedule)."""
     model = os.environ.get("REAL_MODEL")

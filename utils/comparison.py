@@ -1,6 +1,5 @@
 """The numbers of a comparison: scores of several runs, share of the teacher-student gap, significance."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from utils.rouge import METRICS, paired_bootstrap
 from utils.run_log import read_metrics
 
 LEVEL = 0.05
+MOST = 1e300
+DIFFERENCE_KEYS = ("difference", "difference_low", "difference_high", "p_value", "p_value_holm", "significant")
 
 
 class CompareError(ValueError):
@@ -36,10 +37,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """What of a prediction is needed to pair it: its target, and its F-measures (fractions of 1)."""
+    """What of a prediction is needed to pair it: its target, and one F-measure (a fraction of 1)."""
 
     target: str
-    scores: dict[str, float]
+    score: float
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
         else:
             settings = content.get("settings") or {}
             scores, metrics = content, metrics_of(settings.get("model_path"))
-            set_name = Path(settings["csv_path"]).stem if "csv_path" in settings else None
+            set_name = printable(Path(settings["csv_path"]).stem) if "csv_path" in settings else None
             predictions = folder / "predictions.json"
         return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy)
     except OSError as error:
@@ -79,14 +80,16 @@ def checked(scores: dict) -> dict:
         low, high = scores["confidence_intervals"][metric]
         number(scores[metric]), number(low), number(high)
     for key in ("facts", "parameters"):
-        number(scores.get(key) or 0)
-    whole(scores["rows"])
+        if scores.get(key) is not None:
+            number(scores[key])
+    if whole(scores["rows"]) < 1:
+        raise ValueError("no rows")
     return scores
 
 
 def number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is not a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST:
+        raise TypeError(f"{value!r} is not a number")  # NaN and infinities among them
     return value
 
 
@@ -113,7 +116,7 @@ def training_speed(metrics: Path | None) -> float | None:
             return None
         lines = [line for line in read_metrics(metrics) if isinstance(line, dict) and line.get("split") == "train"]
         speeds = [number(line["tokens_per_second"]) for line in lines if line.get("tokens_per_second") is not None]
-    except (OSError, UnicodeDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CompareError(f"{metrics} cannot be read ({reason}): mend it, or move it away") from error
     return statistics.median(speeds[1:] or speeds) if speeds else None
@@ -132,11 +135,10 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
         if not isinstance(records, list):
             raise TypeError
         for record in records:
-            scores = {metric: number(record["rouge"][metric])}
-            row_id, target = record["id"], record["target_highlight"]
+            row_id, target, score = record["id"], record["target_highlight"], number(record["rouge"][metric])
             if not isinstance(row_id, str) or not isinstance(target, str) or row_id in rows:
                 raise TypeError
-            rows[row_id] = ScoredRow(target, scores)
+            rows[row_id] = ScoredRow(target, score)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -147,7 +149,7 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
     except ValueError as error:
         raise CompareError(f"{path} is not whole JSON: {remedy}") from error
     same = len(rows) == evaluation.scores["rows"]
-    if not same or abs(statistics.fmean(row.scores[metric] for row in rows.values()) - evaluation.scores[metric]) > 1e-6:
+    if not same or abs(statistics.fmean(row.score for row in rows.values()) - evaluation.scores[metric]) > 1e-6:
         raise CompareError(f"{path} does not hold the rows behind the scores.json of {evaluation.name}: {remedy}")
     return rows
 
@@ -170,9 +172,11 @@ def compare(
     rows = [plain_numbers(evaluation) for evaluation in evaluations]
     remarks = []
     if teacher is not None:
-        remarks += add_gap_shares(rows, metric, teacher, baseline)
+        rows = [{**row, "gap_share": None} for row in rows]
     if baseline is not None:
         remarks += add_differences(rows, evaluations, metric, baseline)
+    if teacher is not None:
+        remarks += add_gap_shares(rows, metric, teacher, baseline)
     return rows, remarks
 
 
@@ -186,73 +190,69 @@ def plain_numbers(evaluation: Evaluation) -> dict:
             "tokens_per_second": training_speed(evaluation.metrics)}
 
 
-def add_gap_shares(rows: list[dict], metric: str, teacher: str, baseline: str) -> list[str]:
-    """`gap_share` of each row: (method - baseline) / (teacher - baseline), None for those two. Remarks."""
-    means = {row["method"]: row[metric] for row in rows}
-    gap = means[teacher] - means[baseline]
-    for row in rows:
-        own = row["method"] in (teacher, baseline)
-        row["gap_share"] = None if own or gap <= 0 else (row[metric] - means[baseline]) / gap
-    return [] if gap > 0 else [f"gap: empty, because {teacher} is not above {baseline} in {metric}"]
-
-
 def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric: str, baseline: str) -> list[str]:
     """Difference, interval, p values and significance of each row but the baseline's. Remarks."""
-    base = next(each for each in evaluations if each.name == baseline)
-    base_rows = read_scored_rows(base, metric)
-    missing = [] if base_rows is not None else [baseline]
+    scored = {each.name: read_scored_rows(each, metric) for each in evaluations}
+    base_rows = scored[baseline]
+    counts = {each.name: each.scores["rows"] for each in evaluations}
     compared = []
-    for row, each in zip(rows, evaluations, strict=True):
-        row |= dict.fromkeys(("difference", "difference_low", "difference_high", "p_value", "p_value_holm",
-                              "significant"))
-        if each is base:
-            continue
-        own_rows = read_scored_rows(each, metric)
-        if own_rows is None:
-            missing.append(each.name)
-        if own_rows is None or base_rows is None:
-            if each.scores["rows"] != base.scores["rows"]:
-                counts = f"{each.scores['rows']} and {base.scores['rows']} rows"
-                raise CompareError(f"{each.name} and {baseline} were scored on {counts}: {remedy_for(each.name)}")
-            continue
-        check_same_rows(each.name, own_rows, baseline, base_rows)
-        result = paired_bootstrap(
-            [own_rows[row_id].scores for row_id in base_rows], [base_row.scores for base_row in base_rows.values()],
-            metric,
-        )
-        low, high = result["interval"]
-        row |= {"difference": result["difference"], "difference_low": low, "difference_high": high,
-                "p_value": result["p_value"]}
-        compared.append(row)
+    for row in rows:
+        name = row["method"]
+        row |= dict.fromkeys(DIFFERENCE_KEYS)
+        problem = None
+        if counts[name] != counts[baseline]:
+            problem = f"{counts[name]} and {counts[baseline]} rows"
+        if scored[name] is not None and base_rows is not None:
+            problem = first_difference(name, scored[name], baseline, base_rows)
+        if problem:
+            raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: score both on one "
+                               f"CSV, or leave {name} out")
+        if name != baseline and scored[name] is not None and base_rows is not None:
+            result = paired_bootstrap(
+                [{metric: scored[name][row_id].score} for row_id in base_rows],
+                [{metric: base_row.score} for base_row in base_rows.values()],
+                metric,
+            )
+            values = (result["difference"], *result["interval"], float(result["p_value"]))
+            row |= dict(zip(DIFFERENCE_KEYS[:4], values, strict=True))
+            compared.append(row)
     for row, adjusted in zip(compared, holm([row["p_value"] for row in compared]), strict=True):
         row |= {"p_value_holm": adjusted, "significant": adjusted <= LEVEL}
-    if not missing:
-        return []
-    return [f"significance unknown: no predictions of {', '.join(missing)} (from validate_model.py, or in training "
-            "with trainer_kwargs.save_predictions)"]
+    missing = [name for name, own_rows in scored.items() if own_rows is None]
+    remedy = "validate_model.py writes them, training with trainer_kwargs.save_predictions"
+    return [f"significance unknown: no predictions of {', '.join(missing)} ({remedy})"] if missing else []
 
 
-def check_same_rows(name: str, rows: dict[str, ScoredRow], baseline: str, base_rows: dict[str, ScoredRow]) -> None:
-    """Raises CompareError, naming the first id that is in one alone, or whose targets differ."""
+def first_difference(name: str, rows: dict[str, ScoredRow], base: str, base_rows: dict[str, ScoredRow]) -> str | None:
+    """Which id is the first that only one of them has, or whose targets differ."""
     for row_id, base_row in base_rows.items():
         if row_id not in rows:
-            problem = f"id {shorten(row_id)} is only in {baseline}"
-        elif rows[row_id].target != base_row.target:
-            problem = f"the targets of id {shorten(row_id)} differ"
-        else:
-            continue
-        raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: {remedy_for(name)}")
-    if extra := next((row_id for row_id in rows if row_id not in base_rows), None):
-        problem = f"id {shorten(extra)} is only in {name}"
-        raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: {remedy_for(name)}")
+            return f"id {shorten(row_id)} is only in {base}"
+        if rows[row_id].target != base_row.target:
+            return f"the targets of id {shorten(row_id)} differ"
+    return next((f"id {shorten(row_id)} is only in {name}" for row_id in rows if row_id not in base_rows), None)
 
 
-def remedy_for(name: str) -> str:
-    return f"score both on one CSV, or leave {name} out"
+def add_gap_shares(rows: list[dict], metric: str, teacher: str, baseline: str) -> list[str]:
+    """`gap_share` of each row: (method - baseline) / (teacher - baseline), None for those two. Remarks.
+
+    None too where nothing says that a row, or the teacher, was scored on the same articles as the baseline.
+    """
+    by_name = {row["method"]: row for row in rows}
+    base, top = by_name[baseline], by_name[teacher]
+    gap = top[metric] - base[metric]
+    if gap <= 0:
+        return [f"gap: empty, because {teacher} is not above {baseline} in {metric}"]
+    elsewhere = [row["method"] for row in rows if row["difference"] is None and row["set"] != base["set"]]
+    for row in rows:
+        if row is not base and row is not top and not {row["method"], teacher} & set(elsewhere):
+            row["gap_share"] = (row[metric] - base[metric]) / gap
+    another = f"gap: empty where {', '.join(elsewhere)} would be compared with {baseline}, scored on another set"
+    return [another] if elsewhere else []
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for so many comparisons, in the given order (Holm, 1979): small ones are below the level."""
+    """P values adjusted for their number, in the given order: Holm (1979), "A simple sequentially rejective ..."."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))

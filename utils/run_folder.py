@@ -119,8 +119,9 @@ def identity(config: FineTuneConfig, table: TokenTable, of_objective: dict | Non
     """What must be the same for a checkpoint to be continued: the model, what decides which rows come next, and what
     the objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
+    name = "student_lang_model" if "student_lang_model" in type(arch).model_fields else "lang_model"
     return {
-        "model_arch.lang_model": arch.lang_model,
+        f"model_arch.{name}": arch.lang_model,
         "model_arch.from_scratch": arch.from_scratch,
         "model_arch.architecture": arch.architecture,
         "optimizer_kwargs.type": config.optimizer_kwargs.type,
