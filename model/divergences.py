@@ -181,13 +181,13 @@ def check_support(divergence: Divergence, teacher_excludes: Tensor, student_excl
 
 def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    values = dot(p, log_p - log_q)
+    values = torch.linalg.vecdot(p, log_p - log_q)
     return values, q - p
 
 
 def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     ratio = log_q - log_p
-    values = dot(q, ratio)
+    values = torch.linalg.vecdot(q, ratio)
     return values, ratio.sub_(values[:, None]).mul_(q)
 
 
@@ -196,7 +196,7 @@ def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -
     # log(m / p) and log(m / q); each by its own logaddexp, since their difference would lose small ones.
     m_to_p = log_mixture(ratio, beta)
     m_to_q = log_mixture(ratio.neg_(), 1 - beta)
-    from_teacher, from_student = dot(log_p.exp(), m_to_p).neg_(), dot(q, m_to_q).neg_()
+    from_teacher, from_student = torch.linalg.vecdot(log_p.exp(), m_to_p).neg_(), torch.linalg.vecdot(q, m_to_q).neg_()
     gradient = m_to_q.add_(from_student[:, None]).mul_(q).mul_(beta - 1)
     return beta * from_teacher + (1 - beta) * from_student, gradient
 
@@ -210,23 +210,23 @@ def log_mixture(ratio: Tensor, share: float) -> Tensor:
 def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
     m_to_p = log_mixture(log_q - log_p, lambda_)
     p = log_p.exp()
-    values = dot(p, m_to_p).neg_()
+    values = torch.linalg.vecdot(p, m_to_p).neg_()
     weight = (log_q - m_to_p).exp_()  # p q / m
     return values, (q * weight.sum(-1, keepdim=True)).sub_(weight).mul_(1 - lambda_)
 
 
 def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
     m_to_q = log_mixture(log_p - log_q, lambda_)
-    values = dot(q, m_to_q).neg_()
+    values = torch.linalg.vecdot(q, m_to_q).neg_()
     inner = m_to_q.neg().exp_().mul_(-lambda_).sub_(m_to_q)  # log(q / m) - lambda q / m
-    return values, inner.sub_(dot(q, inner)[:, None]).mul_(q)
+    return values, inner.sub_(torch.linalg.vecdot(q, inner)[:, None]).mul_(q)
 
 
 def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     difference = q - log_p.exp()
     values = difference.abs().sum(-1).mul_(0.5)
     sign = difference.sign_().mul_(0.5)
-    return values, sign.sub_(dot(q, sign)[:, None]).mul_(q)
+    return values, sign.sub_(torch.linalg.vecdot(q, sign)[:, None]).mul_(q)
 
 
 def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -243,8 +243,3 @@ def adaptive_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Ten
     gap_head, gap_all = (gap * head).sum(-1), gap.sum(-1)
     share = torch.where(gap_all > 0, gap_head / gap_all, 0.5)
     return symmetric_terms(log_p, log_q, q, share)
-
-
-def dot(left: Tensor, right: Tensor) -> Tensor:
-    """sum_v left * right, [N], without a product of size [N, V]."""
-    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]

@@ -1,19 +1,27 @@
-"""utils.compare: one table of several scores.json."""
+"""utils.compare: one table of the scores of several runs."""
 
+import csv
+import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+import validate_model
+from tests import small_runs
+from tests.conftest import ROOT, write_rows
 from utils.compare import main
+from utils.comparison import holm
 
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+LEAST_P = 2 / 10_001  # none of 10,000 resamples on the far side, and the one that is always counted
 
 
 def write_scores(folder: Path, **changes) -> Path:
+    """A folder as validate_model.py leaves it, without predictions.json."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = {"rouge1": 0.3456, "rouge2": 0.1, "rougeL": 0.25, "rougeLsum": 0.3,
               "confidence_intervals": {metric: [0.2, 0.41249] for metric in METRICS}, "rows": 500}
@@ -21,12 +29,78 @@ def write_scores(folder: Path, **changes) -> Path:
     return folder
 
 
-def lines_of(capsys, *folders: Path) -> list[list[str]]:
+def records(values: list[float], **changes) -> list[dict]:
+    """Rows of a predictions file: rougeL as given, rouge2 its mirror image, the others constant."""
+    return [{"id": f"n{place}", "article": "a", "target_highlight": f"target {place}", "generated_highlight": "g",
+             "rouge": {"rouge1": 0.4, "rouge2": 1 - value, "rougeL": value, "rougeLsum": 0.6}, **changes}
+            for place, value in enumerate(values)]
+
+
+def means(rows: list[dict]) -> dict:
+    return {metric: math.fsum(row["rouge"][metric] for row in rows) / len(rows) for metric in METRICS}
+
+
+def write_evaluation(folder: Path, values: list[float], rows: list[dict] | None = None, **changes) -> Path:
+    """A folder as validate_model.py leaves it."""
+    rows = records(values) if rows is None else rows
+    write_scores(folder, **{**means(rows), "rows": len(rows), **changes})
+    (folder / "predictions.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def write_run(folder: Path, keep: bool = True, speeds: tuple = (), **sets: list[float]) -> Path:
+    """A folder as a training script leaves it after step 7, with the row scores of its sets."""
+    intervals = {metric: [0.1, 0.9] for metric in METRICS}
+    sections = {}
+    (folder / "predictions").mkdir(parents=True)
+    for name, values in sets.items():
+        rows = records(values)
+        sections[name] = {**means(rows), "confidence_intervals": intervals, "rows": len(rows)}
+        if keep:
+            (folder / "predictions" / f"{name}-step-7.json").write_text(json.dumps(rows))
+    (folder / "scores.json").write_text(json.dumps({"step": 7, **sections}))
+    write_speeds(folder, *speeds)
+    return folder
+
+
+def write_speeds(run: Path, *speeds: float | None) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    lines = [{"split": "train", "step": step, "tokens_per_second": speed} for step, speed in enumerate(speeds, start=1)]
+    lines.insert(1, {"split": "validation", "step": 1, "loss": 1.0, "tokens_per_second": 1e9})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tr')
+
+
+def shown(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def lines_of(capsys, *arguments) -> list[list[str]]:
     """The printed table, each line split where two or more spaces are."""
-    assert main([str(folder) for folder in folders]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = shown(capsys, *arguments).partition("\n\n")[0].splitlines()
     assert all(line == line.rstrip() for line in lines)
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
+
+
+def objects_of(capsys, *arguments) -> dict[str, dict]:
+    """{method: its object} as JSON shows them; nothing but strict JSON passes."""
+    text = shown(capsys, *arguments, "--format", "json")
+    content = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    return {row["method"]: row for row in content["rows"]}
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line of an error with exit code 2."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    output = capsys.readouterr()
+    assert (code, output.out, len(output.err.splitlines())) == (2, "", 1), output
+    return output.err
+
+
+# -- the plain table ---------------------------------------------------------------------------------------------
 
 
 def test_table(tmp_path, capsys):
@@ -35,26 +109,65 @@ def test_table(tmp_path, capsys):
     teacher = write_scores(tmp_path / "teacher", confidence_intervals=intervals, parameters=1_234_567, facts=0.875)
     lead = write_scores(tmp_path / "lead-3", rows=7)
     assert lines_of(capsys, teacher, lead) == [
-        ["rouge1 [95 %]", "rouge2 [95 %]", "rougeL [95 %]", "facts", "rows", "parameters"],
-        ["teacher", "34.6 [10.0, 15.0]", "10.0 [20.0, 25.0]", "25.0 [30.0, 35.0]", "87.5 %", "500", "1.23 M"],
+        ["method", "ROUGE-1 [95 %]", "ROUGE-2 [95 %]", "ROUGE-L [95 %]", "facts", "rows", "params"],
+        ["teacher", "34.6 [10.0, 15.0]", "10.0 [20.0, 25.0]", "25.0 [30.0, 35.0]", "87.5", "500", "1.23 M"],
         ["lead-3", "34.6 [20.0, 41.2]", "10.0 [20.0, 41.2]", "25.0 [20.0, 41.2]", "7"],
     ]
 
 
-def test_no_facts_no_column(tmp_path, capsys):
-    """Fault: an empty column for what no run has."""
+def test_second_word_is_rouge_1(tmp_path, capsys):
+    """Fault: a column between name and ROUGE-1, which scripts that read the table would take for the score."""
+    teacher = write_scores(tmp_path / "teacher", settings={"csv_path": "data/test.csv", "model_path": "x"})
+    run = write_run(tmp_path / "run", validation=[0.5])
+    lines = shown(capsys, teacher, run).splitlines()
+    assert " set " in lines[0]
+    assert [float(line.split()[1]) for line in lines if line.startswith("teacher ")] == [34.6]
+
+
+def test_no_empty_columns(tmp_path, capsys):
+    """Fault: an empty column for what no run has, or columns of a comparison that nobody asked for."""
     assert lines_of(capsys, write_scores(tmp_path / "a"))[0] == [
-        "rouge1 [95 %]", "rouge2 [95 %]", "rougeL [95 %]", "rows", "parameters"
+        "method", "ROUGE-1 [95 %]", "ROUGE-2 [95 %]", "ROUGE-L [95 %]", "rows"
     ]
 
 
 def test_columns_are_aligned(tmp_path, capsys):
     """Fault: cells of long and short names stand under the wrong heading."""
     main([str(write_scores(tmp_path / "a")), str(write_scores(tmp_path / "a_much_longer_name"))])
-    header, *rows = capsys.readouterr().out.splitlines()
+    header, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert len(rows) == 2
     for row in rows:
-        assert row[header.index("rouge1") :].startswith("34.6 [")
+        assert row[header.index("ROUGE-1") :].startswith("34.6 [")
         assert row[header.index("rows") :].startswith("500")
+
+
+def test_sizes_of_models(tmp_path, capsys):
+    """Fault: GPT-2 XL in a notation that nobody reads, or a demo model rounded away."""
+    sizes = {"a": 824_448, "b": 12_345_678, "c": 124_439_808, "d": 1_557_611_200}
+    folders = [write_scores(tmp_path / name, parameters=count) for name, count in sizes.items()]
+    assert [row[-1] for row in lines_of(capsys, *folders)[1:]] == ["0.82 M", "12.3 M", "124 M", "1558 M"]
+
+
+def test_five_methods_fit_160_columns(tmp_path, capsys):
+    """Fault: a table that a console wraps."""
+    rows = records([0.5, 0.25] * 50)
+    names = ["teacher", "plain", "forward_kl", "jensen_shannon", "policy_gradient"]
+    for place, name in enumerate(names):
+        write_evaluation(tmp_path / name, [], rows=[
+            {**row, "rouge": {**row["rouge"], "rougeL": row["rouge"]["rougeL"] - place * number / 1000}}
+            for number, row in enumerate(rows)
+        ], facts=0.676, parameters=124_439_808, settings={
+            "csv_path": "test.csv", "model_path": f"{tmp_path / name}/run/model_checkpoints/best"})
+        write_speeds(tmp_path / name / "run", 1.0, 123_456.7)
+    arguments = [*(tmp_path / name for name in names), "--teacher", "teacher", "--baseline", "plain"]
+    lines = shown(capsys, *arguments).splitlines()
+    assert lines[0].endswith("significant (Holm, 5 %)")
+    assert "123457" in lines[5] and "124 M" in lines[5] and "yes, p 0.0002" in lines[5]
+    assert max(map(len, lines)) <= 160
+    assert len(lines) == 6 + 1 + 4
+
+
+# -- names -------------------------------------------------------------------------------------------------------
 
 
 def test_folders_of_one_name(tmp_path, capsys):
@@ -68,24 +181,418 @@ def test_folders_of_one_name(tmp_path, capsys):
 def test_this_folder_has_its_name(tmp_path, capsys, monkeypatch):
     """Fault: a row without a name for `python -m utils.compare .`."""
     monkeypatch.chdir(write_scores(tmp_path / "mine"))
-    assert lines_of(capsys, Path())[1][0] == "mine"
+    assert lines_of(capsys, ".")[1][0] == "mine"
+
+
+def test_given_names(tmp_path, capsys):
+    """Fault: NAME=FOLDER is not split at the first =, or a folder whose own name has a = is taken for NAME=FOLDER."""
+    folder = write_scores(tmp_path / "lr=0.1", rows=3)
+    rows = lines_of(capsys, f"fast one={folder}", folder)[1:]
+    assert [(row[0], row[-1]) for row in rows] == [("fast one", "3"), ("lr=0.1", "3")]
+
+
+@pytest.mark.parametrize("given", [["x={a}", "x={b}"], ["b={a}", "{b}"], ["{a}", "{a}"]])
+def test_name_twice(tmp_path, capsys, given):
+    """Fault: of two rows of one name one vanishes."""
+    folders = {name: write_scores(tmp_path / name) for name in "ab"}
+    error = refusal(capsys, *(text.format(**folders) for text in given))
+    assert "the name of two rows" in error and "NAME=FOLDER" in error
+
+
+def test_no_name(tmp_path, capsys):
+    """Fault: a row without a name for =FOLDER."""
+    assert "no name before the =" in refusal(capsys, f"={write_scores(tmp_path / 'a')}")
+
+
+def test_control_characters(tmp_path, capsys):
+    """Fault: a folder's name, an id or a CSV's name changes the colour of the console or breaks the table's lines."""
+    name = "red\x1b[31m\nrow\x9b\x7f"
+    folder = write_scores(tmp_path / name, settings={"csv_path": "a\x1bb.csv"})
+    write_evaluation(tmp_path / "base", [0.5], rows=records([0.5], id="n\x1b0"))
+    write_evaluation(tmp_path / "other", [0.5])
+    outputs = [shown(capsys, folder, "--format", form) for form in ("text", "csv", "json")]
+    outputs.append(refusal(capsys, tmp_path / "base", tmp_path / "other", "--baseline", "base"))
+    outputs.append(refusal(capsys, tmp_path / f"{name} absent"))
+    outputs.append(refusal(capsys, folder, "--baseline", "\x1b]"))
+    outputs.append(refusal(capsys, folder, "--\x1b"))
+    for text in outputs:
+        assert text.replace("\n", "").isprintable(), ascii(text)
+    assert outputs[0].splitlines()[1].startswith("red\\x1b[31m\\nrow\\x9b\\x7f  34.6")
+    assert list(csv.reader(io.StringIO(outputs[1])))[1][:2] == ["red\\x1b[31m\\nrow\\x9b\\x7f", "a\\x1bb"]
+
+
+# -- folders of training scripts -----------------------------------------------------------------------------------
+
+
+def test_run_folder(tmp_path, capsys):
+    """Fault: a run folder is refused, or its validation scores are shown where it has test scores."""
+    both = write_run(tmp_path / "both", validation=[0.25, 0.25], test=[0.75])
+    one = write_run(tmp_path / "one", validation=[0.25, 0.25])
+    header, *rows = lines_of(capsys, both, one)
+    at = [header.index(name) for name in ("ROUGE-L [95 %]", "set", "rows")]
+    assert [[row[place] for place in at] for row in rows] == [
+        ["75.0 [10.0, 90.0]", "test", "1"], ["25.0 [10.0, 90.0]", "val", "2"]
+    ]
+
+
+def test_common_set_is_told(tmp_path, capsys):
+    """Fault: nobody can see that all scores are those of the validation set, which runs were chosen by."""
+    runs = [write_run(tmp_path / name, validation=[0.25]) for name in "ab"]
+    text = shown(capsys, *runs)
+    assert "set: validation" in text and " set " not in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(("speeds", "median"), [
+    ((10, 300, 100, 200, 900), 250), ((10,), 10), ((10, 70), 70), ((10, None, 70, 90), 80), ((), None),
+])
+def test_training_speed(tmp_path, capsys, speeds, median):
+    """Fault: the slow first line counts, lines of a validation or without a number count, or a mean is taken."""
+    run = write_run(tmp_path / "run", validation=[0.5], speeds=speeds)
+    last = write_scores(tmp_path / "at", settings={"model_path": f"{run}/model_checkpoints/last/", "csv_path": "a.csv"})
+    rows = objects_of(capsys, run, last)
+    assert [rows[name]["tokens_per_second"] for name in ("run", "at")] == [median, median]
+
+
+@pytest.mark.parametrize("model_path", ["lead-3", "gpt2", "absent/model_checkpoints/last", "old.pt", None, 3])
+def test_no_training_speed(tmp_path, capsys, monkeypatch, model_path):
+    """Fault: an error, or the speed of another run, for a model that no run is known of."""
+    monkeypatch.chdir(tmp_path)
+    write_speeds(tmp_path, 1.0, 2.0)
+    folder = write_scores(tmp_path / "a", settings={"model_path": model_path})
+    assert objects_of(capsys, folder)["a"]["tokens_per_second"] is None
+
+
+def test_broken_metrics(tmp_path, capsys):
+    """Fault: a traceback for a metrics.jsonl that is no text."""
+    run = write_run(tmp_path / "run", validation=[0.5])
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
+    assert str(run / "metrics.jsonl") in refusal(capsys, run)
+
+
+def test_real_folders(tmp_path, capsys):
+    """Fault: the folders that the scripts write are not those that are read here. (One model, one CSV, both ways.)"""
+    config = small_runs.make_project(tmp_path, rows=8)
+    write_rows(tmp_path / "test.csv", small_runs.make_rows(5, seed=2))
+    config = small_runs.changed(
+        config, trainer_kwargs={"metrics": ["rouge"], "save_predictions": True, "monitor_test": True,
+                                "precision": "float32"},
+        dataset_kwargs={"test_dataset": "test.csv"},
+    )
+    assert small_runs.run(tmp_path, config) == 0
+    arguments = {"csv_path": tmp_path / "test.csv", "model_path": tmp_path / "run/model_checkpoints/last",
+                 "output_dir": tmp_path / "out", "max_generation_length": 8, "precision": "float32", "device_id": -1}
+    assert validate_model.main([text for key, value in arguments.items() for text in (f"--{key}", str(value))]) == 0
+    capsys.readouterr()
+    rows = objects_of(capsys, tmp_path / "run", tmp_path / "out", "--baseline", "run")
+    assert rows["run"]["set"] == rows["out"]["set"] == "test"
+    assert rows["run"]["tokens_per_second"] == rows["out"]["tokens_per_second"] > 0
+    assert (rows["out"]["difference"], rows["out"]["p_value"], rows["out"]["significant"]) == (0.0, 1.0, False)
+
+
+# -- gap, difference, significance ---------------------------------------------------------------------------------
+
+
+def test_gap_share(tmp_path, capsys):
+    """Fault: a share of the teacher's score instead of the gap, or one for teacher and baseline themselves."""
+    values = {"teacher": 0.75, "plain": 0.5, "quarter": 0.5625, "above": 0.8125, "below": 0.375}
+    folders = [write_evaluation(tmp_path / name, [value] * 2) for name, value in values.items()]
+    options = ["--teacher", "teacher", "--baseline", "plain"]
+    rows = objects_of(capsys, *folders, *options)
+    assert {name: row["gap_share"] for name, row in rows.items()} == {
+        "teacher": None, "plain": None, "quarter": 0.25, "above": 1.25, "below": -0.5
+    }
+    header, *lines = shown(capsys, *folders, *options).splitlines()
+    at = header.index("gap %")
+    assert [line[at : at + 5].strip() for line in lines[:5]] == ["", "", "25.0", "125.0", "-50.0"]
+    assert "gap: (method - plain) / (teacher - plain) in ROUGE-L" in lines
+
+
+def test_metric_of_the_gap(tmp_path, capsys):
+    """Fault: --metric changes the gap and not the difference, or neither. (rouge2 mirrors rougeL here.)"""
+    for name, value in {"teacher": 0.25, "plain": 0.5, "kl": 0.375}.items():
+        write_evaluation(tmp_path / name, [value] * 2)
+    folders = [tmp_path / name for name in ("teacher", "plain", "kl")]
+    row = objects_of(capsys, *folders, "--teacher", "teacher", "--baseline", "plain", "--metric", "rouge2")["kl"]
+    assert (row["gap_share"], row["difference"]) == (0.5, 0.125)
+
+
+@pytest.mark.parametrize("teacher", [0.5, 0.25])
+def test_teacher_not_above_baseline(tmp_path, capsys, teacher):
+    """Fault: a division by zero, or a share of a gap that is none."""
+    for name, value in {"teacher": teacher, "plain": 0.5, "kl": 0.375}.items():
+        write_evaluation(tmp_path / name, [value] * 2)
+    options = [tmp_path / "teacher", tmp_path / "plain", tmp_path / "kl", "--teacher", "teacher", "--baseline", "plain"]
+    assert "gap: empty, because teacher is not above plain in rougeL" in shown(capsys, *options)
+    assert {row["gap_share"] for row in objects_of(capsys, *options).values()} == {None}
+
+
+def test_no_gap_across_sets(tmp_path, capsys):
+    """Fault: test scores of the teacher minus validation scores of the student, shown as a gap."""
+    teacher = write_run(tmp_path / "teacher", keep=False, test=[0.75])
+    plain = write_run(tmp_path / "plain", keep=False, validation=[0.25])
+    kl = write_run(tmp_path / "kl", keep=False, validation=[0.5])
+    options = [teacher, plain, kl, "--teacher", "teacher", "--baseline", "plain"]
+    assert "gap: empty where teacher would be compared with plain" in shown(capsys, *options)
+    assert objects_of(capsys, *options)["kl"]["gap_share"] is None
+
+
+def test_clear_difference_and_none(tmp_path, capsys):
+    """Fault: a wrong sign, an interval of the mean instead of the difference, significance of what is equal."""
+    base = [0.25, 0.5] * 10
+    write_evaluation(tmp_path / "plain", base)
+    write_evaluation(tmp_path / "better", [value + 0.25 for value in base])
+    write_evaluation(tmp_path / "worse", [value - 0.125 for value in base])
+    write_evaluation(tmp_path / "equal", base)
+    folders = [tmp_path / name for name in ("plain", "better", "worse", "equal")]
+    rows = objects_of(capsys, *folders, "--baseline", "plain")
+    # Each row differs by the same amount, so that every resample does.
+    assert [rows["better"][key] for key in ("difference", "difference_low", "difference_high")] == [0.25] * 3
+    assert [rows["worse"][key] for key in ("difference", "difference_low", "difference_high")] == [-0.125] * 3
+    assert [rows["equal"][key] for key in ("difference", "p_value", "significant")] == [0.0, 1.0, False]
+    for name in ("better", "worse"):
+        assert rows[name]["p_value"] == pytest.approx(LEAST_P, abs=1e-12)
+        assert rows[name]["p_value_holm"] == pytest.approx(3 * LEAST_P, abs=1e-12)
+        assert rows[name]["significant"] is True
+    assert rows["plain"]["significant"] is rows["plain"]["difference"] is None
+    assert "gap_share" not in rows["plain"]
+    assert [row[-2:] for row in lines_of(capsys, *folders, "--baseline", "plain")[2:]] == [
+        ["+25.0 [25.0, 25.0]", "yes, p 0.0002"], ["-12.5 [-12.5, -12.5]", "yes, p 0.0002"],
+        ["+0.0 [0.0, 0.0]", "no, p 1.0000"],
+    ]
+
+
+def test_p_value_between(tmp_path, capsys):
+    """Fault: rows are drawn apart instead of in pairs, or a p value of one side.
+
+    Two rows that differ by +0.5 and -0.25: a resample's mean is below 0 only where it holds the second twice: 1/4.
+    """
+    write_evaluation(tmp_path / "plain", [0.25, 0.75])
+    write_evaluation(tmp_path / "kl", [0.75, 0.5])
+    row = objects_of(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")["kl"]
+    assert row["p_value"] == pytest.approx(0.5, abs=0.04)  # four standard deviations of 10,000 draws
+    assert [row[key] for key in ("difference", "difference_low", "difference_high")] == [0.125, -0.25, 0.5]
+
+
+@pytest.mark.parametrize(("p_values", "adjusted"), [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+    ([0.7, 0.6], [1.0, 1.0]),
+    ([0.02], [0.02]),
+    ([], []),
+])
+def test_holm(p_values, adjusted):
+    """Fault: Bonferroni (all times their number), ranks in the wrong order, values that fall again or pass 1."""
+    assert holm(p_values) == pytest.approx(adjusted, abs=1e-15)
+
+
+def test_holm_decides(tmp_path, capsys):
+    """Fault: each comparison is judged as if it were the only one.
+
+    One of 100 rows falls by 0.28 and the others rise by 0.01. A resample's mean is below 0 where it holds that row at
+    least four times (4 * 0.28 > 96 * 0.01, 3 * 0.28 < 97 * 0.01), which happens as binomial(100, 0.01) says.
+    """
+    below = 1 - sum(math.comb(100, count) * 0.01**count * 0.99 ** (100 - count) for count in range(4))
+    write_evaluation(tmp_path / "plain", [0.5] * 100)
+    for name in "ab":
+        write_evaluation(tmp_path / name, [0.22] + [0.51] * 99)
+    folders = [tmp_path / name for name in ("plain", "a", "b")]
+    alone = objects_of(capsys, *folders[:2], "--baseline", "plain")["a"]
+    assert alone["p_value"] == pytest.approx(2 * below, abs=0.011)  # 2 * 0.0184; four standard deviations
+    assert alone["p_value_holm"] == alone["p_value"] < 0.05 and alone["significant"] is True
+    both = objects_of(capsys, *folders, "--baseline", "plain")
+    for name in "ab":
+        assert both[name]["p_value"] == alone["p_value"]
+        assert both[name]["p_value_holm"] == 2 * alone["p_value"] > 0.05 and both[name]["significant"] is False
+    text = shown(capsys, *folders, "--baseline", "plain")
+    assert "significant (Holm, 5 %)" in text.splitlines()[0] and "Holm's correction for 2 comparisons" in text
+    assert text.splitlines()[2].endswith(f"no, p {alone['p_value']:.4f}")
+
+
+def test_rows_in_another_order(tmp_path, capsys):
+    """Fault: rows are paired by their place in the file: here every difference is 0 by id and none by place."""
+    rows = records([0.25, 0.5, 0.75])
+    write_evaluation(tmp_path / "plain", [], rows=rows)
+    write_evaluation(tmp_path / "kl", [], rows=rows[::-1])
+    row = objects_of(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")["kl"]
+    assert [row[key] for key in ("difference", "difference_low", "difference_high")] == [0.0] * 3
+
+
+@pytest.mark.parametrize(("change", "problem"), [
+    (lambda rows: [*rows[:1], {**rows[1], "id": "m"}], "id n1 is only in plain"),
+    (lambda rows: [*rows, {**rows[1], "id": ""}], "id  is only in kl"),
+    (lambda rows: [rows[0], {**rows[1], "target_highlight": "x"}], "the targets of id n1 differ"),
+])
+def test_different_rows(tmp_path, capsys, change, problem):
+    """Fault: a difference between scores of different articles."""
+    write_evaluation(tmp_path / "plain", [0.5, 0.5])
+    write_evaluation(tmp_path / "kl", [], rows=change(records([0.5, 0.5])))
+    error = refusal(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")
+    assert "kl and plain were scored on different rows" in error and problem in error and "one CSV" in error
+
+
+def test_different_counts(tmp_path, capsys):
+    """Fault: scores of 2 and 3 rows are compared because nothing but their number is known."""
+    plain, kl = write_evaluation(tmp_path / "plain", [0.5] * 2), write_scores(tmp_path / "kl", rows=3)
+    assert "different rows: 3 rows and 2" in refusal(capsys, plain, kl, "--baseline", "plain")
+
+
+def test_missing_predictions(tmp_path, capsys):
+    """Fault: an error, or a significance out of nothing, where a run kept no predictions."""
+    plain = write_run(tmp_path / "plain", test=[0.5, 0.5])
+    kept = write_run(tmp_path / "kept", test=[0.75, 0.75])
+    lost = write_run(tmp_path / "lost", keep=False, test=[0.75, 0.75])
+    *table, remark = shown(capsys, plain, kept, lost, "--baseline", "plain").splitlines()
+    assert table[2].endswith("yes, p 0.0002") and table[3].split()[-1] == "unknown"
+    assert remark.startswith("significance unknown: no predictions of lost (") and "save_predictions" in remark
+    assert "for 1 comparison" in table[-1]
+    rows = objects_of(capsys, plain, kept, lost, "--baseline", "plain")
+    assert (rows["lost"]["significant"], rows["lost"]["difference"]) == (None, None)
+    assert rows["kept"]["p_value_holm"] == rows["kept"]["p_value"]
+
+
+def test_missing_predictions_of_the_baseline(tmp_path, capsys):
+    """Fault: a traceback where the rows of the baseline itself are unknown."""
+    plain = write_run(tmp_path / "plain", keep=False, test=[0.5])
+    kl = write_run(tmp_path / "kl", test=[0.75])
+    main([str(plain), str(kl), "--baseline", "plain", "--format", "csv"])
+    output = capsys.readouterr()
+    assert "no predictions of plain (" in output.err and len(output.err.splitlines()) == 1
+    assert output.out.splitlines()[2].endswith(",,,,,,")
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[]", "{}", "3", '{"step": 3, "validation": {}}', b"\xff\xfe",
+    "[{", "{}", "[3]", "[{}]", "\udcff", json.dumps(records([0.5])), json.dumps(records([0.5, 0.75])),
+    json.dumps(records([0.5, 0.5], id=3)),
+    json.dumps(records([0.5, 0.5], rouge={"rougeL": None})), json.dumps(records([0.5, float("nan")])),
+])
+def test_broken_predictions(tmp_path, capsys, content):
+    """Fault: a traceback, or a significance from rows that are not those behind the scores."""
+    plain = write_evaluation(tmp_path / "plain", [0.5, 0.5])
+    kl = write_evaluation(tmp_path / "kl", [0.5, 0.5])
+    (kl / "predictions.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    error = refusal(capsys, plain, kl, "--baseline", "plain")
+    assert str(kl / "predictions.json") in error and "validate_model.py" in error
+    assert shown(capsys, plain, kl)  # not read where nothing is asked of it
+
+
+def test_row_twice(tmp_path, capsys):
+    """Fault: of two rows of one id the first vanishes, and the user is not told which row that is."""
+    plain, kl = (write_evaluation(tmp_path / name, [0.5, 0.5]) for name in ("plain", "kl"))
+    (kl / "predictions.json").write_text(json.dumps(records([0.5, 0.5], id="same")))
+    assert "row 2 lacks an id of its own" in refusal(capsys, plain, kl, "--baseline", "plain")
+
+
+# -- formats and files ---------------------------------------------------------------------------------------------
+
+
+def compared(tmp_path: Path) -> list:
+    """Arguments with a baseline, a teacher and a method whose name needs quotes in CSV."""
+    intervals = {metric: [0.125 * place, 0.125 * place + 0.0625] for place, metric in enumerate(METRICS, start=1)}
+    write_evaluation(tmp_path / "teacher", [0.75] * 3, facts=1 / 3, parameters=10, confidence_intervals=intervals)
+    write_evaluation(tmp_path / "plain", [0.25] * 3)
+    write_evaluation(tmp_path / "kl", [0.5] * 3)
+    return [tmp_path / "teacher", tmp_path / "plain", f'a, "b"={tmp_path / "kl"}', "--teacher", "teacher",
+            "--baseline", "plain"]
+
+
+def test_csv(tmp_path, capsys):
+    """Fault: per cent or rounded numbers, cells that a comma in a name shifts, words for what is absent."""
+    teacher, plain, method = csv.DictReader(io.StringIO(shown(capsys, *compared(tmp_path), "--format", "csv")))
+    p_value, adjusted = str(LEAST_P), str(2 * LEAST_P)
+    assert teacher == {
+        "method": "teacher", "set": "", "rouge1": str((0.4 + 0.4 + 0.4) / 3), "rouge1_low": "0.125",
+        "rouge1_high": "0.1875", "rouge2": "0.25", "rouge2_low": "0.25", "rouge2_high": "0.3125", "rougeL": "0.75",
+        "rougeL_low": "0.375", "rougeL_high": "0.4375", "rougeLsum": str(math.fsum([0.6] * 3) / 3),
+        "rougeLsum_low": "0.5", "rougeLsum_high": "0.5625", "facts": str(1 / 3), "rows": "3", "parameters": "10",
+        "tokens_per_second": "", "gap_share": "", "difference": "0.5", "difference_low": "0.5",
+        "difference_high": "0.5", "p_value": p_value, "p_value_holm": adjusted, "significant": "yes",
+    }
+    assert {plain[key] for key in ("facts", "parameters", "gap_share", "difference", "p_value", "significant")} == {""}
+    assert (method["method"], method["gap_share"], method["significant"]) == ('a, "b"', "0.5", "yes")
+
+
+def test_csv_without_baseline(tmp_path, capsys):
+    """Fault: columns of a comparison that nobody asked for."""
+    header = shown(capsys, write_scores(tmp_path / "a"), "--format", "csv").splitlines()[0]
+    assert header.endswith("facts,rows,parameters,tokens_per_second")
+
+
+def test_json(tmp_path, capsys):
+    """Fault: NaN, rows without the settings behind them, or other numbers than the CSV has."""
+    arguments = compared(tmp_path)
+    content = json.loads(shown(capsys, *arguments, "--format", "json"), parse_constant=pytest.fail)
+    assert content["settings"] == {"metric": "rougeL", "teacher": "teacher", "baseline": "plain"}
+    lines = csv.DictReader(io.StringIO(shown(capsys, *arguments, "--format", "csv")))
+    words = {None: "", True: "yes", False: "no"}
+    for row, line in zip(content["rows"], lines, strict=True):
+        flat = {key: words[value] if value is None or isinstance(value, bool) else str(value)
+                for key, value in row.items()}
+        assert flat == line
+    assert content["rows"][2]["significant"] is True and content["rows"][1]["facts"] is None
+
+
+@pytest.mark.parametrize("form", ["text", "csv", "json"])
+def test_output_file(tmp_path, capsys, form):
+    """Fault: the file holds something else than the console would show, or the old content is left in it."""
+    arguments = [*compared(tmp_path), "--format", form]
+    expected = shown(capsys, *arguments)
+    path = tmp_path / "table"
+    path.write_text("old" * 10_000)
+    assert shown(capsys, *arguments, "--output", path) == f"written: {path}\n"
+    assert path.read_text(encoding="utf-8") == expected
+
+
+def test_output_stays_on_failure(tmp_path, capsys):
+    """Fault: a comparison that fails empties or half replaces an existing file, or leaves a temporary one."""
+    write_evaluation(tmp_path / "plain", [0.5])
+    write_evaluation(tmp_path / "kl", [], rows=records([0.5], id="other"))
+    path = tmp_path / "tables" / "table.csv"
+    path.parent.mkdir()
+    path.write_text("old")
+    refusal(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain", "--output", path)
+    assert [(each.name, each.read_text()) for each in path.parent.iterdir()] == [("table.csv", "old")]
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    """Fault: a traceback for --output into a folder that is not there, or onto a folder."""
+    folder = write_scores(tmp_path / "a")
+    assert "absent" in refusal(capsys, folder, "--output", tmp_path / "absent" / "table.txt")
+    assert str(folder) in refusal(capsys, folder, "--output", folder)
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--baseline", "c"], "--baseline c names no row: the rows are a, b"),
+    (["--teacher", "c", "--baseline", "a"], "--teacher c names no row: the rows are a, b"),
+    (["--teacher", "a"], "with --baseline"),
+    (["--teacher", "a", "--baseline", "a"], "both name a"),
+    (["--metric", "rouge3"], "rougeLsum"),
+    (["--format", "xml"], "json"),
+    (["--base", "a"], "--base"),
+])
+def test_wrong_options(tmp_path, capsys, options, said):
+    """Fault: a traceback, several lines of usage, or a table without what was asked."""
+    folders = [write_evaluation(tmp_path / name, [0.5]) for name in "ab"]
+    assert said in refusal(capsys, *folders, *options)
+
+
+@pytest.mark.parametrize("content", [
+    "{", "[]", "{}", "3", '{"step": 3, "validation": {}}', '{"step": 3, "train": {}}', b"\xff\xfe",
     json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": {key: [0, 1] for key in METRICS}}),
     json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": {key: [0] for key in METRICS}, "rows": 3}),
-    json.dumps({**dict.fromkeys(METRICS, None), "confidence_intervals": {key: [0, 1] for key in METRICS}, "rows": 3}),
+    *(json.dumps({**dict.fromkeys(METRICS, 0.1), "confidence_intervals": {key: [0, 1] for key in METRICS}, "rows": 3,
+                  **change})
+      for change in ({"rougeL": None}, {"rougeL": "0.1"}, {"rougeL": math.nan}, {"rougeL": 10**350}, {"rows": 0},
+                     {"rows": 2.5}, {"facts": "half"}, {"parameters": True}, {"settings": 3})),
+    "[" * 100_000,
 ])
 def test_file_that_is_no_scores(tmp_path, capsys, content):
     """Fault: a traceback, or half a table, for a file of another kind or a broken one."""
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "scores.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert main([str(write_scores(tmp_path / "good")), str(tmp_path / "bad")]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert len(shown.err.splitlines()) == 1
-    assert str(tmp_path / "bad" / "scores.json") in shown.err and "validate_model.py" in shown.err
+    error = refusal(capsys, write_scores(tmp_path / "good"), tmp_path / "bad")
+    assert str(tmp_path / "bad" / "scores.json") in error and "validate_model.py" in error
 
 
 def test_missing_folder(tmp_path):
@@ -94,3 +601,9 @@ def test_missing_folder(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert "absent" in done.stderr and "No such file" in done.stderr and "--output_dir" in done.stderr
+
+
+def test_options_between_folders(tmp_path, capsys):
+    """Fault: folders behind an option are refused as unknown."""
+    folders = [write_evaluation(tmp_path / name, [0.5]) for name in "abc"]
+    assert len(objects_of(capsys, *folders[:2], "--baseline", "a", folders[2])) == 3

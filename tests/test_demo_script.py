@@ -1,6 +1,7 @@
 """./demo.sh from a bare checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -28,10 +29,21 @@ def test_demo_teaches_and_reuses(tmp_path):
         return done.stdout + done.stderr
 
     output = demo()
-    rows = {line.split()[0]: line for line in output.splitlines() if line.startswith(("teacher ", "lead-3 "))}
-    scores = {name: float(line.split()[1]) for name, line in rows.items()}
-    assert scores["teacher"] > 60 > 35 > scores["lead-3"] > 20
+    noisy, clean = tables(output)
+    for scores in (noisy, clean):
+        assert scores["teacher"] > 60 > 35 > scores["lead-3"] > 20
+        assert all(50 < scores[name] < scores["teacher"] + 2 for name in ("fine-tuning", "forward", "reverse", "JS"))
+    assert max(noisy[name] for name in ("forward", "reverse", "JS")) > noisy["fine-tuning"]
     again = demo()
-    assert again.count("already finished") == 2
-    assert again.count("already there") == 2
-    assert [line for line in again.splitlines() if line.startswith(("teacher ", "lead-3 "))] == list(rows.values())
+    assert again.count("already finished") == 2 + 2 * 6
+    assert again.count("already there") == 2 + 2 * 4
+    assert tables(again) == [noisy, clean]
+
+
+def tables(output: str) -> list[dict[str, float]]:
+    """ROUGE-1 in per cent by the first word of the row, for both tables."""
+    names = ("lead-3", "teacher", "fine-tuning", "forward", "reverse", "JS")
+    rows = [re.match(r"(\S+).*?  +(\d+\.\d) \[", line) for line in output.splitlines() if line.startswith(names)]
+    found = [(row[1], float(row[2])) for row in rows if row]
+    assert [name for name, _ in found] == [*names, *names]
+    return [dict(found[:6]), dict(found[6:])]

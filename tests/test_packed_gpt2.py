@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from model import language_model as language_model_module
 from model.language_model import LanguageModel
-from model.packed_gpt2 import Packing, attention, attention_at, can_pack, plan_packing
+from model.packed_gpt2 import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import predicted_from, random_rows, randomised
 
@@ -275,6 +275,21 @@ def test_dropout_keeps_the_mean(path, attn_rate, resid_rate):
     if attn_rate == 0.0:
         variance = expected**2 * resid_rate / (1 - resid_rate)
         assert found.var(0).sum().item() == pytest.approx(variance.sum().item(), rel=0.1)
+
+
+def test_dropout_of_the_mlp_keeps_the_mean():
+    """Fault: the MLP's dropout is left out, or its rate is another."""
+    block = network_of(layers=1).transformer.h[0]
+    block.mlp.dropout.p = 0.3
+    hidden = torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        expected = block.eval() and feed_forward(block, hidden)
+        found = feed_forward(block.train(), hidden.repeat(3000, 1)).unflatten(0, (3000, 3))
+    zeros = (found == 0).double().mean().item()
+    assert abs(zeros - 0.3) < 5 * (0.3 * 0.7 / found.numel()) ** 0.5
+    kept = found.where(found != 0, expected / 0.7)
+    torch.testing.assert_close(kept, (expected / 0.7).expand_as(kept), rtol=1e-4, atol=1e-5)
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------

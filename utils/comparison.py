@@ -193,34 +193,39 @@ def plain_numbers(evaluation: Evaluation) -> dict:
 def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric: str, baseline: str) -> list[str]:
     """Difference, interval, p values and significance of each row but the baseline's. Remarks."""
     scored = {each.name: read_scored_rows(each, metric) for each in evaluations}
-    base_rows = scored[baseline]
-    counts = {each.name: each.scores["rows"] for each in evaluations}
+    counts = {row["method"]: row["rows"] for row in rows}
     compared = []
     for row in rows:
-        name = row["method"]
+        name, row_count = row["method"], row["rows"]
         row |= dict.fromkeys(DIFFERENCE_KEYS)
-        problem = None
-        if counts[name] != counts[baseline]:
-            problem = f"{counts[name]} and {counts[baseline]} rows"
-        if scored[name] is not None and base_rows is not None:
-            problem = first_difference(name, scored[name], baseline, base_rows)
+        both_scored = scored[name] is not None and scored[baseline] is not None
+        if both_scored:
+            problem = first_difference(name, scored[name], baseline, scored[baseline])
+        else:
+            problem = f"{row_count} rows and {counts[baseline]}" if row_count != counts[baseline] else None
         if problem:
-            raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: score both on one "
-                               f"CSV, or leave {name} out")
-        if name != baseline and scored[name] is not None and base_rows is not None:
-            result = paired_bootstrap(
-                [{metric: scored[name][row_id].score} for row_id in base_rows],
-                [{metric: base_row.score} for base_row in base_rows.values()],
-                metric,
-            )
-            values = (result["difference"], *result["interval"], float(result["p_value"]))
-            row |= dict(zip(DIFFERENCE_KEYS[:4], values, strict=True))
+            remedy = f"score both on one CSV, or leave {name} out"
+            raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: {remedy}")
+        if both_scored and name != baseline:
+            row |= paired(scored[name], scored[baseline])
             compared.append(row)
     for row, adjusted in zip(compared, holm([row["p_value"] for row in compared]), strict=True):
         row |= {"p_value_holm": adjusted, "significant": adjusted <= LEVEL}
     missing = [name for name, own_rows in scored.items() if own_rows is None]
     remedy = "validate_model.py writes them, training with trainer_kwargs.save_predictions"
     return [f"significance unknown: no predictions of {', '.join(missing)} ({remedy})"] if missing else []
+
+
+def paired(rows: dict[str, ScoredRow], base_rows: dict[str, ScoredRow]) -> dict[str, float]:
+    """Difference of the means over the same ids, its 95 % interval and p value."""
+    result = paired_bootstrap(
+        [{"score": rows[row_id].score} for row_id in base_rows],
+        [{"score": base_row.score} for base_row in base_rows.values()],
+        "score",
+    )
+    low, high = result["interval"]
+    return {"difference": result["difference"], "difference_low": low, "difference_high": high,
+            "p_value": float(result["p_value"])}
 
 
 def first_difference(name: str, rows: dict[str, ScoredRow], base: str, base_rows: dict[str, ScoredRow]) -> str | None:
@@ -252,7 +257,9 @@ def add_gap_shares(rows: list[dict], metric: str, teacher: str, baseline: str) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number, in the given order: Holm (1979), "A simple sequentially rejective ..."."""
+    """P values adjusted for their number, in the given order: Holm (1979), "A simple sequentially rejective multiple
+    test procedure".
+    """
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))

@@ -1,0 +1,350 @@
+"""Divergences between teacher and student against their formulas in float64: model/divergences.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import divergences as ours
+from model.divergences import choose_divergence, forward_kl, generalized_js, jensen_shannon, symmetric_kl
+
+INF = math.inf
+NUMBERS = {"generalized_js": {"beta": 0.3}, "skew_forward": {"lambda_": 0.1}, "skew_reverse": {"lambda_": 0.1},
+           "symmetric": {"mu": 0.3}}
+FUNCTIONS = {"forward": forward_kl, "reverse": ours.reverse_kl, "JS": jensen_shannon, "generalized_js": generalized_js,
+             "skew_forward": ours.skew_forward_kl, "skew_reverse": ours.skew_reverse_kl,
+             "total_variation": ours.total_variation, "symmetric": symmetric_kl, "adaptive": ours.adaptive_kl}
+NAMES = [*FUNCTIONS]
+BOUNDS = {"JS": math.log(2), "generalized_js": -0.3 * math.log(0.3) - 0.7 * math.log(0.7),
+          "skew_forward": -math.log(0.1), "skew_reverse": -math.log(0.1), "total_variation": 1}
+
+
+# The formulas, from probabilities: no code of the project.
+def kl(p, q):
+    """sum_v p log(p / q), where 0 log 0 = 0."""
+    some = p > 0
+    return torch.where(some, p * torch.log(torch.where(some, p, 1) / torch.where(some, q, 1)), 0).sum(-1)
+
+
+def forward_share(p, q):
+    """w of "adaptive", [N], a constant: the head is filled token by token until it has one half of p."""
+    shares = []
+    for of_teacher, of_student in zip(p.tolist(), q.tolist(), strict=True):
+        gaps, mass, in_head = [abs(a - b) for a, b in zip(of_teacher, of_student, strict=True)], 0.0, 0.0
+        for token in sorted(range(len(of_teacher)), key=lambda token: -of_teacher[token]):
+            if mass >= 0.5:
+                break
+            mass, in_head = mass + of_teacher[token], in_head + gaps[token]
+        shares.append(in_head / sum(gaps))
+    return p.new_tensor(shares)
+
+
+def mixed_js(p, q, beta):
+    return beta * kl(p, beta * p + (1 - beta) * q) + (1 - beta) * kl(q, beta * p + (1 - beta) * q)
+
+
+FORMULAS = {
+    "forward": kl,
+    "reverse": lambda p, q: kl(q, p),
+    "JS": lambda p, q: mixed_js(p, q, 0.5),
+    "generalized_js": lambda p, q: mixed_js(p, q, 0.3),
+    "skew_forward": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skew_reverse": lambda p, q: kl(q, 0.1 * q + 0.9 * p),
+    "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
+    "symmetric": lambda p, q: 0.3 * kl(p, q) + 0.7 * kl(q, p),
+    "adaptive": lambda p, q, w=None: torch.lerp(kl(q, p), kl(p, q), forward_share(p, q) if w is None else w),
+}
+
+
+def from_formula(name, teacher, student, temperature=1.0, **fixed):
+    p, q = (torch.softmax(logits.double() / temperature, -1) for logits in (teacher, student))
+    return FORMULAS[name](p, q, **fixed)
+
+
+def divergence_of(name, teacher, student, temperature=1.0):
+    return ours.from_logits(teacher, student, temperature, choose_divergence(name, **NUMBERS.get(name, {})))
+
+
+def with_gradient(name, teacher, student, temperature=1.0, coefficients=1.0):
+    """(values [N], gradient [N, V] of their weighted sum by the student's logits); the teacher has none."""
+    teacher, student = (logits.detach().clone().requires_grad_() for logits in (teacher, student))
+    values = divergence_of(name, teacher, student, temperature)
+    (values * coefficients).sum().backward()
+    assert teacher.grad is None
+    return values.detach(), student.grad
+
+
+def logits_of(*rows, dtype=torch.float64):
+    return torch.tensor(rows, dtype=dtype)
+
+
+def random_logits(positions, vocabulary, seed=0, scale=2.0, dtype=torch.float64):
+    shape, generator = (2, positions, vocabulary), torch.Generator().manual_seed(seed)
+    return scale * torch.randn(shape, generator=generator, dtype=dtype)
+
+
+A1 = [[math.log(each) for each in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.3, 0.6))]
+PAIR = [logits_of(row) for row in A1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.7])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_equal_the_formula(name, temperature):
+    """Fault: Another divergence, direction, weight or temperature than the name and its function say."""
+    teacher, student = random_logits(6, 11)
+    expected = from_formula(name, teacher, student, temperature)
+    by_function = FUNCTIONS[name](teacher, student, temperature, **NUMBERS.get(name, {}))
+    for values in (divergence_of(name, teacher, student, temperature), by_function):
+        torch.testing.assert_close(values, expected, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.7])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_finite_differences(name, temperature):
+    """Fault: A gradient that is not the value's; or one through the weight of "adaptive", which is a constant."""
+    teacher, student = random_logits(3, 6, seed=1)
+    p, q = (torch.softmax(logits / temperature, -1) for logits in (teacher, student))
+    fixed = {"w": forward_share(p, q)} if name == "adaptive" else {}
+    coefficients, step = torch.tensor([1.0, -0.5, 3.0], dtype=torch.float64), 1e-5
+    columns = []
+    for moved in step * torch.eye(6, dtype=torch.float64):  # one token, in all positions at once
+        above, below = (from_formula(name, teacher, student + each, temperature, **fixed) for each in (moved, -moved))
+        columns.append((above - below) * coefficients / (2 * step))
+    _, gradient = with_gradient(name, teacher, student, temperature, coefficients)
+    torch.testing.assert_close(gradient, torch.stack(columns, -1), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("name", "teacher", "student", "temperature", "value", "gradient"), [
+    ("forward", *A1, 1, 1.101868136, (-0.6, 0.1, 0.5)),  # the values alone are close
+    ("reverse", *A1, 1, 1.002104199, (-0.29480143, -0.17899173, 0.47379316)),
+    ("JS", *A1, 1, 0.230645488, (-0.08128796, -0.00857151, 0.08985947)),
+    ("JS", (0, 20), (20, 0), 1, 0.693147137, None),  # KL from the mixture, the arguments reversed (A2): 9.3
+    ("forward", (6, 0, 0), (0, 6, 0), 1, 5.955602561, None),  # softmax twice (A3): 1.51
+    ("forward", (6, 0, 0), (1, 0, 0), 1, 0.521834214, None),  # logits normalised first (A3): 1.7e-10
+    ("forward", (6, 0, 0), (6, 0, 0), 1, 0, (0, 0, 0)),  # entropy left out (A4), or softmax twice: 0.52
+    ("forward", (0, -INF, 0), (0, 0, 0), 1, 0.405465108, None),  # NaN (A5)
+    ("reverse", (0, 10), (10, 0), 0.05, 200, (0, 0)),  # gradient is NaN once a probability underflows (A6)
+    ("reverse", (9.5, 0), (10, 0), 0.05, 0, (0, 0)),
+    ("JS", (0, 10), (10, 0), 0.05, 0.693147181, (0, 0)),
+    ("forward", (2, 0), (0, 2), 1, 1.523188312, (-0.761594156, 0.761594156)),
+    ("forward", (2, 0), (0, 2), 2, 0.462117157, (-0.924234315 / 4, 0.924234315 / 4)),  # one side, or T^2 in it (A10)
+    ("forward", (2, 0), (0, 2), 4, 0.122459331, (-0.979674650 / 16, 0.979674650 / 16)),
+])
+def test_hand_worked_values(name, teacher, student, temperature, value, gradient, dtype, tolerance):
+    """Fault: Directions exchanged (A1), softmax twice, arguments reversed, entropy left out, NaN, T on one side."""
+    pair = (logits_of(logits, dtype=dtype) for logits in (teacher, student))
+    values, of_student = with_gradient(name, *pair, temperature)
+    assert values.item() == pytest.approx(value, rel=tolerance, abs=tolerance)
+    if gradient is not None:
+        assert of_student[0].tolist() == pytest.approx(gradient, abs=tolerance)
+
+
+def test_hand_worked_adaptive_weight():
+    """Fault: The head is another set of tokens, or the weight goes to the other direction."""
+    # The head is the second token alone, with a gap of 0.3 of 0.8: w = 3/8.
+    p, q = (0.2, 0.5, 0.3), (0.6, 0.2, 0.2)
+    forward, reverse = (sum(a * math.log(a / b) for a, b in zip(*pair, strict=True)) for pair in ((p, q), (q, p)))
+    value = divergence_of("adaptive", logits_of(p).log(), logits_of(q).log()).item()
+    assert value == pytest.approx(3 / 8 * forward + 5 / 8 * reverse, rel=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "value", "error"), [
+    (0.1, 0.092673940, 1e-8), (0.5, 0.230645488, 1e-8), (0.9, 0.086496501, 1e-8),
+    (1e-6, 1.101868136e-6, 1e-5), (1 - 1e-6, 1.002104199e-6, 1e-5),  # divided by what vanishes: forward and reverse
+])
+def test_weights_of_generalized_js(beta, value, error):
+    """Fault: Each weight sits at the other KL (A4), or beta tends to the wrong ends."""
+    assert generalized_js(*PAIR, beta=beta).item() == pytest.approx(value, rel=error)
+
+
+@pytest.mark.parametrize("positions", [1, 4, 1024])
+@pytest.mark.parametrize("name", NAMES)
+def test_one_value_a_position(name, positions):
+    """Fault: A value grows with the number of positions or is divided by the vocabulary (A9)."""
+    teacher, student = (logits.expand(positions, 3) for logits in PAIR)
+    expected = from_formula(name, *PAIR).expand(positions)
+    torch.testing.assert_close(divergence_of(name, teacher, student), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_at_equality(name):
+    """Fault: A divergence, or its gradient, that is not 0 where student = teacher."""
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        logits = random_logits(5, 300, seed=2, dtype=dtype)[0]
+        values, gradient = with_gradient(name, logits, logits)
+        assert values.abs().max() <= (0 if name == "JS" else tolerance) and gradient.abs().max() <= tolerance
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=st.lists(st.tuples(st.floats(-40, 40), st.floats(-40, 40)), min_size=2, max_size=6),
+       temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_bounds(tokens, temperature):
+    """Fault: A negative divergence; JS that is not symmetric or exceeds ln 2; skew KL or distance beyond its bound."""
+    rows = [logits_of(row) for row in zip(*tokens, strict=True)]
+    for name in NAMES:
+        value = divergence_of(name, *rows, temperature).item()
+        assert -1e-12 <= value <= BOUNDS.get(name, INF) + 1e-12, name
+    exchanged = jensen_shannon(rows[1], rows[0], temperature).item()
+    assert exchanged == pytest.approx(jensen_shannon(*rows, temperature).item(), rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("mu", "same", "teacher", "student"), [
+    (1, "forward", [0, -INF, 0], [0, 0, 0]), (0, "reverse", [0, 0, 0], [0, -INF, 0]),
+])
+def test_ends_of_symmetric(mu, same, teacher, student):
+    """Fault: mu weights reverse KL; or a KL of weight 0 refuses the input that the other one takes."""
+    pair = random_logits(4, 9, seed=3)
+    torch.testing.assert_close(symmetric_kl(*pair, mu=mu), divergence_of(same, *pair), rtol=1e-14, atol=0)
+    value = symmetric_kl(logits_of(teacher), logits_of(student), mu=mu).item()
+    assert value == pytest.approx(math.log(1.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse"])
+def test_monte_carlo(name):
+    """Fault: The expectation is under the other model: off by more than 4 standard errors."""
+    teacher, student = random_logits(1, 20, seed=4, scale=1.0)
+    pair = (teacher, student) if name == "forward" else (student, teacher)
+    log_sampled, log_other = (torch.log_softmax(logits[0], -1) for logits in pair)
+    tokens = torch.multinomial(log_sampled.exp(), 200_000, True, generator=torch.Generator().manual_seed(5))
+    ratios = (log_sampled - log_other)[tokens]
+    standard_error = ratios.std().item() / math.sqrt(len(tokens))
+    assert abs(divergence_of(name, teacher, student).item() - ratios.mean().item()) <= 4 * standard_error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_do_not_matter(name):
+    """Fault: Adding a number to all logits of a position changes value or gradient."""
+    teacher, student = random_logits(3, 9, seed=6)
+    shifts = torch.tensor([[1000.0], [-300.0], [7.0]], dtype=torch.float64)
+    shifted = with_gradient(name, teacher + shifts, student - 2 * shifts)
+    torch.testing.assert_close(shifted, with_gradient(name, teacher, student), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits(name, dtype):
+    """Fault: NaN or infinity at logits of +-10^4, as where the mixture is formed in probability space."""
+    teacher, student = logits_of([1e4, -1e4], dtype=dtype), logits_of([-1e4, 1e4], dtype=dtype)
+    values, gradient = with_gradient(name, teacher, student)
+    assert values.item() == pytest.approx(BOUNDS.get(name, 2e4), rel=1e-6)  # the bounds are reached where p q = 0
+    # d forward / d logits = q - p = (-1, 1); the others are flat there. "adaptive" has w = 1/2.
+    slope = {"forward": 1, "symmetric": 0.3, "adaptive": 0.5}.get(name, 0)
+    assert gradient[0].tolist() == pytest.approx((-slope, slope), abs=1e-6)
+    wide = random_logits(4, 50, scale=1e4, dtype=dtype)
+    for teacher, student in (wide, wide.flip(0), (wide[0], wide[0])):
+        assert all(each.isfinite().all() for each in with_gradient(name, teacher, student, temperature=0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_hot_teacher(name):
+    """Fault: 0 log 0 is NaN for a teacher that is certain."""
+    teacher, student = logits_of([0, 1e4, 0, 0]), logits_of([0.5, -1.0, 2.0, 0.0])
+    values, gradient = with_gradient(name, teacher, student)
+    q = torch.softmax(student[0], -1)
+    forward, reverse = -q[1].log(), (q * q.log()).sum() + 1e4 * (1 - q[1])  # log p is 0 at token 1, else -10^4
+    by_hand = {"reverse": reverse, "symmetric": 0.3 * forward + 0.7 * reverse, "adaptive": (forward + reverse) / 2}
+    expected = by_hand[name] if name in by_hand else from_formula(name, teacher, student)
+    assert values.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert gradient.isfinite().all() and gradient[0, 1] < 0  # the teacher's token gains
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("vocabulary", [2, 50257])
+@pytest.mark.parametrize("name", NAMES)
+def test_smallest_and_real_vocabulary(name, vocabulary, dtype, tolerance):
+    """Fault: Accuracy is lost with the size of the vocabulary, or two tokens are too few."""
+    teacher, student = random_logits(3, vocabulary, seed=7, dtype=dtype)
+    reference = student.double().clone().requires_grad_()
+    expected = from_formula(name, teacher, reference)
+    expected.sum().backward()
+    values, gradient = with_gradient(name, teacher, student)
+    assert values.dtype == gradient.dtype == dtype
+    torch.testing.assert_close(values.double(), expected.detach(), rtol=tolerance, atol=tolerance / 10)
+    assert (gradient.double() - reference.grad).abs().max() <= tolerance * reference.grad.abs().max()
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    """Fault: Log-softmax and sum run in bfloat16, with a negative KL in the end (A24)."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(1, 50257, generator=generator)
+    teacher = student + 0.05 * torch.randn(1, 50257, generator=generator)
+    assert forward_kl(teacher.double(), student.double()).item() == pytest.approx(0.00101432, abs=1e-8)
+    rounded = teacher.bfloat16(), student.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        of_float32, values = forward_kl(teacher, student), forward_kl(*rounded)
+    assert of_float32.item() == pytest.approx(0.00101432, abs=3e-6)  # one rounding of log-probabilities near -15
+    expected = from_formula("forward", *rounded).item()  # 0.00108; all in bfloat16 -0.00075
+    assert values.dtype == torch.float32 and values.item() == pytest.approx(expected, abs=3e-6)
+    values.backward()
+    assert rounded[1].grad.dtype == torch.bfloat16 and rounded[1].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_excluded_by_both(name):
+    """Fault: 0 * -inf: NaN in value or gradient, where the token should be as if it did not exist (A5)."""
+    values, gradient = with_gradient(name, logits_of([0, -INF, 0]), logits_of([1, -INF, 0]))
+    expected, without = with_gradient(name, logits_of([0, 0]), logits_of([1, 0]))
+    numbers = {"forward": 0.120114507, "reverse": 0.110944072, "JS": 0.028535256}
+    assert values.item() == pytest.approx(numbers.get(name, expected.item()), abs=1e-9) and gradient[0, 1] == 0
+    torch.testing.assert_close(gradient[:, [0, 2]], without, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("name", "teacher", "student"), [
+    *[(name, [0, -INF, 0], [0, 0, 0]) for name in ("forward", *BOUNDS)],
+    *[(name, [0, 1, 0], [0, -INF, 1]) for name in ("reverse", *BOUNDS)],
+])
+def test_token_excluded_by_one_side(name, teacher, student):
+    """Fault: A finite divergence is refused, NaN or clipped; an excluded token of the student gets a gradient (A5)."""
+    teacher, student = logits_of(teacher), logits_of(student)
+    values, gradient = with_gradient(name, teacher, student)
+    assert values.item() == pytest.approx(from_formula(name, teacher, student).item(), abs=1e-12)
+    assert gradient.isfinite().all() and (gradient[0, 1] == 0 if student[0, 1] == -INF else gradient[0, 1] > 0)
+
+
+@pytest.mark.parametrize(("name", "who"), [("reverse", "teacher"), ("symmetric", "teacher"), ("adaptive", "teacher"),
+                                           ("forward", "student"), ("symmetric", "student"), ("adaptive", "student")])
+def test_infinite_divergence_names_the_token(name, who):
+    """Fault: An infinite divergence is NaN or a silently clipped number (A5)."""
+    excluding, full = logits_of([0, 1, 2], [0, 1, -INF], [2, 1, 0]), logits_of([0, 1, 2], [0, 0, 0], [3, 2, 1])
+    teacher, student = (excluding, full) if who == "teacher" else (full, excluding)
+    with pytest.raises(ValueError, match=f"infinite at position 1: the {who} excludes token 2"):
+        divergence_of(name, teacher, student)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_stays_visible(name):
+    """Fault: A NaN logit becomes 0, or reaches other positions (A5)."""
+    for faulty in (0, 1):
+        pair = random_logits(3, 5, seed=8)
+        pair[faulty, 1, 2] = math.nan
+        assert divergence_of(name, *pair).isnan().tolist() == [False, True, False]
+
+
+def test_unknown_name():
+    """Fault: An unknown name takes some default, or the message does not tell the names there are."""
+    with pytest.raises(ValueError, match="kl_div is 'jsd'") as error:
+        choose_divergence("jsd")
+    assert all(name in str(error.value) for name in NAMES)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *[(key, value) for key in ("beta", "lambda_") for value in (0, 1, -0.1, 1.5, math.nan)],
+    *[("mu", value) for value in (-0.1, 1.1, math.nan)],
+])
+def test_parameters_out_of_range(key, value):
+    """Fault: A mixture weight without meaning gives a number, or the message does not name it."""
+    with pytest.raises(ValueError, match=f"^{key.strip('_')} is {value}: expected"):
+        choose_divergence("forward", **{key: value})
+
+
+@pytest.mark.parametrize(("teacher", "student", "temperature", "message"), [
+    *[((2, 3), (2, 3), temperature, f"temperature is {temperature}") for temperature in (0, -1.0, math.nan)],
+    *[(*shapes, 1.0, "shapes") for shapes in (((2, 3), (2, 4)), ((1, 3), (2, 3)), ((3,), (3,)), ((2, 2, 3),) * 2)],
+])
+def test_refused_arguments(teacher, student, temperature, message):
+    """Fault: A temperature of 0 or less gives NaN (A10); another vocabulary or number of positions is broadcast."""
+    with pytest.raises(ValueError, match=message):
+        forward_kl(torch.zeros(teacher), torch.zeros(student), temperature)
