@@ -17,8 +17,8 @@ from tests.conftest import ROOT, byte_tokenizer, tiny_gpt2
 from tests.small_runs import make_rows
 
 MAINS = {
-    "train.py": train.main, "train_kd.py": train_kd.main, "validate_model.py": validate_model.main, "data.cnn_dailymail": data.cnn_dailymail.main,
-    "utils.compare": utils.compare.main,
+    "train.py": train.main, "train_kd.py": train_kd.main, "validate_model.py": validate_model.main,
+    "data.cnn_dailymail": data.cnn_dailymail.main, "utils.compare": utils.compare.main,
 }
 
 

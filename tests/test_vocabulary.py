@@ -71,17 +71,17 @@ def test_other_string_at_one_id():
 
 def test_one_side_is_longer_by_a_real_token():
     """Fault: Tokens that only one model knows are cut off as if they were padding (A7)."""
-    longer = byte_tokenizer()
+    plain, longer = byte_tokenizer(), byte_tokenizer()
     longer.add_tokens(["news"])
-    assert "(257 and 258 tokens; the first that differs has id 257: none and 'news')" in refusal(byte_tokenizer(), longer)
-    assert "(258 and 257 tokens; the first that differs has id 257: 'news' and none)" in refusal(longer, byte_tokenizer())
+    assert "(257 and 258 tokens; the first that differs has id 257: none and 'news')" in refusal(plain, longer)
+    assert "(258 and 257 tokens; the first that differs has id 257: 'news' and none)" in refusal(longer, plain)
 
 
 def test_pad_token_before_a_real_token():
     """Fault: A pad token in the middle is left out, so that the ids behind it are no longer the same rows."""
-    longer = with_pad(byte_tokenizer())
+    plain, longer = byte_tokenizer(), with_pad(byte_tokenizer())
     longer.add_tokens(["news"])
-    assert "(257 and 259 tokens; the first that differs has id 257: none and '[PAD]')" in refusal(byte_tokenizer(), longer)
+    assert "(257 and 259 tokens; the first that differs has id 257: none and '[PAD]')" in refusal(plain, longer)
 
 
 def test_longer_by_a_real_token_and_a_pad_token():
