@@ -7,7 +7,7 @@ from model.teacher_student import TeacherStudent
 from utils.cached_teacher import CachedTeacher
 from utils.command_line import run_command, training_parser
 from utils.config_files import config_json, load_config
-from utils.config_kd import DistillConfig
+from utils.config_kd import NUMBERS, DistillConfig
 from utils.datasets import Tables, make_prompt_format, measured_datasets
 from utils.devices import Place
 from utils.run_folder import Start
@@ -66,11 +66,12 @@ def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLo
     else:
         folder = kwargs.teacher_cache.dir or Path(config.trainer_kwargs.output_dir) / "teacher_cache"
         teacher = CachedTeacher(
-            lambda: load_teacher(source, config, place), fingerprint, source.config.hidden_size, vocabulary, kwargs,
-            folder, place, log.say,
+            lambda: load_teacher(source, config, place), fingerprint, source.width(), vocabulary, kwargs, folder, place,
+            log.say,
         )
         for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
             teacher.open(tables.open(name))
+        teacher.load_if_needed()
     objective = TeacherStudent(
         student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.beta, kwargs.lambda_, kwargs.mu,
         kwargs.chunk_size, vocabulary,
@@ -82,16 +83,18 @@ def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLo
 
 
 def identity_of(config: DistillConfig, fingerprint: str) -> dict:
-    """What decides the loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
+    """What decides start and loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
     kwargs = config.distillation_kwargs
     cache = kwargs.teacher_cache
+    keys = ["student_init", "student_layers", "kl_div", "temperature", "kd_weight"]
+    keys += [key for key, names in NUMBERS.items() if kwargs.kl_div in names]
     return {
         "the teacher's weights": fingerprint,
-        "distillation_kwargs.kl_div": kwargs.kl_div,
-        "distillation_kwargs.temperature": kwargs.temperature,
-        "distillation_kwargs.kd_weight": kwargs.kd_weight,
-        "distillation_kwargs (beta, lambda, mu)": [kwargs.beta, kwargs.lambda_, kwargs.mu],
+        "trainer_kwargs.student_ckpt_path": config.trainer_kwargs.student_ckpt_path,
+        **{f"distillation_kwargs.{key.rstrip('_')}": getattr(kwargs, key) for key in keys},
         "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
+        "distillation_kwargs.teacher_cache.dtype":
+            cache.dtype if cache and cache.kind == "hidden" and cache.dtype == "bfloat16" else None,
     }
 
 

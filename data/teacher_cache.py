@@ -6,8 +6,10 @@ written, or that the disk changed, is found when it is read, and made again. The
 decides the values; it is made beside its place and renamed.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -36,11 +38,13 @@ class TeacherCache:
 
     def __init__(self, folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]):
         self.folder = folder
+        self.writable = all(os.access(path, os.W_OK) for path in folder.glob("*.bin"))
+        mode = "r+" if self.writable else "r"
         self._offsets = np.cumsum([0, *table.label_counts])
         shapes = {name: (int(self._offsets[-1]), shape.width) for name, shape in arrays.items()}
-        self._arrays = {name: np.memmap(folder / f"{name}.bin", arrays[name].dtype, "r+", shape=shape)
+        self._arrays = {name: np.memmap(folder / f"{name}.bin", arrays[name].dtype, mode, shape=shape)
                         for name, shape in shapes.items()}
-        self._checks = np.memmap(folder / CHECKS, "uint32", "r+", shape=(len(table),))
+        self._checks = np.memmap(folder / CHECKS, "uint32", mode, shape=(len(table),))
 
     def missing(self) -> int:
         """Rows that are not there yet."""
@@ -53,7 +57,8 @@ class TeacherCache:
         for row in rows:
             values = {name: np.array(array[self._part(row)]) for name, array in self._arrays.items()}
             if not self._checks[row] or self._checks[row] != checksum(values):
-                self._checks[row] = 0
+                if self.writable:
+                    self._checks[row] = 0
                 return None
             for name, value in values.items():
                 parts[name].append(value)
@@ -89,33 +94,43 @@ def cache_folder(cache_dir: str | Path, table: TokenTable, key: list) -> Path:
 
 def cache_bytes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> int:
     """Size of a cache on disk, without what lies beside the arrays."""
-    positions = int(table.label_counts.sum())
-    return 4 * len(table) + sum(positions * each.width * np.dtype(each.dtype).itemsize for each in arrays.values())
+    return sum(sizes(table, arrays).values())
 
 
 def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> bool:
     """Whether a cache's files are all there, as long as they must be; rows may be missing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest != manifest_of(folder, table, arrays):
+        if manifest != manifest_of(folder, table, arrays, sorted(manifest["files"])):
             return False
-        sizes = {path.name: path.stat().st_size for path in folder.glob("*.bin")}
-    except (OSError, ValueError):
+        return all((folder / name).stat().st_size == size for name, size in sizes(table, arrays).items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def sizes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict[str, int]:
+    """Bytes of each file of a cache."""
     positions = int(table.label_counts.sum())
-    expected = {f"{name}.bin": positions * each.width * np.dtype(each.dtype).itemsize for name, each in arrays.items()}
-    return sizes == {**expected, CHECKS: 4 * len(table)}
+    of_arrays = {f"{name}.bin": positions * each.width * np.dtype(each.dtype).itemsize for name, each in arrays.items()}
+    return {**of_arrays, CHECKS: 4 * len(table)}
 
 
-def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict:
-    """What the manifest must say; other files than the arrays are told by their SHA-256."""
-    others = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix != ".bin" and path.name != MANIFEST:
-            with path.open("rb") as file:
-                others[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
+    """What the manifest must say; files that are no arrays are told by their SHA-256."""
+    digests = {}
+    for name in others:
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     shapes = {name: list(each) for name, each in sorted(arrays.items())}
-    return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": others}
+    return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": digests}
+
+
+def reserve(path: Path, size: int) -> None:
+    """A file of zeros that has its room on the disk, so that writing into it cannot fail later."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def make_cache(
@@ -140,17 +155,20 @@ def make_cache(
         scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
         new = scratch / "cache"
         new.mkdir()
-        positions = int(table.label_counts.sum())
-        for name, each in arrays.items():
-            with (new / f"{name}.bin").open("wb") as file:
-                file.truncate(positions * each.width * np.dtype(each.dtype).itemsize)
-        with (new / CHECKS).open("wb") as file:
-            file.truncate(4 * len(table))
+        for name, size in sizes(table, arrays).items():
+            reserve(new / name, size)
         add_files(new)
-        (new / MANIFEST).write_text(json.dumps(manifest_of(new, table, arrays)), encoding="utf-8")
-        if folder.exists():
-            folder.rename(scratch / "damaged")
-        new.rename(folder)
+        others = sorted(path.name for path in new.iterdir() if path.suffix != ".bin")
+        manifest = manifest_of(new, table, arrays, others)
+        (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        if not is_whole(folder, table, arrays):
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(scratch / "damaged")
+        try:
+            new.rename(folder)
+        except OSError:
+            if not is_whole(folder, table, arrays):  # else another process was as quick, and its cache is as good
+                raise
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"{key}: {folder} cannot be written ({reason}): make room for it, or name another") from error

@@ -34,6 +34,7 @@ def choose_divergence(name: str, beta: float = 0.5, lambda_: float = 0.1, mu: fl
     check_range("beta", beta, 0 < beta < 1, "between 0 and 1")
     check_range("lambda", lambda_, 0 < lambda_ < 1, "between 0 and 1")
     check_range("mu", mu, 0 <= mu <= 1, "from 0 to 1")
+    symmetric = {0: reverse_terms, 1: forward_terms}.get(mu, partial(symmetric_terms, mu=mu))
     divergences = {
         "forward": forward_terms,
         "reverse": reverse_terms,
@@ -42,7 +43,7 @@ def choose_divergence(name: str, beta: float = 0.5, lambda_: float = 0.1, mu: fl
         "skew_forward": partial(skew_forward_terms, lambda_=lambda_),
         "skew_reverse": partial(skew_reverse_terms, lambda_=lambda_),
         "total_variation": total_variation_terms,
-        "symmetric": partial(symmetric_terms, mu=mu),
+        "symmetric": symmetric,
         "adaptive": adaptive_terms,
     }
     if name not in divergences:

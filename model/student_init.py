@@ -7,6 +7,15 @@ from torch import nn
 
 from model.language_model import LanguageModel, ModelError
 
+# Values of a model's config that may differ between teacher and student: they do not change what a block computes.
+OF_SIZE_ALONE = {
+    "n_layer", "num_hidden_layers", "num_layers", "layer_types", "max_window_layers", "vocab_size", "n_positions",
+    "n_ctx", "max_position_embeddings", "initializer_range", "use_cache", "architectures", "transformers_version",
+    "_name_or_path", "dtype", "torch_dtype", "prompt_template", "prompt_max_length", "task_specific_params",
+    "return_dict", "output_hidden_states", "output_attentions", "problem_type", "id2label", "label2id", "num_labels",
+    "chunk_size_feed_forward", "is_encoder_decoder",
+}
+
 
 def spread_layers(of_teacher: int, of_student: int) -> list[int]:
     """Numbers of the teacher's blocks, evenly from the first to the last; the first alone for one."""
@@ -32,6 +41,7 @@ def copy_teacher_layers(teacher: LanguageModel, student: LanguageModel, layers: 
                 f'distillation_kwargs.student_init "teacher_layers": {name} of the teacher is {theirs} and of the '
                 f"student {ours}: name a student_lang_model of the teacher's width, or set student_init to null"
             )
+    check_same_computation(teacher, student)
     if layers is None:
         if blocks_of_student > blocks_of_teacher:
             raise ModelError(
@@ -57,6 +67,19 @@ def copy_teacher_layers(teacher: LanguageModel, student: LanguageModel, layers: 
     for name, value in copied.items():
         own[name].copy_(value)
     return layers
+
+
+def check_same_computation(teacher: LanguageModel, student: LanguageModel) -> None:
+    """Raises ModelError where equal weights would compute something else in the student."""
+    ours, theirs = (model.model.config.to_dict() for model in (student, teacher))
+    names = {name for name in ours.keys() | theirs.keys() if not name.endswith(("dropout", "pdrop", "_token_id"))}
+    for name in sorted(names - OF_SIZE_ALONE):
+        if ours.get(name) != theirs.get(name):
+            raise ModelError(
+                f'distillation_kwargs.student_init "teacher_layers": {name} of the teacher is {theirs.get(name)!r} and '
+                f"of the student {ours.get(name)!r}, so its blocks would compute something else: set it in "
+                "model_arch.architecture, or set student_init to null"
+            )
 
 
 def block_path(model: nn.Module) -> str:

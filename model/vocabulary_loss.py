@@ -89,7 +89,10 @@ def vocabulary_loss(
         raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
     if teacher is not None and len(teacher[0]) != len(hidden):
         raise ValueError(f"{len(teacher[0])} teacher positions but {len(hidden)} of the student: expected as many")
-    size = len(head.weight) if vocabulary is None else vocabulary
+    rows = [len(each.weight) for each in (head, teacher.head if isinstance(teacher, TeacherHidden) else head)]
+    size = rows[0] if vocabulary is None else vocabulary
+    if not 1 <= size <= min(rows):
+        raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {min(rows)}")
     kd_weight = 0.0 if teacher is None else kd_weight
     work = Work(head, targets, size, teacher, divergence, temperature, kd_weight, chunk_size, torch.is_grad_enabled())
     loss_sum, cross_entropy, divergence_sum = ChunkedLoss.apply(hidden, head.weight, head.bias, work)

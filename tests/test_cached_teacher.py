@@ -112,10 +112,13 @@ def test_bfloat16_is_near(tmp_path, project):
     assert 0 < largest_difference(plain, stored) < 0.03
     ours, theirs = ([line["divergence"] for line in metrics(tmp_path / name)] for name in ("stored", "plain"))
     assert ours != theirs and ours == pytest.approx(theirs, rel=1e-2)
-    values = np.fromfile(caches(tmp_path / "stored/teacher_cache")["train"] / "hidden.bin", "uint16")
+    folder = tmp_path / "stored/teacher_cache"
+    values = np.fromfile(caches(folder)["train"] / "hidden.bin", "uint16")
     states = torch.from_numpy(values.view("int16")).view(torch.bfloat16).float().unflatten(0, (-1, 32))
     # After the final layer norm of a new model: mean 0, variance 1.
     torch.testing.assert_close(states.var(-1, unbiased=False), torch.ones(len(states)), rtol=0.02, atol=0)
+    assert_equal_weights(plain, distil(project, "exact", {**HIDDEN, "dir": str(folder)}))
+    assert len(list(folder.iterdir())) == 4  # the rounded states are still there
 
 
 def test_all_but_one_token_is_nearly_exact(tmp_path, project):

@@ -168,8 +168,7 @@ def lengthen(path: Path) -> None:
     *((damage, name) for damage in (cut, lengthen, Path.unlink) for name in BINARIES),
     *((damage, name) for damage in (cut, lengthen, Path.unlink) for name in ("head", "manifest.json")),
     (lambda path: flip(path, 0), "head"), (lambda path: path.write_text("{}"), "manifest.json"),
-    (lambda path: path.write_bytes(b"\xff"), "manifest.json"), (lambda path: path.write_bytes(b"x"), "more.bin"),
-    (lambda path: path.write_bytes(b"x"), "more"),
+    (lambda path: path.write_bytes(b"\xff"), "manifest.json"),
 ])
 def test_a_damaged_folder_is_made_again(folder, table, damage, name):
     """Fault: a file that is cut off, gone or another one is mapped and read (cases A21)."""
@@ -181,6 +180,13 @@ def test_a_damaged_folder_is_made_again(folder, table, damage, name):
     assert is_whole(folder, table, ARRAYS)
     assert TeacherCache(folder, table, ARRAYS).missing() == 5
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_stray_file_is_no_damage(folder, table):
+    """Fault: hours of teacher outputs thrown away because a file manager left something beside them."""
+    filled(folder, table)
+    (folder / ".DS_Store").write_bytes(b"x")
+    assert is_whole(folder, table, ARRAYS)
 
 
 def test_a_folder_of_something_else_is_not_whole(tmp_path, folder, table):

@@ -39,19 +39,20 @@ def leaves_of(hidden, head):
     return [each for each in (hidden, head.weight, head.bias) if each is not None]
 
 
-def full_logits(hidden, head, vocabulary=V):
-    logits = hidden.double() @ head.weight.double().T + (0 if head.bias is None else head.bias.double())
+def full_logits(hidden, head, vocabulary=V, products=torch.float64):
+    logits = (hidden.to(products) @ head.weight.to(products).T).double()
+    logits = logits if head.bias is None else logits + head.bias.double()
     logits = logits * head.scale if head.cap is None else head.cap * torch.tanh(logits * head.scale / head.cap)
     return logits[:, :vocabulary]
 
 
-def plain_cross_entropy(hidden, head, targets, vocabulary=V):
-    q = torch.softmax(full_logits(hidden, head, vocabulary), -1)
+def plain_cross_entropy(hidden, head, targets, *given):
+    q = torch.softmax(full_logits(hidden, head, *given), -1)
     return -sum(torch.log(q[position, target]) for position, target in enumerate(targets.tolist()))
 
 
-def distributions(hidden, head, teacher, temperature=1.0):
-    logits = full_logits(*teacher).detach(), full_logits(hidden, head)
+def distributions(hidden, head, teacher, temperature=1.0, *given):
+    logits = full_logits(*teacher, *given).detach(), full_logits(hidden, head, *given)
     return [torch.softmax(each / temperature, -1) for each in logits]
 
 
@@ -66,6 +67,19 @@ def check_equal(loss, expected, leaves, tolerance):
                                   torch.autograd.grad(expected, leaves, retain_graph=True), strict=True):
         assert ours.dtype == leaf.dtype
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+class Tensors(TorchDispatchMode):
+    """The shapes of all tensors that operations make."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.shapes |= {each.shape for each in tree_leaves(result) if isinstance(each, torch.Tensor)}
+        return result
 
 
 def one_position(logits):
@@ -159,12 +173,12 @@ def test_no_position(kind):
 
 
 def test_no_graph_under_no_grad():
-    """Fault: Evaluation keeps a graph, or computes something else."""
-    hidden, head, targets, teacher = random_inputs()
+    """Fault: Evaluation keeps a graph, forms gradients, or computes something else."""
+    hidden, head, targets, teacher = random_inputs(padding=(2, 1))  # no shape is another's
     given = {"vocabulary": V, "teacher": teacher, "divergence": divergence_called("JS"), "kd_weight": 0.5}
-    with torch.no_grad():
+    with torch.no_grad(), Tensors() as made:
         loss = vocabulary_loss(hidden, head, targets, **given).loss_sum
-    assert not loss.requires_grad
+    assert not loss.requires_grad and head.weight.shape not in made.shapes  # no gradient either
     assert loss.item() == pytest.approx(vocabulary_loss(hidden, head, targets, **given).loss_sum.item(), rel=1e-14)
 
 
@@ -244,14 +258,19 @@ def test_top_k_of_hand_worked():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_autocast(name):
-    """Fault: Log-softmax, sums or results are in bfloat16 under autocast (A24); gradients change their type."""
+    """Fault: More than the products is in bfloat16 under autocast (A24); gradients change their type."""
     hidden, head, targets, teacher = random_inputs(torch.float32, positions=64, vocabulary=200)
     given = {"vocabulary": 200, "teacher": teacher, "divergence": divergence_called(name), "kd_weight": 0.5}
     exact = vocabulary_loss(hidden, head, targets, **given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = vocabulary_loss(hidden, head, targets, **given)
+        loss = vocabulary_loss(hidden, head, targets, chunk_size=10, **given)
     assert all(each.dtype == torch.float32 for each in loss)
     assert [each.item() for each in loss] == pytest.approx([each.item() for each in exact], rel=1e-2)
+    of_rounded = 200, torch.bfloat16
+    divergence = FORMULAS[name](*distributions(hidden, head, teacher, 1.0, *of_rounded)).sum().item()
+    assert loss.divergence.item() == pytest.approx(divergence, rel=1e-5)
+    cross_entropy = plain_cross_entropy(hidden, head, targets, *of_rounded).item()
+    assert loss.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-5)
     leaves = leaves_of(hidden, head)
     for ours, theirs in zip(*(torch.autograd.grad(each.loss_sum, leaves) for each in (loss, exact)), strict=True):
         assert ours.dtype == torch.float32 and (ours - theirs).norm() <= 2e-2 * theirs.norm()
@@ -268,20 +287,6 @@ def test_bfloat16_weights():
     assert {each.dtype for each in torch.autograd.grad(loss, leaves_of(hidden, head))} == {torch.bfloat16}
 
 
-class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        sizes = [each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
 @pytest.mark.parametrize("kind", ["none", "hidden", "top_k"])
 @pytest.mark.parametrize("name", NAMES)
 def test_full_logits_never_exist(name, kind):
@@ -289,10 +294,10 @@ def test_full_logits_never_exist(name, kind):
     hidden, head, targets, teacher = random_inputs(positions=60, vocabulary=211, padding=(0, 0))
     log_p = torch.log_softmax(full_logits(*teacher, 211).detach(), -1)
     of_teacher = {"none": None, "hidden": teacher, "top_k": top_k_of(log_p, 20)}[kind]
-    with LargestTensor() as largest:  # the weights have 211 * 5 and 211 * 7 elements, the hidden states 60 * 7
+    with Tensors() as made:  # the weights have 211 * 5 and 211 * 7 elements, the hidden states 60 * 7
         vocabulary_loss(hidden, head, targets, teacher=of_teacher, divergence=divergence_called(name), kd_weight=0.5,
                         temperature=2.0, chunk_size=8).loss_sum.backward()
-    assert largest.elements == 8 * 211
+    assert max(shape.numel() for shape in made.shapes) == 8 * 211
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data.articles import DataError
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
 from data.token_cache import TokenTable
 from model.teacher import Teacher, arguments_of, move_head, one_ahead
 from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, head_logits, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
+from utils.random_state import forked_random_state
 
 HEAD = "head.safetensors"
 
@@ -78,7 +80,11 @@ class CachedTeacher:
         self._caches[name] = cache = TeacherCache(folder, table, self.arrays)
         if self.kind == "hidden" and self.head is None:
             self.head = move_head(read_head(folder / HEAD), self.place.device)
-        if (missing := cache.missing()) < len(table):
+        missing = cache.missing()
+        if missing and not cache.writable:
+            raise DataError(f"distillation_kwargs.teacher_cache.dir: {folder} may only be read, and {missing:,} of its "
+                            "rows are missing: name another folder, or make it writable")
+        if missing < len(table):
             self.say(f"teacher cache: {len(table) - missing:,} of {len(table):,} rows of {name} are there, in {folder}")
         return cache
 
@@ -109,8 +115,14 @@ class CachedTeacher:
 
     def teacher(self) -> Teacher:
         if self._teacher is None:
-            self._teacher = self.load()
+            with forked_random_state():  # loading may draw random weights first: training must not notice
+                self._teacher = self.load()
         return self._teacher
+
+    def load_if_needed(self) -> None:
+        """Before anything is trained, so that a teacher that cannot be loaded is found then."""
+        if any(cache.missing() for cache in self._caches.values()):
+            self.teacher()
 
     def let_go_when_done(self) -> None:
         if self._teacher is not None and not any(cache.missing() for cache in self._caches.values()):
@@ -125,7 +137,8 @@ class CachedTeacher:
                 tensors["bias"] = head.bias[: self.vocabulary]
             if head.cap is not None:
                 tensors["cap"] = torch.tensor(head.cap, dtype=torch.float64)
-            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / HEAD)
+            own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+            (folder / HEAD).write_bytes(save(own))  # save_file would make a file that only its owner can read
 
     # -- stored form ---------------------------------------------------------------------------------------------
 

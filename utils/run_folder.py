@@ -157,8 +157,9 @@ def load_model(config: FineTuneConfig, start: Start) -> LanguageModel:
 def check_resumable(now: dict, state: dict) -> None:
     """Raises ConfigError where what decides the next rows is not what it was when the checkpoint was written."""
     before = state.get("identity", {})
-    changed = [f"{key} was {before[key]!r} and is {now[key]!r}" for key in now
-               if key in before and before[key] != now[key]]
+    keys = [*now, *(key for key in before if key not in now)]  # the other script's runs have other keys
+    changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys
+               if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
             f"cannot resume: {'; '.join(changed)}; put it back, or set trainer_kwargs.load_from_checkpoint to false "

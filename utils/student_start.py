@@ -14,7 +14,7 @@ from model.loading import (
 from model.student_init import copy_teacher_layers
 from utils.config_kd import DistillConfig
 from utils.run_folder import Start, load_model
-from utils.teacher_source import TeacherSource
+from utils.teacher_source import TeacherSource, check_outside
 
 KEY = "trainer_kwargs.student_ckpt_path"
 
@@ -41,7 +41,10 @@ def from_checkpoint(config: DistillConfig, path: str) -> LanguageModel:
         if not Path(path).exists():
             raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
                              "state dict; or null, for the weights of student_lang_model")
+        check_outside(path, config.trainer_kwargs.output_dir)
         if path.endswith(".pt"):
+            if not Path(path).is_file():
+                raise ModelError(f"{path} is no file: expected a .pt state dict")
             return load_language_model(
                 arch.lang_model, weights=path, tokenizer=arch.tokenizer, dropout=arch.dropout
             )
@@ -57,7 +60,8 @@ def from_teacher_layers(config: DistillConfig, source: TeacherSource) -> Languag
     """A student of student_lang_model's shape with blocks of the teacher, which is loaded for it and let go."""
     arch = config.model_arch
     student = load_language_model(
-        arch.lang_model, tokenizer=source.name, from_scratch=True, architecture=arch.architecture, dropout=arch.dropout
+        arch.lang_model, tokenizer=source.tokenizer_name, from_scratch=True, architecture=arch.architecture,
+        dropout=arch.dropout,
     )
     copy_teacher_layers(source.load(), student, config.distillation_kwargs.student_layers)
     return student

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
     DEMO_SHAPES,
-    WEIGHT_FILES,
     check_same_architecture,
+    has_tokenizer,
     load_language_model,
     load_tokenizer,
     model_config,
@@ -36,6 +36,7 @@ class TeacherSource:
     key: str
     config: PreTrainedConfig
     tokenizer: object
+    tokenizer_name: str
 
     def describe(self) -> str:
         return self.weights or self.name
@@ -46,14 +47,20 @@ class TeacherSource:
             return f"{self.name} {sha256_of(self.weights)}"
         if not Path(self.name).is_dir():
             return f"{self.name} {getattr(self.config, '_commit_hash', None)}"
-        files = [*(Path(self.name, name) for name in WEIGHT_FILES), *sorted(Path(self.name).glob("*-of-*.safetensors"))]
-        digests = [sha256_of(path) for path in files if path.is_file()]
+        folder = Path(self.name)
+        files = sorted(path for ending in ("*.safetensors", "*.bin", "*.index.json") for path in folder.glob(ending))
+        digests = [(path.name, sha256_of(path)) for path in files]
         shape = {key: value for key, value in self.config.to_dict().items() if key not in NOT_OF_THE_WEIGHTS}
         return hashlib.sha256(repr([digests, sorted(shape.items(), key=str)]).encode()).hexdigest()
 
+    def width(self) -> int:
+        """Of the hidden states that its head takes."""
+        text = self.config.get_text_config()
+        return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+
     def load(self) -> LanguageModel:
         try:
-            language_model = load_language_model(self.name, weights=self.weights)
+            language_model = load_language_model(self.name, tokenizer=self.tokenizer_name, weights=self.weights)
             language_model.check_family()
             return language_model
         except ModelError as error:
@@ -76,16 +83,29 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
         if path is not None and not Path(path).exists():
             raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
                              "state dict; train the teacher first, with train.py")
+        check_outside(path, config.trainer_kwargs.output_dir)
+        if legacy and not Path(path).is_file():
+            raise ModelError(f"{path} is no file: expected a .pt state dict")
         if not legacy and name in DEMO_SHAPES:
             raise ModelError(f"'{name}' has random weights, so it can teach nothing: train it (./demo.sh does), and "
                              f"name its checkpoint in {KEY}")
         teacher_config = model_config(name, without_hub=legacy)
         if path is not None and not legacy and named is not None:
             check_same_architecture(teacher_config, named)
-        source = TeacherSource(name, path if legacy else None, key, teacher_config, load_tokenizer(name))
+        own_tokenizer = named is None or legacy or not Path(name).is_dir() or has_tokenizer(name)
+        of_tokenizer = name if own_tokenizer else named
+        source = TeacherSource(
+            name, path if legacy else None, key, teacher_config, load_tokenizer(of_tokenizer), of_tokenizer
+        )
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from error
     return source, check_template(source, config)
+
+
+def check_outside(path: str | None, output_dir: str) -> None:
+    """Raises ModelError for weights in the folder of this run, which it replaces."""
+    if path is not None and Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
+        raise ModelError(f"{path} lies in trainer_kwargs.output_dir, which this run writes: choose another output_dir")
 
 
 def check_template(source: TeacherSource, config: DistillConfig) -> list[str]:
@@ -115,11 +135,15 @@ def check_student(source: TeacherSource, student: LanguageModel, max_length: int
         raise ModelError(f"{source.key}: {error}") from error
     size, own = (layer_size(config) for config in (source.config, student.model.config))
     smaller = ["the teacher is not bigger than its student: a bigger one has more to teach"] if size <= own else []
-    return vocabulary, smaller
+    ends = [tokenizer.eos_token for tokenizer in (source.tokenizer, student.tokenizer)]
+    other_end = [f"the teacher ends a text with {ends[0]!r}, the student with {ends[1]!r}: the teacher was not trained "
+                 "to end there"] if ends[0] != ends[1] else []
+    return vocabulary, [*smaller, *other_end]
 
 
 def layer_size(config: PreTrainedConfig) -> int:
     """Weights of the blocks of a transformer, about."""
+    config = config.get_text_config()
     return config.num_hidden_layers * config.hidden_size**2
 
 
