@@ -1,7 +1,7 @@
 """A distillation step, teacher's forward and student's forward and backward: ours against full logits and TRL's GKD.
 
     python -m benchmarks.kd_step [--size small|real] [--batch 2] [--length 384] [--labels 74] [--lengths full|real]
-                                 [--precision float32|bfloat16] [--peer_precision float32|bfloat16] [--chunk_size 64]
+                                 [--precision float32|bfloat16] [--peer_precision float32|bfloat16] [--chunk_size 128]
                                  [--threads 1] [--variants plain packed ...] [--rounds 6] [--skip_memory]
 
 Random GPT-2s (real: gpt2-medium teaches gpt2), no dropout, Jensen-Shannon divergence (beta 1/2, temperature 1, no
@@ -273,7 +273,7 @@ def print_ratios(options: argparse.Namespace, seconds: dict[str, list[float]], m
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("python -m benchmarks.kd_step", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="small")
-    for name, default in (("batch", 2), ("length", 384), ("labels", 74), ("micro_batches", 8), ("chunk_size", 64)):
+    for name, default in (("batch", 2), ("length", 384), ("labels", 74), ("micro_batches", 8), ("chunk_size", 128)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--lengths", choices=("full", "real"), default="full", help="default: %(default)s")
     for name in ("precision", "peer_precision"):

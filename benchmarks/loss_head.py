@@ -1,6 +1,6 @@
 """The distillation loss head alone: hidden states and heads to loss and gradients, ours against the peers.
 
-    python -m benchmarks.loss_head [--size small|real] [--positions 90] [--chunk_size 64] [--threads 1]
+    python -m benchmarks.loss_head [--size small|real] [--positions 90] [--chunk_size 128] [--threads 1]
                                    [--variants plain ours ...] [--rounds 6] [--skip_memory]
 
 Jensen-Shannon divergence (beta 1/2, temperature 1, no cross-entropy) per label token, forward and backward, with the
@@ -148,7 +148,7 @@ def make_step(variant: str, inputs: Inputs, chunk_size: int) -> Step:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("python -m benchmarks.loss_head", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="real")
-    for name, default in (("positions", 90), ("total", 1024), ("chunk_size", 64)):
+    for name, default in (("positions", 90), ("total", 1024), ("chunk_size", 128)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     add_common_options(parser, list(PACKAGES))
     options = parser.parse_args(argv)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
 # (log_p [N, V], log_q [N, V], q [N, V]) -> (values [N], gradient with respect to the student's logits [N, V])
 Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -204,8 +205,9 @@ def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -
 
 def log_mixture(ratio: Tensor, share: float) -> Tensor:
     """log((share a + (1 - share) b) / a) from ratio = log(b / a), by logaddexp; exactly 0 at a = b, share = 1/2."""
-    own = torch.tensor(math.log(share), dtype=ratio.dtype, device=ratio.device)
-    return torch.logaddexp(own, ratio + math.log1p(-share))
+    # softplus(x) is logaddexp(0, x); torch computes it with vector instructions on a CPU, logaddexp without.
+    shift = math.log1p(-share) - math.log(share)
+    return softplus(ratio if shift == 0 else ratio + shift, threshold=40).add_(math.log(share))
 
 
 def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ class FineTuning(nn.Module):
     is made.
     """
 
-    def __init__(self, language_model: LanguageModel, chunk_size: int = 64):
+    def __init__(self, language_model: LanguageModel, chunk_size: int = 128):
         super().__init__()
         self.language_model, self.chunk_size = language_model, chunk_size
 

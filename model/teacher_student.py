@@ -38,7 +38,7 @@ class TeacherStudent(nn.Module):
         beta: float = 0.5,
         lambda_: float = 0.1,
         mu: float = 0.5,
-        chunk_size: int = 64,
+        chunk_size: int = 128,
         vocabulary: int | None = None,
     ):
         super().__init__()

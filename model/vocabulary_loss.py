@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from model.divergences import FLOOR, Divergence
 
@@ -64,7 +65,7 @@ def vocabulary_loss(
     divergence: Divergence | None = None,
     temperature: float = 1.0,
     kd_weight: float = 0.0,
-    chunk_size: int = 64,
+    chunk_size: int = 128,
 ) -> VocabularyLoss:
     """Sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
 
@@ -127,7 +128,10 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *unused):
-        return (*(None if each is None else each.mul_(grad_loss) for each in ctx.saved_tensors), None)
+        # As a rule it is 1, which on a CPU costs nothing to ask; on another device asking would mean waiting.
+        if grad_loss.device.type == "cpu" and grad_loss == 1:
+            return *ctx.saved_tensors, None
+        return (*(None if each is None else each * grad_loss for each in ctx.saved_tensors), None)
 
 
 def autocast_type(hidden: Tensor) -> torch.dtype:
@@ -147,8 +151,11 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
         teacher_head = teacher.head._replace(weight=teacher.head.weight[: work.size].to(product_type),
                                              bias=None if teacher.head.bias is None else teacher.head.bias[: work.size])
         teacher = TeacherHidden(teacher.hidden.to(product_type), teacher_head)
-    gradients = [torch.zeros_like(each) if want else None
+    gradients = [torch.empty_like(each) if want else None
                  for each, want in zip((hidden, weight, bias), wanted, strict=True)]
+    for each in gradients[1:]:
+        if each is not None:
+            each[work.size if len(hidden) else 0 :].zero_()  # the rest is written by the first chunk
     sums = torch.zeros(2, dtype=precision, device=hidden.device)
     student_head = work.head._replace(weight=rows, bias=student_bias)
     for start in range(0, len(hidden), work.chunk_size):
@@ -167,7 +174,7 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
 
 def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_slope: bool):
     """(logits [n, V] in `precision`, their derivative by the product where it is not 1, else None)."""
-    logits = (states @ head.weight.T).to(precision)
+    logits = product(states, head.weight).to(precision)
     if head.bias is not None:
         logits += head.bias
     slope = None
@@ -179,6 +186,18 @@ def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_s
         slope = head.scale * (1 - logits.square()) if with_slope else None
         logits *= head.cap
     return logits, slope
+
+
+def product(states: Tensor, weight: Tensor) -> Tensor:
+    """states @ weight.T, [n, V].
+
+    On a CPU the other way round is a quarter faster where n is a multiple of 16 (measured with MKL, AVX2, float32).
+    """
+    count = len(states)
+    if states.device.type != "cpu" or states.dtype != torch.float32 or count < 48:
+        return states @ weight.T
+    padded = pad(states, (0, 0, 0, -count % 16))
+    return (weight @ padded.T).T[:count].contiguous()
 
 
 def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, temperature: float, precision: torch.dtype):
@@ -238,15 +257,21 @@ def top_k_of(log_p: Tensor, k: int) -> TeacherTopK:
 
 
 def add_products(gradients: list, gradient: Tensor, part: slice, states: Tensor, rows: Tensor, product_type) -> None:
-    """Adds one chunk's share to the gradients of hidden states, head weight and bias."""
+    """One chunk's share of the gradients of hidden states, head weight and bias; the first chunk's overwrites."""
     of_hidden, of_weight, of_bias = gradients
+    first = part.start == 0
     if of_bias is not None:
-        of_bias[: len(rows)] += gradient.sum(0)
+        of_bias = of_bias[: len(rows)]
+        torch.sum(gradient, 0, out=of_bias) if first else of_bias.add_(gradient.sum(0))
     gradient = gradient.to(product_type)
     if of_hidden is not None:
         of_hidden[part] = gradient @ rows
     if of_weight is not None:
-        if product_type == of_weight.dtype:
-            of_weight[: len(rows)].addmm_(gradient.T, states[part])
-        else:  # autocast: summed in the weight's own type
-            of_weight[: len(rows)] += gradient.T @ states[part]
+        of_weight = of_weight[: len(rows)]
+        if product_type != of_weight.dtype:  # autocast: summed in the weight's own type
+            share = gradient.T @ states[part]
+            of_weight.copy_(share) if first else of_weight.add_(share)
+        elif first:
+            torch.mm(gradient.T, states[part], out=of_weight)
+        else:
+            of_weight.addmm_(gradient.T, states[part])

@@ -93,7 +93,7 @@ KD_ARCH = {
 KD_TRAINER = {"output_dir": "runs/distill", "teacher_ckpt_path": None, "student_ckpt_path": None}
 KD_KWARGS = {
     "method": "divergence", "kl_div": "forward", "temperature": 1.0, "kd_weight": 0.5, "beta": 0.5, "lambda": 0.1,
-    "mu": 0.5, "chunk_size": 64, "teacher_cache": None, "student_init": None, "student_layers": None,
+    "mu": 0.5, "chunk_size": 128, "teacher_cache": None, "student_init": None, "student_layers": None,
 }
 KL_DIVS = ["forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
            "adaptive"]

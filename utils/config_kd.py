@@ -129,7 +129,7 @@ class DistillationKwargs(Section):
         0.1, gt=0, lt=1, alias="lambda", description="skew_forward, skew_reverse: weight of the first argument"
     )
     mu: float = Field(0.5, ge=0, le=1, description="symmetric: share of forward KL; the rest is reverse KL")
-    chunk_size: int = Field(64, ge=1, le=1_000_000, description="label positions whose logits exist at a time")
+    chunk_size: int = Field(128, ge=1, le=1_000_000, description="label positions whose logits exist at a time")
     teacher_cache: TeacherCache | None = Field(
         None, description='keep the teacher\'s outputs on disk: the first epoch fills it, later ones do not need the '
         'teacher; {"kind": "hidden"} is the simplest; null is off'
