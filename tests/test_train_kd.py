@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_kd
 from data.prompts import DEFAULT_TEMPLATE
-from tests.conftest import END, ROOT
+from tests.conftest import END, ROOT, write_rows
 from tests.small_kd_runs import make_kd_project, run_kd, save_model, tiny_teacher
 from tests.small_runs import (
     assert_equal_weights,
@@ -112,16 +112,24 @@ def test_logged_values_are_the_formula_s(tmp_path, kl_div, temperature, cache):
         assert [line["cross_entropy"], line["divergence"]] == pytest.approx(expected, rel=1e-5)
 
 
-def test_validation_does_not_change_the_training(tmp_path):
+@pytest.mark.parametrize("cache", [None, HIDDEN], ids=["live", "hidden"])
+def test_validation_does_not_change_the_training(tmp_path, cache):
     """Fault: after validation the student stays in eval mode, or the random numbers are others (case A19)."""
-    project = changed(make_kd_project(tmp_path, dropout=0.1), trainer_kwargs={"epochs": 2})
+    project = changed(make_kd_project(tmp_path, dropout=0.1, teacher_cache=cache), optimizer_kwargs={"lm_lr": 1e-3})
+    write_rows(tmp_path / "subset.csv", make_rows(3, seed=2))
+    # In the middle of an epoch, on rows that nothing else reads; sigmoid(perplexity) is 1 to the last bit here.
+    often = {"adaptive_loss_scaling": True, "adaptive_loss_metric": "perplexity", "loss_scaling_batch": 2}
     found = []
-    for monitor in (True, False):
-        output = tmp_path / f"run-{monitor}"
-        config = changed(project, trainer_kwargs={"monitor_val": monitor, "output_dir": str(output)})
+    for name, options in (("none", {"monitor_val": False}), ("epoch", {}), ("often", often)):
+        output = tmp_path / name
+        config = changed(project, trainer_kwargs={"epochs": 2, "output_dir": str(output), **options},
+                         dataset_kwargs={"validation_subset": "subset.csv"})
         assert run_kd(tmp_path, config) == 0
         found.append(weights(output / "model_checkpoints/last"))
-    assert_equal_weights(*found)
+    scaled = metrics(tmp_path / "often", "loss_scaling")
+    assert len(scaled) >= 5 and {line["loss_scale"] for line in scaled} == {1.0}
+    assert_equal_weights(found[0], found[1])
+    assert_equal_weights(found[0], found[2])
 
 
 def test_same_step_for_every_split_into_micro_batches(tmp_path):
