@@ -180,7 +180,7 @@ def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_s
     slope = None
     if head.scale != 1.0:
         logits *= head.scale
-        slope = torch.tensor(head.scale, dtype=precision, device=logits.device)
+        slope = head.scale
     if head.cap is not None:
         logits.div_(head.cap).tanh_()
         slope = head.scale * (1 - logits.square()) if with_slope else None
@@ -219,8 +219,10 @@ def chunk_terms(logits: Tensor, targets: Tensor, of_teacher, work: Work, with_gr
     else:
         soft = log_q if work.temperature == 1.0 else torch.log_softmax(logits.div_(work.temperature), -1)
         soft_q = soft.exp()
-        terms = top_k_terms if isinstance(of_teacher, TeacherTopK) else full_terms
-        values, gradient = terms(of_teacher, soft, soft_q, work.divergence)
+        if isinstance(of_teacher, TeacherTopK):
+            values, gradient = top_k_terms(of_teacher, soft, work.divergence)
+        else:
+            values, gradient = work.divergence(of_teacher, soft, soft_q)
         values = values.sum()
         if with_gradient:
             gradient *= work.kd_weight * work.temperature  # temperature^2, and 1 / temperature of the softmax
@@ -233,11 +235,7 @@ def chunk_terms(logits: Tensor, targets: Tensor, of_teacher, work: Work, with_gr
     return sums, gradient
 
 
-def full_terms(log_p: Tensor, log_q: Tensor, q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    return divergence(log_p, log_q, q)
-
-
-def top_k_terms(top: TeacherTopK, log_q: Tensor, q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+def top_k_terms(top: TeacherTopK, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """Divergence [n] and gradient [n, V] where the tokens that are not among the top k count as one.
 
     For a token of the rest the gradient is that of the rest, in the token's share of it.
