@@ -54,21 +54,28 @@ class TeacherCache:
         """Each array's values [N, width] at the label positions of `rows`, in that order; None where one row is
         missing or damaged (it then counts as missing)."""
         parts: dict[str, list[np.ndarray]] = {name: [] for name in self._arrays}
+        whole = True
         for row in rows:
             values = {name: np.array(array[self._part(row)]) for name, array in self._arrays.items()}
             if not self._checks[row] or self._checks[row] != checksum(values):
+                whole = False
                 if self.writable:
                     self._checks[row] = 0
-                return None
             for name, value in values.items():
                 parts[name].append(value)
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        return {name: np.concatenate(values) for name, values in parts.items()} if whole else None
 
     def write(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the values of `rows`; arrays as `read` gives them."""
+        """Keep the values of those of `rows` that are missing; arrays as `read` gives them.
+
+        What is there stays: values computed in another batch may differ in the last bit, and a step that is done again
+        after a stop must read what it read before.
+        """
         ends = np.cumsum([self._offsets[row + 1] - self._offsets[row] for row in rows])[:-1]
         parts = {name: np.split(array, ends) for name, array in arrays.items()}
         for index, row in enumerate(rows):
+            if self._checks[row]:
+                continue
             values = {name: np.ascontiguousarray(part[index]) for name, part in parts.items()}
             for name, value in values.items():
                 self._arrays[name][self._part(row)] = value

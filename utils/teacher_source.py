@@ -44,11 +44,12 @@ class TeacherSource:
     def fingerprint(self) -> str:
         """Changes with the weights: SHA-256 of the files of a folder or `.pt`, the commit of a hub model."""
         if self.weights is not None:
-            return f"{self.name} {sha256_of(self.weights)}"
-        if not Path(self.name).is_dir():
+            files = [Path(self.weights)]
+        elif Path(self.name).is_dir():
+            endings = ("*.safetensors", "*.bin", "*.index.json")
+            files = sorted(path for ending in endings for path in Path(self.name).glob(ending))
+        else:
             return f"{self.name} {getattr(self.config, '_commit_hash', None)}"
-        folder = Path(self.name)
-        files = sorted(path for ending in ("*.safetensors", "*.bin", "*.index.json") for path in folder.glob(ending))
         digests = [(path.name, sha256_of(path)) for path in files]
         shape = {key: value for key, value in self.config.to_dict().items() if key not in NOT_OF_THE_WEIGHTS}
         return hashlib.sha256(repr([digests, sorted(shape.items(), key=str)]).encode()).hexdigest()
