@@ -42,6 +42,7 @@ from benchmarks.interleaved import (
     take_turns,
 )
 from model.divergences import choose_divergence
+from model.language_model import IGNORED
 from model.vocabulary_loss import OutputHead, TeacherHidden, vocabulary_loss
 from utils.command_line import OneLineParser, quiet_libraries
 
@@ -49,7 +50,6 @@ SIZES = {"tiny": (16, 24, 211), "small": (256, 384, 50257), "real": (768, 1024, 
 PACKAGES = {"plain": None, "trl_gkd": "trl", "trl_chunked": "trl", "liger": "liger_kernel",
             "liger_compiled": "liger_kernel", "ours": None}
 TARGETS = {"trl_chunked": Target(2.2, 2.5), "liger": Target(1.15, 1.3), "liger_compiled": Target(1.15, 1.3)}
-IGNORED = -100
 
 
 class Inputs(NamedTuple):

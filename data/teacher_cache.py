@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.articles import DataError
-from data.token_cache import TokenTable
+from data.token_cache import TokenTable, digest
 
 VERSION = 1  # raise it when the same key gives other files
 CHECKS, MANIFEST = "checks.bin", "manifest.json"
@@ -124,10 +124,7 @@ def sizes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict[str, int]
 
 def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
     """What the manifest must say; files that are no arrays are told by their SHA-256."""
-    digests = {}
-    for name in others:
-        with (folder / name).open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    digests = {name: digest(folder / name) for name in others}
     shapes = {name: list(each) for name, each in sorted(arrays.items())}
     return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": digests}
 

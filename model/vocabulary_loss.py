@@ -27,6 +27,11 @@ class OutputHead(NamedTuple):
     cap: float | None = None
 
 
+def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
+    """The head of the real tokens alone: later rows are padding of the matrix."""
+    return head._replace(weight=head.weight[:vocabulary], bias=None if head.bias is None else head.bias[:vocabulary])
+
+
 class TeacherHidden(NamedTuple):
     """The teacher's hidden states [N, Dt] at the label positions, and its head."""
 
@@ -143,13 +148,13 @@ def autocast_type(hidden: Tensor) -> torch.dtype:
 def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_type: torch.dtype):
     """((loss, cross-entropy, divergence) sums, gradients of hidden, weight and bias where wanted)."""
     precision = torch.promote_types(hidden.dtype, torch.float32)
-    rows = weight[: work.size].to(product_type)
-    student_bias = None if bias is None else bias[: work.size]
+    student_head = cut_head(work.head, work.size)
+    student_head = student_head._replace(weight=student_head.weight.to(product_type))
     states = hidden.to(product_type)
     teacher = work.teacher
     if isinstance(teacher, TeacherHidden):
-        teacher_head = teacher.head._replace(weight=teacher.head.weight[: work.size].to(product_type),
-                                             bias=None if teacher.head.bias is None else teacher.head.bias[: work.size])
+        teacher_head = cut_head(teacher.head, work.size)
+        teacher_head = teacher_head._replace(weight=teacher_head.weight.to(product_type))
         teacher = TeacherHidden(teacher.hidden.to(product_type), teacher_head)
     gradients = [torch.empty_like(each) if want else None
                  for each, want in zip((hidden, weight, bias), wanted, strict=True)]
@@ -157,7 +162,6 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
         if each is not None:
             each[work.size if len(hidden) else 0 :].zero_()  # the rest is written by the first chunk
     sums = torch.zeros(2, dtype=precision, device=hidden.device)
-    student_head = work.head._replace(weight=rows, bias=student_bias)
     for start in range(0, len(hidden), work.chunk_size):
         part = slice(start, start + work.chunk_size)
         logits, slope = head_logits(states[part], student_head, precision, any(wanted))
@@ -167,7 +171,7 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
         if gradient is not None:
             if slope is not None:
                 gradient *= slope
-            add_products(gradients, gradient, part, states, rows, product_type)
+            add_products(gradients, gradient, part, states, student_head.weight, product_type)
     loss = (1 - work.kd_weight) * sums[0] + work.kd_weight * work.temperature**2 * sums[1]
     return (loss, sums[0], sums[1]), gradients
 

@@ -60,6 +60,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 @pytest.fixture
+def one_thread():
+    """Sums of float32 in one order, for what must be equal bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def shared() -> Path:
     """The folder with real articles and GPT-2's vocabulary, which is not part of the project."""
     if not (SHARED / "data").is_dir():

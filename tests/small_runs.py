@@ -1,14 +1,17 @@
 """Small training runs for the tests: a tiny byte-level GPT-2 on rows of very different lengths."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 import train
-from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
+from tests.conftest import ROOT, byte_tokenizer, tiny_gpt2, write_rows
 
 WORDS = "storm court mayor rain harbour trial vote bridge wind fire town judge".split()
 
@@ -54,6 +57,16 @@ def write_config(folder: Path, config: dict) -> Path:
 def run(folder: Path, config: dict) -> int:
     """`train.py --config`, in this process; the exit code."""
     return train.main(["--config", str(write_config(folder, config))])
+
+
+def launch(script: str, folder: Path, config: dict, processes: int) -> str:
+    """A training script in a group of processes (gloo) of torch's launcher; what it says on stderr."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, script, "--config", str(write_config(folder, config))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

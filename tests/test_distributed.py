@@ -1,30 +1,17 @@
 """Two processes of torch's launcher on the CPU (gloo) train what one process trains."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.small_runs import (
     assert_equal_weights,
     changed,
     largest_difference,
+    launch,
     make_project,
     metrics,
     weights,
-    write_config,
 )
-
-
-def launch(folder, config, processes):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, "train.py", "--config", str(write_config(folder, config))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 @pytest.mark.slow
@@ -35,7 +22,8 @@ def test_two_processes_equal_one(tmp_path):
                                                          "metrics": ["rouge"], "save_predictions": True},
     )
     for processes in (1, 2):
-        launch(tmp_path, changed(project, trainer_kwargs={"output_dir": str(tmp_path / str(processes))}), processes)
+        own = changed(project, trainer_kwargs={"output_dir": str(tmp_path / str(processes))})
+        launch("train.py", tmp_path, own, processes)
     one, two = tmp_path / "1", tmp_path / "2"
     found = [weights(folder / "model_checkpoints/last") for folder in (one, two)]
     assert largest_difference(*found) < 1e-5
@@ -57,8 +45,8 @@ def test_two_processes_resume_exactly(tmp_path):
         trainer_kwargs={"epochs": 2, "gradient_accumulation_steps": 2}, lr_scheduler_kwargs={"num_training_steps": 8},
     )
     whole = changed(project, trainer_kwargs={"output_dir": str(tmp_path / "whole")})
-    launch(tmp_path, whole, 2)
+    launch("train.py", tmp_path, whole, 2)
     parts = changed(project, trainer_kwargs={"output_dir": str(tmp_path / "parts"), "max_steps": 3})
-    launch(tmp_path, parts, 2)
-    assert "resuming from" in launch(tmp_path, changed(parts, trainer_kwargs={"max_steps": None}), 2)
+    launch("train.py", tmp_path, parts, 2)
+    assert "resuming from" in launch("train.py", tmp_path, changed(parts, trainer_kwargs={"max_steps": None}), 2)
     assert_equal_weights(*(weights(tmp_path / name / "model_checkpoints/last") for name in ("whole", "parts")))

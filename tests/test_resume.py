@@ -16,15 +16,8 @@ import torch
 from tests.conftest import ROOT
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights, write_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SPLITS = ("train", "validation", "train_epoch", "loss_scaling")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def eventful(folder: Path) -> dict:

@@ -21,6 +21,7 @@ from tests.small_runs import (
     assert_equal_weights,
     changed,
     largest_difference,
+    launch,
     make_rows,
     metrics,
     weights,
@@ -29,16 +30,9 @@ from tests.small_runs import (
 from tests.test_teacher_student import formula
 from tests.test_train_script import last_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STILL = {"lm_lr": 1e-12}  # the student stays what it was
 HIDDEN = {"kind": "hidden"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch_by_hand(rows: list[dict]) -> tuple:
@@ -268,15 +262,6 @@ def test_what_decides_nothing_may_change(tmp_path):
 # -- several processes -------------------------------------------------------------------------------------------
 
 
-def launch(folder: Path, config: dict, processes: int) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, "train_kd.py", "--config", str(write_config(folder, config))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, HIDDEN, {"kind": "top_k", "top_k": 20}], ids=["live", "hidden", "top_k"])
 def test_two_processes_equal_one(tmp_path, cache):
@@ -284,7 +269,8 @@ def test_two_processes_equal_one(tmp_path, cache):
     project = changed(make_kd_project(tmp_path, rows=21, teacher_cache=cache),
                       trainer_kwargs={"epochs": 2, "gradient_accumulation_steps": 4})
     for processes in (1, 2):
-        launch(tmp_path, changed(project, trainer_kwargs={"output_dir": str(tmp_path / str(processes))}), processes)
+        own = changed(project, trainer_kwargs={"output_dir": str(tmp_path / str(processes))})
+        launch("train_kd.py", tmp_path, own, processes)
     one, two = tmp_path / "1", tmp_path / "2"
     assert largest_difference(*(weights(folder / "model_checkpoints/last") for folder in (one, two))) < 1e-5
     for split in ("train", "validation"):

@@ -15,7 +15,7 @@ from data.articles import DataError
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
 from data.token_cache import TokenTable
 from model.teacher import Teacher, arguments_of, move_head, one_ahead
-from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, head_logits, top_k_of
+from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, cut_head, head_logits, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
 from utils.random_state import forked_random_state
@@ -132,10 +132,10 @@ class CachedTeacher:
 
     def write_head(self, folder: Path) -> None:
         if self.kind == "hidden":
-            head = self.teacher().language_model.output_head()
-            tensors = {"weight": head.weight[: self.vocabulary], "scale": torch.tensor(head.scale, dtype=torch.float64)}
+            head = cut_head(self.teacher().language_model.output_head(), self.vocabulary)
+            tensors = {"weight": head.weight, "scale": torch.tensor(head.scale, dtype=torch.float64)}
             if head.bias is not None:
-                tensors["bias"] = head.bias[: self.vocabulary]
+                tensors["bias"] = head.bias
             if head.cap is not None:
                 tensors["cap"] = torch.tensor(head.cap, dtype=torch.float64)
             own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -156,10 +156,9 @@ class CachedTeacher:
 
     @torch.no_grad()
     def top_k(self, hidden: Tensor) -> TeacherTopK:
-        head = self.teacher().head
-        rows, bias = head.weight[: self.vocabulary], None if head.bias is None else head.bias[: self.vocabulary]
+        head = cut_head(self.teacher().head, self.vocabulary)
         with self.place.autocast():
-            logits, _ = head_logits(hidden, head._replace(weight=rows, bias=bias), torch.float32, with_slope=False)
+            logits, _ = head_logits(hidden, head, torch.float32, with_slope=False)
         return top_k_of(torch.log_softmax(logits / self.temperature, -1), self.arrays["ids"].width)
 
     def from_stored(self, found: dict[str, np.ndarray]) -> TeacherHidden | TeacherTopK:

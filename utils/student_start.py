@@ -14,7 +14,7 @@ from model.loading import (
 from model.student_init import copy_teacher_layers
 from utils.config_kd import DistillConfig
 from utils.run_folder import Start, load_model
-from utils.teacher_source import TeacherSource, check_outside
+from utils.teacher_source import TeacherSource, check_weights_path
 
 KEY = "trainer_kwargs.student_ckpt_path"
 
@@ -38,13 +38,9 @@ def from_checkpoint(config: DistillConfig, path: str) -> LanguageModel:
     """The weights of a folder or of a legacy `.pt` state dict, which must be those of a `student_lang_model`."""
     arch = config.model_arch
     try:
-        if not Path(path).exists():
-            raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
-                             "state dict; or null, for the weights of student_lang_model")
-        check_outside(path, config.trainer_kwargs.output_dir)
+        otherwise = "or null, for the weights of student_lang_model"
+        check_weights_path(path, config.trainer_kwargs.output_dir, otherwise)
         if path.endswith(".pt"):
-            if not Path(path).is_file():
-                raise ModelError(f"{path} is no file: expected a .pt state dict")
             return load_language_model(
                 arch.lang_model, weights=path, tokenizer=arch.tokenizer, dropout=arch.dropout
             )

@@ -72,8 +72,7 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
     """(the teacher, notices). Reads its config and tokenizer, not its weights.
 
     Raises:
-        ModelError: it is not there, has random weights, is of another architecture than `teacher_lang_model`, has
-            another vocabulary than its student will have (see `check_student`), or too short a context.
+        ModelError: it is not there, has random weights, or is of another architecture than `teacher_lang_model`.
         ConfigError: it was trained on another prompt template.
     """
     named, path = config.model_arch.teacher_lang_model, config.trainer_kwargs.teacher_ckpt_path
@@ -81,12 +80,8 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
     legacy = path is not None and path.endswith(".pt")
     name = named if path is None or legacy else path
     try:
-        if path is not None and not Path(path).exists():
-            raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
-                             "state dict; train the teacher first, with train.py")
-        check_outside(path, config.trainer_kwargs.output_dir)
-        if legacy and not Path(path).is_file():
-            raise ModelError(f"{path} is no file: expected a .pt state dict")
+        if path is not None:
+            check_weights_path(path, config.trainer_kwargs.output_dir, "train the teacher first, with train.py")
         if not legacy and name in DEMO_SHAPES:
             raise ModelError(f"'{name}' has random weights, so it can teach nothing: train it (./demo.sh does), and "
                              f"name its checkpoint in {KEY}")
@@ -103,10 +98,15 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
     return source, check_template(source, config)
 
 
-def check_outside(path: str | None, output_dir: str) -> None:
-    """Raises ModelError for weights in the folder of this run, which it replaces."""
-    if path is not None and Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
+def check_weights_path(path: str, output_dir: str, otherwise: str) -> None:
+    """Raises ModelError where there are no weights, or they lie in the folder of this run, which it replaces."""
+    if not Path(path).exists():
+        raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
+                         f"state dict; {otherwise}")
+    if Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
         raise ModelError(f"{path} lies in trainer_kwargs.output_dir, which this run writes: choose another output_dir")
+    if path.endswith(".pt") and not Path(path).is_file():
+        raise ModelError(f"{path} is no file: expected a .pt state dict")
 
 
 def check_template(source: TeacherSource, config: DistillConfig) -> list[str]:
