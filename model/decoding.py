@@ -1,14 +1,51 @@
-"""Greedy decoding in batches with a KV cache; beam search through the library."""
+"""The one decoding loop: greedy decoding, evaluation and rollouts. Beam search through the library.
 
+Prompts are taken longest first, each is read at its own length into a slot, and all slots go on together, a token at a
+time; a row that has ended makes room for a waiting prompt. What the next token is, the caller chooses.
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
 from model.language_model import LanguageModel, ModelError, evaluating
+from model.slots import make_slots
+from model.vocabulary_loss import OutputHead, autocast_type, cut_head, head_logits
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
+# (row numbers [n], places of the next token in each row's continuation [n], hidden states [n, D] of each voice)
+# -> the next tokens [n], on the device of the rows
+Choose = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+
+LOOK_EVERY = 8  # tokens between two looks at what has ended, on a device that would have to be waited for
+
+
+class Voice(NamedTuple):
+    """A model that reads along, and the head that turns its hidden states into logits, perhaps on another device."""
+
+    language_model: LanguageModel
+    head: OutputHead
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] in float32 at least."""
+        precision = torch.promote_types(hidden.dtype, torch.float32)
+        states = hidden.to(self.head.weight.device, self.head.weight.dtype, non_blocking=True)
+        return head_logits(states, self.head, precision, with_slope=False)[0]
+
+
+def make_voice(language_model: LanguageModel, head: OutputHead | None = None, vocabulary: int | None = None) -> Voice:
+    """head: None = the model's own. vocabulary: number of real tokens; later rows of the head are never chosen.
+
+    Under autocast the head is cast to its type here, once.
+    """
+    head = language_model.output_head() if head is None else head
+    head = head if vocabulary is None else cut_head(head, vocabulary)
+    bias = None if head.bias is None else head.bias.detach()
+    return Voice(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
 
 
 @torch.inference_mode()
@@ -21,52 +58,103 @@ def greedy_decode(
 ) -> list[list[int]]:
     """The most likely next token again and again, until end-of-text or `max_new_tokens`.
 
-    prompts: token ids of any lengths. Returns the new ids of each prompt, in their order, without the end-of-text.
-    In float32 they equal single-prompt `generate`, token for token. Prompts are batched by length with padding on the
-    left; rows that end leave the batch.
+    prompts: token ids of any lengths. batch_size: rows decoded at a time. Returns the new ids of each prompt, in their
+    order, without the end-of-text. In float32 they equal single-prompt `generate`, token for token.
 
     Raises:
         ModelError: an empty prompt, or prompt + max_new_tokens over the model's context.
     """
     check_prompts(language_model, prompts, max_new_tokens)
-    results: list[list[int]] = [[] for _ in prompts]
+    end = language_model.end_id
     with evaluating(language_model):
-        for rows in batches_by_length(prompts, batch_size):
-            decode_batch(language_model, rows, prompts, max_new_tokens, results, progress)
-    return results
+        voice = make_voice(language_model)
+        made = decode(
+            [voice], prompts, max_new_tokens, batch_size, end,
+            lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), progress,
+        )
+    return [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in made]
 
 
-def decode_batch(language_model, rows, prompts, max_new_tokens, results, progress) -> None:
-    """Decode the prompts numbered `rows` together and write their new ids to `results`."""
-    input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
-    cache = language_model.new_cache()
-    live = list(rows)
-    for step in range(max_new_tokens):
-        logits = language_model.lm_head(language_model.last_hidden(input_ids, mask, cache))
-        input_ids = logits.float().argmax(-1, keepdim=True)
-        ended = []
-        for index, token in enumerate(input_ids[:, 0].tolist()):
-            if live[index] is None:
-                continue
-            if token == language_model.end_id:
-                ended.append(index)
-            else:
-                results[live[index]].append(token)
-        progress(len(ended), len(live) - live.count(None))
-        for index in ended:
-            live[index] = None
-        going = [index for index, row in enumerate(live) if row is not None]
-        if not going or step + 1 == max_new_tokens:
-            progress(len(going), 0)
-            return
-        # A row that has ended goes on unseen until a quarter of the batch has: dropping rows copies the whole cache.
-        if len(going) <= 0.75 * len(live):
-            keep = torch.tensor(going, device=input_ids.device)
-            cache.batch_select_indices(keep)
-            input_ids, live = input_ids[keep], [live[index] for index in going]
-            mask = None if mask is None else mask[keep]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+def decode(
+    voices: list[Voice],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    slots: int,
+    end_id: int,
+    choose: Choose,
+    progress: Progress = lambda rows, tokens: None,
+    look_every: int | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each prompt, in their order: up to and including `end_id`, or `max_new_tokens`.
+
+    voices: models in eval mode that all read the same tokens, each on its own device. slots: rows decoded at a time.
+    choose: is asked for every row's next token. It may be asked a few more times after a row's end (the loop looks for
+    ends every `look_every` tokens; None is 1 on a CPU and 8 on other devices): what it did there is to be ignored.
+    """
+    device = voices[0].head.weight.device
+    if look_every is None:
+        look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    made: list[list[int]] = [[] for _ in prompts]
+    if max_new_tokens < 1 or not prompts:
+        return made
+    waiting = deque(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])))
+    room = len(prompts[waiting[0]]) + max_new_tokens
+    caches = [make_slots(voice.language_model, min(slots, len(prompts)), room) for voice in voices]
+    live: list[int] = []  # the row in each slot
+    tokens = torch.empty(0, dtype=torch.int64, device=device)
+    while waiting or live:
+        fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+        new = [prompts[row] for row in fresh]
+        hidden = [read(cache, tokens.to(voice.language_model.device, non_blocking=True), new)
+                  for voice, cache in zip(voices, caches, strict=True)]
+        live += fresh
+        rows = torch.tensor(live, device=device)
+        places = torch.tensor([len(made[row]) for row in live], device=device)
+        until_look = min(look_every, max_new_tokens - max(len(made[row]) for row in live))
+        chosen = [choose(rows, places, hidden)]
+        for _ in range(until_look - 1):
+            places = places + 1
+            hidden = [cache.step(chosen[-1].to(voice.language_model.device, non_blocking=True))
+                      for voice, cache in zip(voices, caches, strict=True)]
+            chosen.append(choose(rows, places, hidden))
+        ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_id, max_new_tokens)
+        progress(len(ended), count)
+        tokens = chosen[-1][leave(ended, live, caches, device)] if ended else chosen[-1]
+    return made
+
+
+def read(cache, tokens: Tensor, prompts: list[list[int]]) -> Tensor:
+    """Hidden states [n, D]: of the rows that go on with one token each, then of the ends of new prompts."""
+    parts = [cache.step(tokens)] if len(tokens) else []
+    parts += [cache.prefill(prompts)] if prompts else []
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def note(chosen: list[list[int]], live: list[int], made: list[list[int]], end_id: int, most: int):
+    """Adds each slot's new tokens to its row, up to its end. (slots that have ended, number of tokens added)."""
+    ended, count = [], 0
+    for slot, (row, new) in enumerate(zip(live, chosen, strict=True)):
+        new = new[: new.index(end_id) + 1] if end_id in new else new
+        made[row] += new
+        count += len(new)
+        if new[-1] == end_id or len(made[row]) == most:
+            ended.append(slot)
+    return ended, count
+
+
+def leave(ended: list[int], live: list[int], caches: list, device: torch.device) -> Tensor:
+    """Frees slots; the last rows take the places of those that have ended. Former slots [n] of the rows that stay."""
+    former = list(range(len(live)))
+    for slot in reversed(ended):
+        last = len(live) - 1
+        for cache in caches:
+            if slot != last:
+                cache.move(last, slot)
+            cache.drop()
+        live[slot], former[slot] = live[last], former[last]
+        live.pop()
+        former.pop()
+    return torch.tensor(former, dtype=torch.int64, device=device)
 
 
 @torch.inference_mode()

@@ -66,6 +66,7 @@ class LanguageModel(nn.Module):
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._logit_scale, self._logit_cap = logit_transform(model)
         self.pack_rows = self.prune_last_block = True
+        self.decodes_together: bool | None = None  # whether rows of different lengths can; found out by make_slots
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -162,16 +163,19 @@ class LanguageModel(nn.Module):
         """An empty cache for `last_hidden`."""
         return DynamicCache(config=self.model.config)
 
-    def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, cache) -> Tensor:
+    def last_hidden(self, input_ids: Tensor, attention_mask, cache, positions: Tensor | None = None) -> Tensor:
         """Hidden states [B, D] of the last of new tokens [B, S] that continue `cache` (a `transformers` Cache).
 
-        attention_mask [B, past + S] on the model's device, or None where no row is padded. `cache` grows by S.
+        attention_mask [B, past + S] on the model's device, or None where no row is padded; or, with the new tokens'
+        positions [B, S], a mask of every key ([B, 1, S, keys], or one for each type of layer). `cache` grows by S.
         """
         arguments = {self.cache_argument: cache}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-            if self._takes_positions:
-                arguments["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+            if positions is None and self._takes_positions:
+                positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+        if positions is not None:
+            arguments["position_ids"] = positions
         return self.model.base_model(input_ids=input_ids, use_cache=True, **arguments)[0][:, -1]
 
     @torch.no_grad()

@@ -5,12 +5,16 @@ other, [tokens, D]; only attention knows rows. In the last block keys and values
 output projection and MLP at the selected positions. Equal to the library's forward pass up to rounding.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Model
+
+Keep = Callable[[int, Tensor, Tensor], None]  # takes (block number, keys [P, heads, head_dim], values of that shape)
 
 
 class Packing(NamedTuple):
@@ -52,27 +56,34 @@ def can_pack(model: nn.Module) -> bool:
     return type(base) is GPT2Model and not base.config.add_cross_attention and not base.config.reorder_and_upcast_attn
 
 
-def packed_hidden_states(base: GPT2Model, input_ids: Tensor, packing: Packing, prune_last_block: bool) -> Tensor:
-    """Final hidden states [N, D] at the selected positions of input_ids [B, T]."""
+def packed_hidden_states(
+    base: GPT2Model, input_ids: Tensor, packing: Packing, prune_last_block: bool, keep: Keep | None = None
+) -> Tensor:
+    """Final hidden states [N, D] at the selected positions of input_ids [B, T].
+
+    keep: is handed the keys and values of all P tokens of every block.
+    """
     lengths = packing.lengths
     hidden = base.wte(input_ids.flatten()[packing.tokens]) + base.wpe(packing.positions)
     hidden = base.drop(hidden)
     *blocks, last = base.h
     for block in blocks:
-        hidden = hidden + attention(block.attn, block.ln_1(hidden), lengths)
+        hidden = hidden + attention(block.attn, block.ln_1(hidden), lengths, keep)
         hidden = hidden + feed_forward(block, hidden)
     if not prune_last_block:
-        hidden = hidden + attention(last.attn, last.ln_1(hidden), lengths)
+        hidden = hidden + attention(last.attn, last.ln_1(hidden), lengths, keep)
         hidden = (hidden + feed_forward(last, hidden))[packing.selected]
         return base.ln_f(hidden)
-    attended = attention_at(last.attn, last.ln_1(hidden), packing)
+    attended = attention_at(last.attn, last.ln_1(hidden), packing, keep)
     hidden = hidden[packing.selected] + attended
     return base.ln_f(hidden + feed_forward(last, hidden))
 
 
-def attention(attn: nn.Module, hidden: Tensor, lengths: list[int]) -> Tensor:
+def attention(attn: nn.Module, hidden: Tensor, lengths: list[int], keep: Keep | None = None) -> Tensor:
     """Causal attention within each row; hidden [P, D]."""
     query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in attn.c_attn(hidden).chunk(3, dim=-1))
+    if keep is not None:
+        keep(attn.layer_idx, key, value)
     options = {"dropout_p": attn.attn_dropout.p if attn.training else 0.0, "is_causal": True, "scale": attn.scaling}
     if len(set(lengths)) == 1:
         batch = (each.unflatten(0, (len(lengths), -1)).transpose(1, 2) for each in (query, key, value))
@@ -86,13 +97,16 @@ def attention(attn: nn.Module, hidden: Tensor, lengths: list[int]) -> Tensor:
     return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
 
 
-def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
+def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing, keep: Keep | None = None) -> Tensor:
     """Causal attention [N, D] at the selected positions; keys and values of all P."""
     width = hidden.shape[-1]
     weight, bias = attn.c_attn.weight, attn.c_attn.bias
     query = torch.addmm(bias[:width], hidden[packing.selected], weight[:, :width])
     key, value = torch.addmm(bias[width:], hidden, weight[:, width:]).chunk(2, dim=-1)
-    heads = [each.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1)[None] for each in (query, key, value)]
+    query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in (query, key, value))
+    if keep is not None:
+        keep(attn.layer_idx, key, value)
+    heads = [each.transpose(0, 1)[None] for each in (query, key, value)]
     places = packing.positions[packing.selected]
     rows = zip(
         heads[0].split(packing.counts, dim=2), heads[1].split(packing.lengths, dim=2),
@@ -109,9 +123,12 @@ def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
 
 
 def feed_forward(block: nn.Module, hidden: Tensor) -> Tensor:
-    """The block's MLP of hidden [P, D]; GPT-2's activation by the fused kernel of the same formula."""
+    """The block's MLP of hidden [P, D]."""
     mlp = block.mlp
-    inner = mlp.c_fc(block.ln_2(hidden))
+    return mlp.dropout(mlp.c_proj(activation_of(block)(mlp.c_fc(block.ln_2(hidden)))))
+
+
+def activation_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation; GPT-2's own by the fused kernel of the same formula."""
     fused = block.attn.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
-    inner = F.gelu(inner, approximate="tanh") if fused else mlp.act(inner)
-    return mlp.dropout(mlp.c_proj(inner))
+    return partial(F.gelu, approximate="tanh") if fused else block.mlp.act

@@ -1,0 +1,145 @@
+"""Key/value caches of rows that are decoded together, each in a slot of its own, without padding.
+
+All kinds have the same four operations; the slots in use are always the first ones:
+- prefill(prompts): reads the prompts, each at its own length, into the next slots; hidden states [n, D] of their ends.
+- step(tokens [n]): reads one token in each of the n slots in use; hidden states [n, D].
+- move(source, target): the row of one slot takes another's place.
+- drop(): the last slot is free.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from model.gpt2_slots import GPT2Slots
+from model.language_model import LanguageModel, ModelError
+from model.packed_gpt2 import can_pack
+from model.slot_lengths import SlotLengths
+
+# What a family's forward pass raises for masks and caches that it does not know.
+FAMILY_ERRORS = (ModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+
+
+def make_slots(language_model: LanguageModel, count: int, room: int):
+    """`count` slots for rows of at most `room` tokens, of the quickest kind that is exact for the family."""
+    if can_pack(language_model.model):
+        return GPT2Slots(language_model, count, room)
+    if language_model.decodes_together is None:
+        language_model.decodes_together = decodes_together(language_model)
+    kind = LibrarySlots if language_model.decodes_together else SeparateSlots
+    return kind(language_model, count, room)
+
+
+class LibrarySlots:
+    """For any family whose cache is keys and values: the library's forward pass, with masks of our own."""
+
+    def __init__(self, language_model: LanguageModel, count: int, room: int):
+        self.language_model, self.count, self.room = language_model, count, room
+        self.lengths = SlotLengths(count, language_model.device)
+        self.cache: Cache | None = None
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        return torch.cat([self._prefill(prompt) for prompt in prompts])
+
+    def _prefill(self, prompt: list[int]) -> Tensor:
+        of_prompt = self.language_model.new_cache()
+        hidden = self.language_model.last_hidden(
+            torch.tensor([prompt], device=self.language_model.device), None, of_prompt
+        )
+        if self.cache is None:
+            self.cache = Cache([SlotLayer(layer, self.count, self.room, self.lengths) for layer in of_prompt.layers])
+        for layer, read in zip(self.cache.layers, of_prompt.layers, strict=True):
+            layer.write(len(self.lengths.sizes), len(prompt), read)
+        self.lengths.add([len(prompt)])
+        return hidden
+
+    def step(self, tokens: Tensor) -> Tensor:
+        positions = self.lengths.places[:, None].clone()
+        hidden = self.language_model.last_hidden(tokens[:, None], self._masks(), self.cache, positions)
+        self.lengths.advance()
+        return hidden
+
+    def _masks(self):
+        """One mask, or one for each type of layer where the family has several."""
+        sliding = {layer.is_sliding for layer in self.cache.layers}
+        if sliding == {False}:
+            return self.lengths.visible()
+        windowed = self.lengths.visible(self.language_model.model.config.sliding_window)
+        return windowed if sliding == {True} else {"full_attention": self.lengths.visible(),
+                                                   "sliding_attention": windowed}
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self.cache.layers:
+            layer.keys[target], layer.values[target] = layer.keys[source], layer.values[source]
+        self.lengths.move(source, target)
+
+    def drop(self) -> None:
+        self.lengths.drop()
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values [slots, heads, room, head_dim], written in place at each row's own length."""
+
+    def __init__(self, like: DynamicLayer, count: int, room: int, lengths: SlotLengths):
+        super().__init__()
+        if type(like) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ModelError(f"a cache of {type(like).__name__} has no slots")
+        # Zeros, because what is not written yet is multiplied by 0, and must be finite.
+        self.keys, self.values = (each.new_zeros(count, each.shape[1], room, each.shape[3])
+                                  for each in (like.keys, like.values))
+        self.lengths, self.is_sliding, self.is_initialized = lengths, like.is_sliding, True
+
+    def write(self, slot: int, length: int, read: DynamicLayer) -> None:
+        """The keys and values of one prompt; of a sliding window the last ones are there."""
+        start = length - read.keys.shape[2]
+        self.keys[slot, :, start:length], self.values[slot, :, start:length] = read.keys[0], read.values[0]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *unused, **also_unused) -> tuple[Tensor, Tensor]:
+        count, places = len(key_states), self.lengths.places
+        rows, longest = torch.arange(count, device=places.device), self.lengths.longest + 1
+        self.keys[rows, :, places], self.values[rows, :, places] = key_states[:, :, 0], value_states[:, :, 0]
+        return self.keys[:count, :, :longest], self.values[:count, :, :longest]
+
+    def get_seq_length(self) -> int:
+        return self.lengths.longest
+
+
+class SeparateSlots:
+    """For a family whose cache is something else: each row with the library's own, one after the other."""
+
+    def __init__(self, language_model: LanguageModel, count: int, room: int):
+        self.language_model = language_model
+        self.caches: list[Cache] = []
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        start = len(self.caches)
+        self.caches += [self.language_model.new_cache() for _ in prompts]
+        return self._read(prompts, self.caches[start:])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self._read(tokens[:, None].tolist(), self.caches)
+
+    def _read(self, rows: list[list[int]], caches: list[Cache]) -> Tensor:
+        device = self.language_model.device
+        return torch.cat([self.language_model.last_hidden(torch.tensor([ids], device=device), None, cache)
+                          for ids, cache in zip(rows, caches, strict=True)])
+
+    def move(self, source: int, target: int) -> None:
+        self.caches[target] = self.caches[source]
+
+    def drop(self) -> None:
+        self.caches.pop()
+
+
+@torch.no_grad()
+def decodes_together(language_model: LanguageModel) -> bool:
+    """Whether `LibrarySlots` gives this family's own hidden states: tried with rows of different lengths."""
+    tokens = [torch.tensor(pair, device=language_model.device) for pair in ([5, 4], [2, 1], [4, 5])]
+    try:
+        alone, together = ([slots.prefill([[1, 2, 3, 4], [3, 1]]), *map(slots.step, tokens)]
+                           for slots in (kind(language_model, 2, 8) for kind in (SeparateSlots, LibrarySlots)))
+    except FAMILY_ERRORS:
+        return False
+    return all(torch.allclose(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
+               for one, other in zip(alone, together, strict=True))
