@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-from model.teacher_student import TeacherStudent
 from utils.cached_teacher import CachedTeacher
 from utils.command_line import run_command, training_parser
 from utils.config_files import config_json, load_config
-from utils.config_kd import NUMBERS, DistillConfig
+from utils.config_kd import DistillConfig
 from utils.datasets import Tables, make_prompt_format, measured_datasets
 from utils.devices import Place
+from utils.distillation import identity_of, make_objective, without_dropout
 from utils.run_folder import Start
 from utils.run_log import RunLog
 from utils.signals import StopRequest
@@ -24,6 +24,8 @@ examples:
   python train_kd.py --set distillation_kwargs.kl_div=JS --set trainer_kwargs.output_dir=runs/js
   python train_kd.py --set 'distillation_kwargs.teacher_cache={"kind": "hidden"}'
                                                            compute the teacher's outputs once, for several epochs
+  python train_kd.py --set distillation_kwargs.method=policy_gradient --set distillation_kwargs.penalty=true
+                                                           on the student's own summaries, rewarded by the teacher
   python train_kd.py --print_config                        what would be run, with all defaults
 
 The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command goes on
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def distil(options) -> int:
-    config = load_config(options.config, options.set, DistillConfig)
+    config = without_dropout(load_config(options.config, options.set, DistillConfig))
     if options.print_config:
         print(config_json(config), end="")
         return 0
@@ -72,30 +74,11 @@ def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLo
         for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
             teacher.open(tables.open(name))
         teacher.load_if_needed()
-    objective = TeacherStudent(
-        student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.beta, kwargs.lambda_, kwargs.mu,
-        kwargs.chunk_size, vocabulary,
-    )
+    objective = make_objective(config, student, teacher, vocabulary, place, prompt_format, log)
     return train_objective(
         objective, config, place, stop, log, start, prompt_format, tables, train_table,
         identity_of(config, fingerprint),
     )
-
-
-def identity_of(config: DistillConfig, fingerprint: str) -> dict:
-    """What decides start and loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
-    kwargs = config.distillation_kwargs
-    cache = kwargs.teacher_cache
-    keys = ["student_init", "student_layers", "kl_div", "temperature", "kd_weight"]
-    keys += [key for key, names in NUMBERS.items() if kwargs.kl_div in names]
-    return {
-        "the teacher's weights": fingerprint,
-        "trainer_kwargs.student_ckpt_path": config.trainer_kwargs.student_ckpt_path,
-        **{f"distillation_kwargs.{key.rstrip('_')}": getattr(kwargs, key) for key in keys},
-        "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
-        "distillation_kwargs.teacher_cache.dtype":
-            cache.dtype if cache and cache.kind == "hidden" and cache.dtype == "bfloat16" else None,
-    }
 
 
 if __name__ == "__main__":

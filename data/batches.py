@@ -24,6 +24,7 @@ def plan_epoch(
     epoch: int,
     tokens_per_batch: int | None = None,
     max_micro_batches: int | None = None,
+    passes: int = 1,
 ) -> list[Step]:
     """All optimizer steps of an epoch.
 
@@ -34,6 +35,7 @@ def plan_epoch(
     many rows as fit with padding (one row always does).
     The result is a function of the arguments alone: a resumed run goes on at any step of it.
 
+    passes: how many steps in a row take the same rows.
     max_micro_batches: the epoch ends after so many; a step that it cuts is done with the micro-batches left to it.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -49,7 +51,7 @@ def plan_epoch(
     steps = [steps[index] for index in rng.permutation(len(steps))]
     if full < len(order):
         steps.append(order[full:])
-    plan = [micro_batches(rows, lengths, batch_size, tokens_per_batch) for rows in steps]
+    plan = [micro_batches(rows, lengths, batch_size, tokens_per_batch) for rows in steps for _ in range(passes)]
     return plan if max_micro_batches is None else list(first_micro_batches(plan, max_micro_batches))
 
 

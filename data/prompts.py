@@ -94,6 +94,14 @@ class PromptFormat:
             )
         return [self.prefix_ids + ids[:room] + self.suffix_ids for ids in self.encode(articles)]
 
+    def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
+        """A training row's prompt, its article's end cut so that len(prompt) + max_new_tokens <= max_length."""
+        excess = len(prompt) + max_new_tokens - self.max_length
+        if excess <= 0:
+            return prompt
+        end = len(prompt) - len(self.suffix_ids)
+        return prompt[: end - excess] + prompt[end:]
+
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids: special tokens left out, spaces as generated, outer white space stripped."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()

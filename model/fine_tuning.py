@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from model.language_model import LanguageModel
-from model.objective import LossTerms
+from model.objective import LossTerms, arguments_of, by_step
 from model.vocabulary_loss import vocabulary_loss
 
 
@@ -16,14 +16,21 @@ class FineTuning(nn.Module):
     is made.
     """
 
+    passes = 1
+
     def __init__(self, language_model: LanguageModel, chunk_size: int = 128):
         super().__init__()
         self.language_model, self.chunk_size = language_model, chunk_size
 
-    def ahead(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The arguments of `forward` for each collated batch of a table's rows."""
-        for batch in batches:
-            yield batch["input_ids"], batch["attention_mask"], batch["labels"]
+    def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
+        """The arguments of `forward` for each collated batch of a table's rows, step by step."""
+        return by_step(map(arguments_of, batches), counts)
+
+    def resume_state(self) -> dict:
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """There is nothing to restore."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> LossTerms:
         """input_ids [B, T] int64; attention_mask [B, T]; labels [B, T] int64, -100 = no loss; on the CPU or not.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.language_model import LanguageModel
+from model.objective import arguments_of
 from model.vocabulary_loss import OutputHead, TeacherHidden
 
 
@@ -51,10 +52,6 @@ class Teacher:
             batches, lambda batch: self.hidden(*arguments_of(batch)),
             lambda batch, hidden: (*arguments_of(batch), self.to_student(hidden)),
         )
-
-
-def arguments_of(batch: dict) -> tuple[Tensor, Tensor, Tensor]:
-    return batch["input_ids"], batch["attention_mask"], batch["labels"]
 
 
 def one_ahead(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:

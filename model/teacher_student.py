@@ -1,12 +1,15 @@
 """Divergence distillation: the student learns from the highlights and from the teacher's distributions."""
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
+import numpy as np
 from torch import Tensor, nn
 
 from model.divergences import choose_divergence
 from model.language_model import LanguageModel
-from model.objective import LossTerms
+from model.objective import LossTerms, arguments_of, by_step
+from model.rollout_sets import RolloutBatch, RolloutSets
 from model.teacher import Teacher
 from model.vocabulary import shared_vocabulary
 from model.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
@@ -19,14 +22,20 @@ class TeacherStudent(nn.Module):
     (`model/divergences.py` lists names and sources); CE is the cross-entropy of the label at temperature 1. The square
     keeps the gradient's scale as the temperature changes (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
+    With on_policy_fraction, that share of the optimizer steps takes D on the student's own rollouts, as a mean over
+    their tokens, and CE on the highlights (GKD, arXiv 2306.13649): where the prefixes come from and the divergence are
+    independent choices.
+
     language_model: the student. teacher: a `Teacher`, or what has its `outputs` and `ahead`.
     vocabulary: number of real tokens; None asks the two tokenizers.
-    chunk_size: label positions whose logits exist at a time.
+    chunk_size: label positions whose logits exist at a time. rollouts: draws for on_policy_fraction (source "student").
 
     Raises:
         ValueError: an unknown kl_div, or a number out of range.
         ModelError: teacher and student have different vocabularies.
     """
+
+    passes = 1
 
     def __init__(
         self,
@@ -40,6 +49,8 @@ class TeacherStudent(nn.Module):
         mu: float = 0.5,
         chunk_size: int = 128,
         vocabulary: int | None = None,
+        on_policy_fraction: float = 0.0,
+        rollouts: RolloutSets | None = None,
     ):
         super().__init__()
         if not temperature > 0:
@@ -52,10 +63,41 @@ class TeacherStudent(nn.Module):
         if vocabulary is None:
             vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)
         self.vocabulary = vocabulary
+        if not 0 <= on_policy_fraction <= 1:
+            raise ValueError(f"on_policy_fraction is {on_policy_fraction}: expected a number from 0 to 1")
+        if on_policy_fraction and rollouts is None:
+            raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutSets")
+        self.on_policy_fraction, self.rollouts, self.steps = on_policy_fraction, rollouts, 0
 
-    def ahead(self, table, batches: Iterable[dict]) -> Iterator[tuple]:
-        """The arguments of `forward` for each collated batch of a table's rows, the teacher one batch ahead."""
-        return self.teacher.ahead(table, batches)
+    def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
+        """The arguments of `forward` for each collated batch of a table's rows, step by step.
+
+        On the highlights the teacher is one batch ahead; rollouts are drawn when their step begins.
+        """
+        if not (self.training and self.on_policy_fraction):
+            yield from by_step(self.teacher.ahead(table, batches), counts)
+            return
+        batches = iter(batches)
+        for count in counts:
+            own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
+            if on_policy:
+                drawn = self.rollouts.of_step(table, own)
+                yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
+            else:
+                yield self.teacher.ahead(table, own)
+
+    def next_is_on_policy(self) -> bool:
+        """By a number of its own for each step, so that a resumed run and every process decide alike."""
+        self.steps += 1
+        return np.random.default_rng([self.rollouts.options.seed, self.steps]).random() < self.on_policy_fraction
+
+    def resume_state(self) -> dict:
+        return {"steps": self.steps, "rollouts": self.rollouts.resume_state()} if self.rollouts else {}
+
+    def restore(self, state: dict) -> None:
+        if self.rollouts:
+            self.steps = state["steps"]
+            self.rollouts.restore(state["rollouts"])
 
     def forward(
         self,
@@ -63,12 +105,15 @@ class TeacherStudent(nn.Module):
         attention_mask: Tensor | None,
         labels: Tensor,
         teacher_outputs: TeacherHidden | TeacherTopK | None = None,
+        rollout: RolloutBatch | None = None,
     ) -> LossTerms:
         """input_ids [B, T] int64; attention_mask [B, T]; labels [B, T] int64, -100 = no loss; on the CPU or not.
 
         teacher_outputs: of the same batch, on the student's device; None computes them now. A batch without any label
-        gives exactly 0 with zero gradients.
+        gives exactly 0 with zero gradients. rollout: where to take the divergence instead of the highlights.
         """
+        if rollout is not None:
+            return self.on_policy(input_ids, attention_mask, labels, rollout)
         if teacher_outputs is None:
             teacher_outputs = self.teacher.outputs(input_ids, attention_mask, labels)
         hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels)
@@ -79,3 +124,19 @@ class TeacherStudent(nn.Module):
         )
         return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy,
                                                        "divergence": loss.divergence})
+
+    def on_policy(self, input_ids, attention_mask, labels, rollout: RolloutBatch) -> LossTerms:
+        """CE on the highlights; the divergence on the rollout, scaled so that the step's mean is over its tokens."""
+        model, head = self.language_model, self.language_model.output_head()
+        options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
+        hidden, targets = model.label_hidden(input_ids, attention_mask, labels)
+        of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
+        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels)
+        of_rollout = vocabulary_loss(
+            hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,
+            kd_weight=1.0, factor=self.kd_weight * rollout.token_scale, **options,
+        )
+        return LossTerms(
+            of_labels.loss_sum + of_rollout.loss_sum, len(targets),
+            {"cross_entropy": of_labels.cross_entropy, "divergence": of_rollout.divergence * rollout.token_scale},
+        )

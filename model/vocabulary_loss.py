@@ -5,6 +5,8 @@ are there: one product for the student's logits and two for the gradients of its
 teacher's logits. Nothing is computed twice, and memory does not depend on the number of positions.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,9 +72,10 @@ def vocabulary_loss(
     divergence: Divergence | None = None,
     temperature: float = 1.0,
     kd_weight: float = 0.0,
+    factor: float = 1.0,
     chunk_size: int = 128,
 ) -> VocabularyLoss:
-    """Sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
+    """factor times the sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
 
     hidden [N, D]: the student's states that predict `targets` [N] int64, on one device with head and teacher.
     vocabulary: number of real tokens; later rows of either head are padding of the matrix and are left out of every
@@ -100,22 +103,52 @@ def vocabulary_loss(
     if not 1 <= size <= min(rows):
         raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {min(rows)}")
     kd_weight = 0.0 if teacher is None else kd_weight
-    work = Work(head, targets, size, teacher, divergence, temperature, kd_weight, chunk_size, torch.is_grad_enabled())
-    loss_sum, cross_entropy, divergence_sum = ChunkedLoss.apply(hidden, head.weight, head.bias, work)
-    return VocabularyLoss(loss_sum, cross_entropy, None if teacher is None else divergence_sum)
+    terms = partial(label_terms, targets=targets, divergence=divergence, temperature=temperature, kd_weight=kd_weight,
+                    factor=factor)
+    loss_sum, sums = chunked_loss(
+        hidden, head, even_parts(len(hidden), chunk_size), terms, vocabulary=size, teacher=teacher,
+        temperature=temperature,
+    )
+    return VocabularyLoss(loss_sum, sums[0], None if teacher is None else sums[1])
+
+
+# Of one chunk: (logits [n, V], which positions they are of, the teacher's log-probabilities [n, V] or top k or None,
+# whether the gradient is wanted) -> (sums [k], the first of which is the loss; its gradient [n, V] by the logits).
+ChunkTerms = Callable[[Tensor, slice, "Tensor | TeacherTopK | None", bool], tuple[Tensor, Tensor | None]]
+
+
+def even_parts(count: int, chunk_size: int) -> list[slice]:
+    return [slice(start, start + chunk_size) for start in range(0, count, chunk_size)]
+
+
+def chunked_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    parts: list[slice],
+    terms: ChunkTerms,
+    *,
+    vocabulary: int,
+    teacher: TeacherHidden | TeacherTopK | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(loss with a graph, the other sums [k - 1] detached) over chunks of the positions of hidden [N, D].
+
+    parts: the chunks, which cover all positions in order; `terms` may change the logits that it is handed. The
+    teacher's log-probabilities are at `temperature`. Gradients flow to hidden, weight and bias of the head.
+    """
+    work = Work(head, parts, terms, vocabulary, teacher, temperature, torch.is_grad_enabled())
+    return ChunkedLoss.apply(hidden, head.weight, head.bias, work)
 
 
 class Work(NamedTuple):
     """What `ChunkedLoss` does; all but the tensors that gradients flow to."""
 
     head: OutputHead
-    targets: Tensor
+    parts: list[slice]
+    terms: ChunkTerms
     size: int
     teacher: TeacherHidden | TeacherTopK | None
-    divergence: Divergence | None
     temperature: float
-    kd_weight: float
-    chunk_size: int
     with_gradients: bool
 
 
@@ -127,8 +160,9 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             sums, gradients = all_chunks(hidden, weight, bias, work, wanted, product_type)
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(*sums[1:])
-        return sums
+        loss, others = sums[0].clone(), sums[1:]
+        ctx.mark_non_differentiable(others)
+        return loss, others
 
     @staticmethod
     @once_differentiable
@@ -146,7 +180,7 @@ def autocast_type(hidden: Tensor) -> torch.dtype:
 
 
 def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_type: torch.dtype):
-    """((loss, cross-entropy, divergence) sums, gradients of hidden, weight and bias where wanted)."""
+    """(sums of the terms, gradients of hidden, weight and bias where wanted)."""
     precision = torch.promote_types(hidden.dtype, torch.float32)
     student_head = cut_head(work.head, work.size)
     student_head = student_head._replace(weight=student_head.weight.to(product_type))
@@ -161,19 +195,18 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
     for each in gradients[1:]:
         if each is not None:
             each[work.size if len(hidden) else 0 :].zero_()  # the rest is written by the first chunk
-    sums = torch.zeros(2, dtype=precision, device=hidden.device)
-    for start in range(0, len(hidden), work.chunk_size):
-        part = slice(start, start + work.chunk_size)
+    # No position is one empty chunk, which says how many terms there are.
+    sums = None
+    for part in work.parts or [slice(0, 0)]:
         logits, slope = head_logits(states[part], student_head, precision, any(wanted))
         of_teacher = None if teacher is None else chunk_of_teacher(teacher, part, work.temperature, precision)
-        values, gradient = chunk_terms(logits, work.targets[part], of_teacher, work, any(wanted))
-        sums += values
-        if gradient is not None:
+        values, gradient = work.terms(logits, part, of_teacher, any(wanted))
+        sums = values if sums is None else sums + values
+        if gradient is not None and len(gradient):
             if slope is not None:
                 gradient *= slope
             add_products(gradients, gradient, part, states, student_head.weight, product_type)
-    loss = (1 - work.kd_weight) * sums[0] + work.kd_weight * work.temperature**2 * sums[1]
-    return (loss, sums[0], sums[1]), gradients
+    return sums, gradients
 
 
 def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_slope: bool):
@@ -213,28 +246,35 @@ def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, temperat
     return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), -1)
 
 
-def chunk_terms(logits: Tensor, targets: Tensor, of_teacher, work: Work, with_gradient: bool):
-    """(sums [2] of cross-entropy and divergence, gradient [n, V] of the loss by the student's logits or None)."""
-    label_share = 1 - work.kd_weight
+def label_terms(
+    logits: Tensor, part: slice, of_teacher, with_gradient: bool, *, targets: Tensor, divergence: Divergence | None,
+    temperature: float, kd_weight: float, factor: float,
+):
+    """(sums [3] of loss, cross-entropy and divergence, gradient [n, V] of the loss by the student's logits or None)."""
+    targets, label_share, kd_share = targets[part], factor * (1 - kd_weight), factor * kd_weight
     log_q = torch.log_softmax(logits, -1)
     cross_entropy = -log_q.gather(1, targets[:, None]).sum()
     if of_teacher is None:
         values, gradient, q = logits.new_zeros(()), None, log_q.exp() if with_gradient else None
     else:
-        soft = log_q if work.temperature == 1.0 else torch.log_softmax(logits.div_(work.temperature), -1)
+        soft = log_q if temperature == 1.0 else torch.log_softmax(logits.div_(temperature), -1)
         soft_q = soft.exp()
         if isinstance(of_teacher, TeacherTopK):
-            values, gradient = top_k_terms(of_teacher, soft, work.divergence)
+            values, gradient = top_k_terms(of_teacher, soft, divergence)
         else:
-            values, gradient = work.divergence(of_teacher, soft, soft_q)
+            values, gradient = divergence(of_teacher, soft, soft_q)
         values = values.sum()
         if with_gradient:
-            gradient *= work.kd_weight * work.temperature  # temperature^2, and 1 / temperature of the softmax
-            q = soft_q if work.temperature == 1.0 else log_q.exp_()
-    sums = torch.stack([cross_entropy, values])
+            gradient *= kd_share * temperature  # temperature^2, and 1 / temperature of the softmax
+            q = soft_q if temperature == 1.0 else log_q.exp_()
+    loss = label_share * cross_entropy + kd_share * temperature**2 * values
+    sums = torch.stack([loss, cross_entropy, values])
     if not with_gradient:
         return sums, None
-    gradient = q if gradient is None else gradient.add_(q, alpha=label_share)
+    if gradient is None:
+        gradient = q if label_share == 1 else q.mul_(label_share)
+    else:
+        gradient.add_(q, alpha=label_share)
     gradient[torch.arange(len(targets), device=targets.device), targets] -= label_share
     return sums, gradient
 

@@ -93,7 +93,11 @@ KD_ARCH = {
 KD_TRAINER = {"output_dir": "runs/distill", "teacher_ckpt_path": None, "student_ckpt_path": None}
 KD_KWARGS = {
     "method": "divergence", "kl_div": "forward", "temperature": 1.0, "kd_weight": 0.5, "beta": 0.5, "lambda": 0.1,
-    "mu": 0.5, "chunk_size": 128, "teacher_cache": None, "student_init": None, "student_layers": None,
+    "mu": 0.5, "chunk_size": 128, "teacher_cache": None, "on_policy_fraction": 0.0, "rollout": "mixed", "alpha": 0.2,
+    "rollout_temperature": 1.0, "rollout_top_k": None, "rollout_top_p": None, "rollout_batch_size": None,
+    "rollout_epochs": 1, "importance_weight": "token", "lm_weight": 0.5, "clip_epsilon": 0.2, "whiten": False,
+    "penalty": False, "frequency_weight": 0.1, "diversity_weight": 0.1, "entropy_weight": 0.01, "entropy_floor": None,
+    "student_init": None, "student_layers": None,
 }
 KL_DIVS = ["forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
            "adaptive"]

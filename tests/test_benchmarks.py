@@ -1,4 +1,4 @@
-"""The distillation benchmarks, on tiny sizes: that they compare before they time. Peers are run where installed."""
+"""The distillation and decoding benchmarks, on tiny sizes: compared before they are timed. Peers run where here."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import interleaved, kd_step, loss_head
+from benchmarks import decode, interleaved, kd_step, loss_head
 from model.divergences import choose_divergence
 from model.teacher_student import TeacherStudent
 
 QUICK = ["--size", "tiny", "--rounds", "2", "--skip_memory"]
 KD = [*QUICK, "--length", "40", "--labels", "9"]
+DECODE = ["--size", "tiny", "--rounds", "2", "--prompts", "9", "--shortest", "2", "--longest", "40", "--new", "20",
+          "--batch", "4"]
 
 
 @pytest.mark.parametrize("variant", [name for name in loss_head.PACKAGES if name != "ours"])
@@ -87,6 +89,58 @@ def test_targets_belong_to_real_sizes():
     assert str(kd_step.MOST_MEMORY) == "; reach at most 0.2, goal 0.167"
     assert target("small", "full", "float32", "float32") is None
     assert target("real", "full", "float32", "bfloat16") is None
+    assert str(decode.target("real", "batched")) == "; reach at least 2.4, goal 3"
+    assert str(decode.target("real", "sorted")) == "; reach at least 1.9, goal 2.4"
+    assert decode.target("small", "sorted") is None and decode.target("real", "one_by_one") is None
+
+
+def test_decoding_variants_take_turns(capsys):
+    """Fault: A way to decode gives other tokens or is not run, or rows of short and long prompts end together."""
+    decode.main(DECODE)
+    lines = capsys.readouterr().out.splitlines()
+    lengths = [int(each) for each in lines[2].partition("sorted: ")[2].split()]
+    assert lines[2].startswith("same tokens") and len(lengths) == 9 and len(set(lengths)) >= 6
+    assert min(lengths) <= 5 and max(lengths) >= 15
+    assert [line.split()[0] for line in lines[3:7]] == list(decode.VARIANTS)
+    assert [line.partition(" / ours: ")[0] for line in lines[7:]] == [
+        "time generate, batched", "time generate, batched, sorted", "time generate, one by one"]
+
+
+def test_rows_end_where_wanted():
+    """Fault: The head ends rows elsewhere than asked, or changes the text before the end."""
+    options = decode.parse(["--size", "tiny", "--prompts", "3", "--shortest", "5", "--longest", "30", "--new", "12"])
+    model, prompts, wanted = decode.make_model("tiny"), decode.make_prompts(options), [7, 0, 3]
+    assert sorted(map(len, prompts)) == [5, 18, 30]
+    endless = decode.generate(model, prompts, 12)
+    assert [len(row) for row in endless] == [12, 12, 12]
+    decode.end_after(model, decode.states_of_continuations(model, prompts, 12, 2), wanted)
+    assert decode.generate(model, prompts, 12) == [row[:end] for row, end in zip(endless, wanted, strict=True)]
+
+
+def test_batches_of_generate(monkeypatch):
+    """Fault: `generate` is given more padding than its batches need: unsorted, or batched where it runs one by one."""
+    shapes = []
+
+    def generate(model, prompts, new):
+        shapes.append([len(prompt) for prompt in prompts])
+        return prompts
+
+    monkeypatch.setattr(decode, "generate", generate)
+    prompts = [[7] * length for length in (3, 9, 1, 4, 8)]
+    for name, expected in (("batched", [[3, 9], [1, 4], [8]]), ("sorted", [[9, 8], [4, 3], [1]]),
+                           ("one_by_one", [[3], [9], [1], [4], [8]])):
+        shapes.clear()
+        assert decode.make_variant(name, None, prompts, 5, 2)() == prompts
+        assert shapes == expected
+
+
+def test_other_tokens_are_refused(monkeypatch, capsys):
+    """Fault: Times are printed for decoders that give different tokens."""
+    ours = decode.greedy_decode
+    monkeypatch.setattr(decode, "greedy_decode", lambda *given: [ids[:-1] for ids in ours(*given)])
+    with pytest.raises(SystemExit, match=r"batched: other tokens than ours in \d rows"):
+        decode.main([*DECODE, "--variants", "batched", "ours"])
+    assert "median" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux alone")
@@ -110,6 +164,8 @@ def test_usage_errors_are_one_line(capsys, monkeypatch):
         (kd_step.main, ["--labels", "384"], "--length is 384: expected at least 385"),
         (kd_step.main, ["--rounds", "1"], "--rounds is 1: expected at least 2"),
         (kd_step.main, ["--lengths", "real", "--batch", "1"], "--lengths real needs --batch 2 or more"),
+        (decode.main, ["--longest", "199"], "--longest is 199: expected at least 200"),
+        (decode.main, ["--new", "525"], "--longest and --new are 500 and 525: expected at most 1024 together"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

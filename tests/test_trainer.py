@@ -114,7 +114,7 @@ def test_last_window_is_flushed_and_divided_by_its_own_rows(tmp_path):
     for step in steps:
         from data.batches import load_batches
 
-        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0)), 0.1)
+        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0), [len(step)]), 0.1)
         found.append(objective.w.item())
     assert found == pytest.approx([0.5, 1.4], abs=1e-6)
 
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]
     with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2, 3;"):
-        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0)), 0.1)
+        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0), [len(step)]), 0.1)
     assert objective.w.item() == 0.0
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from data.articles import DataError
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
 from data.token_cache import TokenTable
-from model.teacher import Teacher, arguments_of, move_head, one_ahead
+from model.objective import arguments_of
+from model.teacher import Teacher, move_head, one_ahead
 from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, cut_head, head_logits, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place

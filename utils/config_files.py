@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from utils.config import NO_EFFECT, FineTuneConfig
-from utils.config_kd import DistillConfig, distillation_warnings
+from utils.config_kd import DistillConfig
+from utils.config_kd_checks import distillation_warnings
 from utils.config_reference import CLOSE, constants, expected, most_alike, nearest, node_at
 from utils.files import json_text
 

@@ -12,7 +12,6 @@ from utils.config import (
     Architecture,
     CallbacksKwargs,
     DatasetKwargs,
-    Dropout,
     FromScratch,
     GenerationKwargs,
     GpuNumber,
@@ -27,9 +26,8 @@ from utils.config import (
     contradictions,
     monitored_metric,
 )
+from utils.config_kd_checks import model_contradictions
 
-# Which divergences a number belongs to; it has no effect on the others.
-NUMBERS = {"beta": ("generalized_js",), "lambda_": ("skew_forward", "skew_reverse"), "mu": ("symmetric",)}
 # Keys of config.json that stand for one model there: where they are here.
 STUDENT_KEYS = {"lang_model": "student_lang_model", "gpu_device_id": "student_gpu_device_id"}
 
@@ -53,7 +51,10 @@ class DistillModelArch(Section):
     from_scratch: FromScratch = False
     architecture: Architecture = Field(default={})
     tokenizer: TokenizerName = None
-    dropout: Dropout = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="one number for all dropouts of the student; null keeps the model's own, and is 0 with "
+        "policy_gradient, where the probabilities must be the same while drawing and in the loss"
+    )
     pack_rows: PackRows = True
     prune_last_block: PruneLastBlock = True
     generation_kwargs: GenerationKwargs = Field(default_factory=GenerationKwargs)
@@ -109,13 +110,17 @@ class DistillationKwargs(Section):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    method: Literal["divergence"] = Field("divergence", description="a divergence at the label positions")
+    method: Literal["divergence", "policy_gradient"] = Field(
+        "divergence", description="divergence: one of teacher and student at each token of the highlights; "
+        "policy_gradient: the reverse KL of whole sequences, on rollouts"
+    )
     kl_div: Literal[
         "forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
         "adaptive",
     ] = Field("forward", description="the divergence D(teacher, student)")
     temperature: float = Field(
-        1.0, ge=0.001, le=1000, description="of both softmaxes in the divergence D; the loss multiplies D by its square"
+        1.0, ge=0.001, le=1000, description="of both softmaxes in the divergence D, which the loss multiplies by its "
+        "square; with policy_gradient, in rewards and single-step part"
     )
     kd_weight: float = Field(
         0.5, ge=0, le=1, description="share w of the divergence; the rest is cross-entropy: the loss of a label token "
@@ -133,6 +138,52 @@ class DistillationKwargs(Section):
     teacher_cache: TeacherCache | None = Field(
         None, description='keep the teacher\'s outputs on disk: the first epoch fills it, later ones do not need the '
         'teacher; {"kind": "hidden"} is the simplest; null is off'
+    )
+    on_policy_fraction: float = Field(
+        0.0, ge=0, le=1, description="method divergence: share of the optimizer steps whose divergence is taken on the "
+        "student's own rollouts; cross-entropy stays on the highlights"
+    )
+    rollout: Literal["mixed", "student", "teacher", "labels"] = Field(
+        "mixed", description="policy_gradient: what sequences, of up to generation_kwargs.max_generation_length "
+        "tokens, are drawn from; mixed is alpha teacher + (1 - alpha) student; labels takes the highlights instead"
+    )
+    alpha: float = Field(0.2, ge=0, le=1, description="rollout mixed: share of the teacher")
+    rollout_temperature: float = Field(
+        1.0, ge=0.001, le=1000, description="of both models while drawing"
+    )
+    rollout_top_k: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="draw among so many most likely tokens; null is all"
+    )
+    rollout_top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="draw among the fewest tokens that have this mass together; null is all"
+    )
+    rollout_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="rows decoded at a time; null is dataset_kwargs.val_batch_size"
+    )
+    rollout_epochs: int = Field(
+        1, ge=1, le=1000, description="policy_gradient: optimizer steps in a row that use one set of rollouts"
+    )
+    importance_weight: Literal["token", "sequence"] = Field(
+        "token", description="policy_gradient: what corrects for drawing from the mixture; token is each token's own "
+        "ratio, sequence their product, unbiased and of high variance"
+    )
+    lm_weight: float = Field(
+        0.5, ge=0, le=1, description="policy_gradient: share of the cross-entropy on the highlights"
+    )
+    clip_epsilon: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        0.2, description="policy_gradient: the long-term part learns nothing more from a token whose probability has "
+        "changed by more than this share; null is no clipping"
+    )
+    whiten: bool = Field(
+        False, description="policy_gradient: long-term rewards with mean 0 and standard deviation 1 in each step"
+    )
+    penalty: bool = Field(False, description="policy_gradient: adds the three penalties that follow")
+    frequency_weight: float = Field(0.1, ge=0, description="penalty: of using the same tokens again and again")
+    diversity_weight: float = Field(0.1, ge=0, description="penalty: of tokens that all mean alike")
+    entropy_weight: float = Field(0.01, ge=0, description="penalty: of over-confident predictions")
+    entropy_floor: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="penalty: entropy in nats from which on a prediction is not punished; null is a tenth of the "
+        "log of the vocabulary's size"
     )
     student_init: Literal["teacher_layers"] | None = Field(
         None, description="teacher_layers copies blocks of a teacher of the same width; null is the student's weights"
@@ -164,61 +215,3 @@ class DistillConfig(Section):
         if lines := [*contradictions(self), *model_contradictions(self)]:
             raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
         return self
-
-
-def model_contradictions(config: DistillConfig) -> list[str]:
-    """One line for each pair of keys about teacher and student that cannot both be meant."""
-    arch, trainer, distillation = config.model_arch, config.trainer_kwargs, config.distillation_kwargs
-    return [*teacher_contradictions(arch, trainer), *student_contradictions(arch, trainer, distillation)]
-
-
-def teacher_contradictions(arch: DistillModelArch, trainer: DistillTrainerKwargs) -> list[str]:
-    if arch.teacher_lang_model is not None:
-        return []
-    if trainer.teacher_ckpt_path is None:
-        return ["model_arch.teacher_lang_model and trainer_kwargs.teacher_ckpt_path are both null: name the teacher, "
-                "such as the model_checkpoints/best of a train.py run in teacher_ckpt_path"]
-    if trainer.teacher_ckpt_path.endswith(".pt"):
-        return ["trainer_kwargs.teacher_ckpt_path is a .pt file but model_arch.teacher_lang_model is null: set "
-                "teacher_lang_model to the architecture of that file, such as gpt2-medium"]
-    return []
-
-
-def student_contradictions(
-    arch: DistillModelArch, trainer: DistillTrainerKwargs, distillation: DistillationKwargs
-) -> list[str]:
-    from_checkpoint, from_teacher = trainer.student_ckpt_path is not None, distillation.student_init is not None
-    checkpoint, init = "trainer_kwargs.student_ckpt_path", "distillation_kwargs.student_init"
-    lines = []
-    if from_checkpoint and from_teacher:
-        lines.append(f'{checkpoint} is set but {init} is "{distillation.student_init}", another start of the student: '
-                     "set student_ckpt_path or student_init to null")
-    if from_checkpoint and arch.from_scratch:
-        lines.append(f"{checkpoint} is set but model_arch.from_scratch is true, another start of the student: set "
-                     "student_ckpt_path to null, or from_scratch to false")
-    if from_teacher and arch.from_scratch:
-        lines.append(f'{init} is "{distillation.student_init}" but model_arch.from_scratch is true, another start of '
-                     "the student: set student_init to null, or from_scratch to false")
-    if from_checkpoint and arch.architecture:
-        lines.append(f"{checkpoint} is set but model_arch.architecture is not empty: that checkpoint has its own, "
-                     "remove architecture, or set student_ckpt_path to null")
-    if from_teacher and arch.tokenizer is not None:
-        lines.append(f'{init} is "{distillation.student_init}" but model_arch.tokenizer is set: the student has the '
-                     "teacher's embeddings and so its tokenizer, set tokenizer or student_init to null")
-    if distillation.student_layers is not None and not from_teacher:
-        lines.append(f'distillation_kwargs.student_layers is set but {init} is null: set student_init to '
-                     '"teacher_layers", or student_layers to null')
-    return lines
-
-
-def distillation_warnings(config: DistillConfig) -> list[str]:
-    """One line for each number that is set but has no effect."""
-    distillation, fields = config.distillation_kwargs, DistillationKwargs.model_fields
-    lines = []
-    for name, divergences in NUMBERS.items():
-        if getattr(distillation, name) != fields[name].default and distillation.kl_div not in divergences:
-            lines.append(f"distillation_kwargs.{fields[name].alias or name} has no effect: it belongs to kl_div "
-                         f"{' and '.join(divergences)}, and kl_div is {distillation.kl_div}")
-    if distillation.temperature != 1 and distillation.kd_weight == 0:
-        lines.append("distillation_kwargs.temperature has no effect: it belongs to the divergence, and kd_weight is 0")
-    return lines

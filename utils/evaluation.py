@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ def measure_loss(
     sums: dict[str, float] = {}
     bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
     with apart(objective), bar:
-        for arguments in objective.ahead(table, load_batches(table, batches, pad_id)):
+        steps = objective.ahead(table, load_batches(table, batches, pad_id), [1] * len(batches))
+        for arguments in chain.from_iterable(steps):
             if interrupted():
                 raise Interrupted
             with place.autocast():

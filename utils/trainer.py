@@ -17,6 +17,7 @@ from torch import nn
 from data.batches import Step, load_batches, plan_epoch
 from data.token_cache import TokenTable
 from model.language_model import LanguageModel
+from model.objective import ObjectiveError
 from utils.checkpoint import Checkpoints
 from utils.config import FineTuneConfig
 from utils.devices import Place
@@ -96,6 +97,8 @@ class Trainer:
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
         generators = tensors["random"]
+        if len(of_objective := tensors.get("objective", [])) == self.place.world_size:
+            self.objective.restore(of_objective[self.place.rank])
         if len(generators) != self.place.world_size:
             return [*notices, f"the checkpoint was made by {len(generators)} processes, now there are "
                     f"{self.place.world_size}: dropout will not repeat number for number"]
@@ -132,7 +135,7 @@ class Trainer:
         data = self.config.dataset_kwargs
         return plan_epoch(
             self.table.lengths, data.train_batch_size, self.state.accumulation, self.options.seed, self.state.epoch,
-            data.tokens_per_batch, self.options.batches_per_epoch,
+            data.tokens_per_batch, self.options.batches_per_epoch, self.objective.passes,
         )
 
     def schedule(self, steps_in_epoch: int) -> Schedule:
@@ -150,12 +153,12 @@ class Trainer:
         remaining = plan[self.state.step_in_epoch :]
         if most is not None:
             remaining = remaining[: most - self.state.step]
-        own = [rows for step in remaining for rows in self.own_share(step)]
-        batches = self.objective.ahead(self.table, load_batches(
-            self.table, own, self.language_model.tokenizer.pad_token_id, self.config.dataset_kwargs.num_workers,
-            pin_memory=self.place.device.type == "cuda",
-        ))
+        shares = [self.own_share(step) for step in remaining]
         self.objective.train()
+        steps = self.objective.ahead(self.table, load_batches(
+            self.table, list(chain(*shares)), self.language_model.tokenizer.pad_token_id,
+            self.config.dataset_kwargs.num_workers, pin_memory=self.place.device.type == "cuda",
+        ), list(map(len, shares)))
         bar = progress_bar(
             f"epoch {self.state.epoch + 1}/{self.options.epochs}", len(plan), "step", self.state.step_in_epoch,
             self.place.is_main,
@@ -164,7 +167,7 @@ class Trainer:
         clock, tokens = time.perf_counter(), 0
         with bar:
             for step in remaining:
-                result = self.train_step(step, batches, schedule.learning_rate(self.state.step))
+                result = self.train_step(step, steps, schedule.learning_rate(self.state.step))
                 self.count(step, result)
                 tokens += int(self.table.lengths[list(chain(*step))].sum())
                 bar.update()
@@ -196,14 +199,13 @@ class Trainer:
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def train_step(self, step: Step, batches: Iterator, learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches of `step`; `batches` yields the objective's arguments."""
+    def train_step(self, step: Step, steps: Iterator[Iterator], learning_rate: float) -> StepResult:
+        """One optimizer step over the micro-batches of `step`; `steps` is what the objective's `ahead` gives."""
         scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
         sums: dict[str, torch.Tensor] = {}
         micro_losses = []
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in self.own_share(step):
-            arguments = next(batches)
+        for arguments in self.arguments_of_step(steps):
             with self.place.autocast():
                 terms = self.objective(*arguments)
             loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
@@ -222,6 +224,15 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.step()
         return StepResult(means, norm, learning_rate, tokens)
+
+    def arguments_of_step(self, steps: Iterator[Iterator]) -> Iterator:
+        """Raises TrainingError where the objective cannot go on; the weights of before are saved."""
+        try:
+            return next(steps)
+        except ObjectiveError as error:
+            self.save()
+            raise TrainingError(f"optimizer step {self.state.step + 1}: {error}; the weights of before that step are "
+                                "in model_checkpoints/last") from error
 
     def mean_losses(self, sums: dict[str, torch.Tensor], tokens: int) -> dict[str, float]:
         """Means over the step's label tokens on all processes: one wait for the device a step."""
@@ -331,7 +342,8 @@ class Trainer:
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless just this state is saved already."""
-        generators = self.place.gather(random_state())
+        generators, of_objective = (self.place.gather(each) for each in
+                                    (random_state(), self.objective.resume_state()))
         state = self.checkpoint_state()
         if state == self.saved and not best:
             return
@@ -341,7 +353,7 @@ class Trainer:
                 "those of before; lower optimizer_kwargs.lm_lr, or look at optimizer_kwargs.kwargs"
             )
         if self.place.is_main:
-            tensors = {"optimizer": self.optimizer.state_dict(), "random": generators}
+            tensors = {"optimizer": self.optimizer.state_dict(), "random": generators, "objective": of_objective}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
         self.saved = state
         self.place.wait_for_all()

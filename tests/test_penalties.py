@@ -1,0 +1,398 @@
+"""Penalties against brute force over pairs, hand-worked values and finite differences: model/penalties.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from model.divergences import FLOOR
+from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty, unit_embeddings
+
+INF, NAN = math.inf, math.nan
+NAMES = ["frequency", "diversity", "entropy"]
+every_penalty = pytest.mark.parametrize("name", NAMES)
+
+
+def layout(lengths):
+    """(rows [N], counts [B]) of sequences of these lengths, one after the other."""
+    counts = torch.tensor(lengths, dtype=torch.long)
+    return torch.repeat_interleave(torch.arange(len(lengths)), counts), counts
+
+
+def penalty(name, log_q, lengths, embeddings=None, floor=1.0):
+    rows, counts = layout(lengths)
+    if name == "frequency":
+        return frequency_penalty(log_q, rows, counts)
+    if name == "diversity":
+        return diversity_penalty(log_q, rows, counts, embeddings)
+    return entropy_penalty(log_q, rows, counts, floor)
+
+
+# The formulas, in plain Python over the positions of one sequence, each a list of V probabilities.
+def brute_force(name, positions, embeddings, floor):
+    n, vocabulary = len(positions), range(len(positions[0]) if positions else 0)
+    if name == "entropy":
+        entropies = [-sum(q * math.log(q) for q in position if q > 0) for position in positions]
+        return sum(max(0.0, 1 - entropy / floor) for entropy in entropies) / n if n else 0.0
+    if n < 2:
+        return 0.0
+    pairs = [(t, s) for t in range(n) for s in range(n) if t != s]
+    if name == "frequency":
+        return sum(positions[t][v] * positions[s][v] for t, s in pairs for v in vocabulary) / len(pairs)
+    expected = [[sum(position[v] * embeddings[v][d] for v in vocabulary) for d in range(len(embeddings[0]))]
+                for position in positions]
+    distances = [sum((a - b) ** 2 for a, b in zip(expected[t], expected[s], strict=True)) for t, s in pairs]
+    return math.exp(-sum(distances) / len(pairs))
+
+
+def by_brute_force(name, log_q, lengths, embeddings, floor=1.0):
+    """Values [B] in float64."""
+    embeddings = None if embeddings is None else embeddings.double().tolist()
+    sequences = log_q.detach().double().exp().split(list(lengths))
+    return torch.tensor([brute_force(name, sequence.tolist(), embeddings, floor) for sequence in sequences],
+                        dtype=torch.float64)
+
+
+def random_case(lengths, vocabulary=5, width=3, scale=2.0, seed=0, dtype=torch.float64):
+    """(logits [N, V], embeddings [V, D] of unit norm)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(sum(lengths), vocabulary, generator=generator, dtype=dtype)
+    embeddings = torch.randn(vocabulary, width, generator=generator, dtype=dtype)
+    return logits, embeddings / embeddings.square().sum(-1, keepdim=True).sqrt()
+
+
+def one_hot(*tokens, vocabulary, dtype=torch.float64, log_zero=-INF):
+    """log_q [N, V] of positions that are sure of their token."""
+    log_q = torch.full((len(tokens), vocabulary), log_zero, dtype=dtype)
+    log_q[range(len(tokens)), tokens] = 0.0
+    return log_q
+
+
+def log_of(*rows):
+    return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def with_gradient(name, log_q, lengths, embeddings=None, floor=1.0, weights=None):
+    """(values [B], gradient [N, V] of their (weighted) sum by log_q)."""
+    log_q = log_q.detach().clone().requires_grad_()
+    values = penalty(name, log_q, lengths, embeddings, floor)
+    (values if weights is None else values * weights).sum().backward()
+    return values.detach(), log_q.grad
+
+
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+@every_penalty
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=4), vocabulary=st.integers(2, 6),
+       width=st.integers(1, 4), scale=st.sampled_from([0.0, 0.5, 3.0, 30.0]), seed=st.integers(0, 999),
+       floor=st.sampled_from([0.05, 0.7, 5.0]), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_equals_brute_force(name, lengths, vocabulary, width, scale, seed, floor, dtype):
+    """Fault: a closed form that differs from the sum over pairs, or takes positions of another sequence."""
+    logits, embeddings = random_case(lengths, vocabulary, width, scale, seed, dtype)
+    log_q = torch.log_softmax(logits, -1)
+    ours = penalty(name, log_q, lengths, embeddings, floor)
+    assert ours.dtype == dtype and ours.shape == (len(lengths),)
+    assert ((ours >= 0) & (ours <= 1)).all()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours.double(), by_brute_force(name, log_q, lengths, embeddings, floor),
+                               rtol=tolerance, atol=tolerance)
+
+
+def test_frequency_by_hand():
+    """Fault: position with itself counted, a wrong number of pairs, or the sign."""
+    cases = [(log_of([1, 0], [1, 0]), 1), (log_of([1, 0], [0, 1]), 0), (log_of([0.5, 0.5], [0.5, 0.5]), 0.5),
+             (log_of([0.5, 0.5], [1, 0], [0, 1]), 1 / 3),  # pairs 1/2, 1/2, 0
+             (log_of([0.25] * 4, [0.25] * 4, [0.25] * 4), 0.25), (log_of([0.2, 0.8], [0.6, 0.4]), 0.44)]
+    for log_q, right in cases:
+        assert penalty("frequency", log_q, [len(log_q)]).tolist() == pytest.approx([right], abs=1e-12)
+
+
+def test_diversity_by_hand():
+    """Fault: a distance in place of its square, pairs counted with t = s, or exp(D^2)."""
+    embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).double()
+    cases = [(one_hot(0, 0, vocabulary=3), 0), (one_hot(0, 1, vocabulary=3), 2), (one_hot(0, 2, vocabulary=3), 4),
+             (one_hot(0, 1, 2, vocabulary=3), 8 / 3),  # pairs 2, 4, 2
+             (log_of([0.5, 0.5, 0], [1, 0, 0]), 0.5),  # (1/2, 1/2) and (1, 0)
+             (log_of([0.5, 0, 0.5], [0.25, 0.5, 0.25]), 0.25)]  # (0, 0) and (0, 1/2)
+    for log_q, square in cases:
+        ours = penalty("diversity", log_q, [len(log_q)], embeddings)
+        assert ours.tolist() == pytest.approx([math.exp(-square)], abs=1e-12)
+
+
+def test_entropy_by_hand():
+    """Fault: bits for nats, a mean over all sequences, or spread positions that offset sure ones."""
+    uniform, sure = [0.5, 0.5], [1, 0]
+    cases = [([uniform], 2 * math.log(2), 0.5), ([uniform], math.log(2), 0), ([uniform], 0.1 * math.log(2), 0),
+             ([sure], 0.1, 1), ([uniform, sure], 0.3, 0.5), ([uniform] * 3 + [sure], 4 * math.log(2), 13 / 16),
+             ([[0.25, 0.75]], 1.0, 1 - 0.562335144618808)]
+    for rows, floor, right in cases:
+        assert penalty("entropy", log_of(*rows), [len(rows)], floor=floor).tolist() == pytest.approx([right], abs=1e-12)
+
+
+def test_confidence_is_not_repetition():
+    """Fault: the diagonal is left in, so that a sure model is punished for tokens that never repeat."""
+    assert penalty("frequency", one_hot(*range(8), vocabulary=8), [8]).item() == 0
+
+
+@every_penalty
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grows_with_its_fault(name, dtype):
+    """Fault: a reversed sign: the loss would fall as the model repeats itself, collapses or becomes sure."""
+    embeddings = torch.eye(6, dtype=dtype)
+    faulty, good = {
+        "frequency": (one_hot(*[2] * 6, vocabulary=6, dtype=dtype), one_hot(*range(6), vocabulary=6, dtype=dtype)),
+        "diversity": (torch.full((6, 6), -math.log(6), dtype=dtype), one_hot(*range(6), vocabulary=6, dtype=dtype)),
+        "entropy": (one_hot(*range(6), vocabulary=6, dtype=dtype), torch.full((6, 6), -math.log(6), dtype=dtype)),
+    }[name]
+    high, low = (penalty(name, log_q, [6], embeddings, 1.0).item() for log_q in (faulty, good))
+    assert high == pytest.approx(1, abs=1e-6)
+    assert low == pytest.approx(math.exp(-2) if name == "diversity" else 0, abs=1e-6)
+
+
+@every_penalty
+def test_a_step_down_the_gradient_lessens_the_fault(name):
+    """Fault: a gradient of the wrong sign, whatever the value is."""
+    logits, embeddings = random_case([6], scale=1.0)
+    logits = logits * 0.3 + torch.tensor([3.0, 0, 0, 0, 0])  # mostly token 0
+    logits.requires_grad_()
+    before = penalty(name, torch.log_softmax(logits, -1), [6], embeddings, 1.5)
+    before.sum().backward()
+    after = penalty(name, torch.log_softmax(logits - logits.grad, -1), [6], embeddings, 1.5)
+    assert after.item() < before.item() - 1e-4
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+@every_penalty
+@pytest.mark.parametrize("log_zero", [None, -INF, FLOOR])
+def test_gradient_by_finite_differences(name, log_zero):
+    """Fault: a gradient that is not that of the value, for any weights of the sequences; NaN at excluded tokens."""
+    lengths = [4, 1, 0, 3, 2]
+    logits, embeddings = random_case(lengths, scale=1.5, seed=3)
+    log_q = torch.log_softmax(logits, -1)
+    if log_zero is not None:
+        log_q[:, 1] = log_zero
+        log_q = torch.log_softmax(log_q, -1)
+        log_q[:, 1] = log_zero
+    weights, floor, step = torch.tensor([1.0, -2.0, 0.5, 0.3, 3.0]).double(), 1.2, 1e-6
+    _, ours = with_gradient(name, log_q, lengths, embeddings, floor, weights)
+    right = torch.zeros_like(log_q)
+    for position in range(log_q.shape[0]):
+        for token in range(log_q.shape[1]):
+            if log_q[position, token] <= FLOOR:
+                continue  # q and its derivative are 0
+            up, down = log_q.clone(), log_q.clone()
+            up[position, token] += step
+            down[position, token] -= step
+            above, below = (by_brute_force(name, moved, lengths, embeddings, floor) for moved in (up, down))
+            right[position, token] = (weights * (above - below)).sum() / (2 * step)
+    torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-8)
+    assert right.abs().max() > 1e-2
+
+
+@every_penalty
+def test_gradient_through_the_logits(name):
+    """Fault: a gradient that is right in log_q alone and not through log_softmax, with a token masked by -inf."""
+    lengths = [3, 2]
+    logits, embeddings = random_case(lengths, seed=1)
+    logits[1, 2] = -INF
+    logits.requires_grad_()
+    penalty(name, torch.log_softmax(logits, -1), lengths, embeddings, 1.2).sum().backward()
+    assert torch.isfinite(logits.grad).all() and logits.grad[1, 2] == 0
+    # Softmax does not see a constant added to a row.
+    torch.testing.assert_close(logits.grad.sum(-1), torch.zeros(5).double(), rtol=0, atol=1e-12)
+    assert logits.grad.abs().max() > 1e-3
+
+
+@every_penalty
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), scale=st.sampled_from([1e-4, 1.0, 50.0, 1e4]), n=st.integers(1, 40),
+       same=st.booleans(), floor=st.sampled_from([1e-6, 0.05, 20.0]))
+def test_in_range_with_finite_gradients(name, dtype, seed, scale, n, same, floor):
+    """Fault: rounding takes a result out of [0, 1] or a gradient to NaN, from one-hot to uniform, equal rows or not."""
+    lengths = [n, 2, 1]
+    logits, embeddings = random_case(lengths, 9, 4, scale, seed, dtype)
+    if same:
+        logits[:] = logits[0].clone()
+    values, gradient = with_gradient(name, torch.log_softmax(logits, -1), lengths, embeddings, floor)
+    assert ((values >= 0) & (values <= 1)).all()
+    assert torch.isfinite(gradient).all()
+    if same and name == "diversity":
+        assert values[:2].tolist() == ([1, 1] if n > 1 else [0, 1])
+
+
+@pytest.mark.parametrize("excess", [0.0, 1e-7, 3e-7, -1e-7])
+def test_gradient_where_rounding_leaves_the_range(excess):
+    """Fault: a clamp that cuts the gradient off exactly where the penalty is largest."""
+    for n in (2, 3, 7, 30):
+        log_q = one_hot(*[1] * n, vocabulary=4, dtype=torch.float32) + excess
+        values, gradient = with_gradient("frequency", log_q, [n])
+        assert 1 - 1e-5 < values.item() <= 1
+        right = torch.zeros(n, 4)
+        right[:, 1] = 2 / n  # 2 (S_v - q_t) / (n (n - 1)) with S_v = n
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-7)
+        values, gradient = with_gradient("entropy", log_q, [n], floor=0.05)
+        assert 1 - 1e-4 < values.item() <= 1
+        right[:, 1] = 1 / 0.05 / n  # (log q + 1) q / floor / n
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-5)
+
+
+@every_penalty
+def test_nonzero_gradient_where_there_is_a_penalty(name):
+    """Fault: a penalty that is detached from the student."""
+    lengths = [4, 3]
+    logits, embeddings = random_case(lengths, seed=2)
+    values, gradient = with_gradient(name, torch.log_softmax(logits, -1), lengths, embeddings, 1.5)
+    assert (values > 0).all()
+    assert (gradient.abs().sum(-1) > 0).reshape(-1).sum() >= 6
+
+
+def test_no_gradient_where_spread_enough():
+    """Fault: entropy pushed beyond its floor, towards uniform."""
+    values, gradient = with_gradient("entropy", log_of([0.5, 0.5], [0.4, 0.6]), [2], floor=0.5)
+    assert values.item() == 0 and (gradient == 0).all()
+
+
+def test_embeddings_are_a_constant():
+    """Fault: the penalty is lessened by moving the embeddings instead of the predictions."""
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits, _ = random_case([4], dtype=torch.float32)
+    log_q = torch.log_softmax(logits, -1).requires_grad_()
+    penalty("diversity", log_q, [4], unit_embeddings(weight)).sum().backward()
+    penalty("diversity", log_q, [4], weight).sum().backward()
+    assert weight.grad is None and log_q.grad.abs().max() > 0
+
+
+# -- sequences ---------------------------------------------------------------------------------------------------
+
+
+@every_penalty
+def test_short_and_empty_sequences(name):
+    """Fault: division by n - 1 or n = 0, or a gradient of 0 / 0, for a sequence of one token or none."""
+    logits, embeddings = random_case([1], scale=9.0)
+    for lengths, positions in (([0], 0), ([1], 1), ([0, 1, 0], 1), ([], 0)):
+        log_q = torch.log_softmax(logits[:positions], -1)
+        values, gradient = with_gradient(name, log_q, lengths, embeddings, 2.0)
+        assert values.shape == (len(lengths),) and torch.isfinite(gradient).all()
+        if name == "entropy":
+            torch.testing.assert_close(values, by_brute_force(name, log_q, lengths, embeddings, 2.0))
+            assert (values > 0).tolist() == [length > 0 for length in lengths]
+        else:
+            assert (values == 0).all() and (gradient == 0).all()
+
+
+@every_penalty
+def test_sequences_do_not_touch(name):
+    """Fault: a value or gradient that depends on the other sequences of the batch, or on what they hold."""
+    lengths = [3, 2, 0, 4]
+    logits, embeddings = random_case(lengths)
+    log_q = torch.log_softmax(logits, -1)
+    together, gradient = with_gradient(name, log_q, lengths, embeddings, 1.5)
+    alone = [with_gradient(name, part, [len(part)], embeddings, 1.5) for part in log_q.split(lengths)]
+    torch.testing.assert_close(together, torch.cat([values for values, _ in alone]))
+    torch.testing.assert_close(gradient, torch.cat([part for _, part in alone]))
+    spoilt = log_q.clone()
+    spoilt[3:5] = NAN
+    values, gradient = with_gradient(name, spoilt, lengths, embeddings, 1.5)
+    assert torch.isnan(values).tolist() == [False, True, False, False]
+    torch.testing.assert_close(values[[0, 2, 3]], together[[0, 2, 3]])
+    assert torch.isfinite(gradient[[0, 1, 2, 5, 6, 7, 8]]).all()
+
+
+@every_penalty
+def test_order_of_the_positions_does_not_matter(name):
+    """Fault: sums that take a sequence to be one block at a place worked out from the counts."""
+    logits, embeddings = random_case([3, 4])
+    log_q, (rows, counts) = torch.log_softmax(logits, -1), layout([3, 4])
+    order = torch.tensor([6, 0, 3, 1, 5, 2, 4])
+    function, extra = {"frequency": (frequency_penalty, ()), "diversity": (diversity_penalty, (embeddings,)),
+                       "entropy": (entropy_penalty, (1.5,))}[name]
+    torch.testing.assert_close(function(log_q[order], rows[order], counts, *extra),
+                               function(log_q, rows, counts, *extra))
+
+
+@every_penalty
+@pytest.mark.parametrize("log_zero", [-INF, FLOOR, -1e4])
+def test_excluded_and_extreme_tokens(name, log_zero):
+    """Fault: 0 * log 0, or inf * 0 in the gradient, where a token has no probability."""
+    embeddings = torch.eye(3)
+    log_q = torch.tensor([[0.0, log_zero, log_zero], [-math.log(2), -math.log(2), log_zero], [log_zero, log_zero, 0]])
+    values, gradient = with_gradient(name, log_q, [3], embeddings, 2.0)
+    torch.testing.assert_close(values.double(), by_brute_force(name, log_q, [3], embeddings, 2.0))
+    assert torch.isfinite(gradient).all()
+    assert (gradient[log_q <= -1e4] == 0).all()
+
+
+@every_penalty
+def test_bfloat16_and_autocast(name):
+    """Fault: probabilities or expected embeddings rounded to bfloat16 under autocast."""
+    lengths = [5, 3]
+    logits, embeddings = random_case(lengths, 40, 16, dtype=torch.float32)
+    log_q = torch.log_softmax(logits, -1).bfloat16()
+    right, right_gradient = with_gradient(name, log_q.float(), lengths, embeddings, 3.0)
+    log_q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        values = penalty(name, log_q, lengths, embeddings, 3.0)
+    values.sum().backward()
+    assert values.dtype == torch.float32 and log_q.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(values.detach(), right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_q.grad, right_gradient.bfloat16())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = [value.numel() for value in tree_iter(result) if isinstance(value, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+@every_penalty
+@pytest.mark.parametrize("lengths", [[600], [3] * 200])
+def test_memory_is_linear(name, lengths):
+    """Fault: a matrix of all pairs of positions, or one of sequences times positions."""
+    logits, embeddings = random_case(lengths, 5, 3)
+    with LargestTensor() as largest:
+        _, gradient = with_gradient(name, torch.log_softmax(logits, -1), lengths, embeddings, 1.5)
+    assert gradient.abs().max() > 0
+    assert logits.numel() <= largest.elements <= 2 * logits.numel()
+
+
+@pytest.mark.parametrize("floor", [0, -0.5, NAN])
+def test_entropy_floor_out_of_range(floor):
+    """Fault: a floor of 0 divides by 0."""
+    with pytest.raises(ValueError, match=r"entropy_floor is .*: expected a number greater than 0"):
+        penalty("entropy", log_of([0.5, 0.5]), [1], floor=floor)
+
+
+# -- embeddings --------------------------------------------------------------------------------------------------
+
+
+def test_unit_embeddings_by_hand():
+    """Fault: columns scaled instead of rows, 0 / 0 for a row of zeros, or a square that overflows or vanishes."""
+    weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-3e30, 4e30], [3e-30, -4e-30], [0.0, -7.0]], requires_grad=True)
+    ours = unit_embeddings(weight)
+    right = torch.tensor([[0.6, 0.8], [0, 0], [-0.6, 0.8], [0.6, -0.8], [0, -1]])
+    torch.testing.assert_close(ours, right)
+    assert not ours.requires_grad
+    assert weight[0].tolist() == [3, 4]
+
+
+def test_unit_embeddings_in_float32():
+    """Fault: norms rounded to bfloat16."""
+    weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = unit_embeddings(weight)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double().square().sum(-1), torch.ones(20).double(), rtol=1e-6, atol=0)

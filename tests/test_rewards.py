@@ -1,0 +1,482 @@
+"""Rewards and importance weights against two-loop references and hand-worked values: model/rewards.py."""
+
+import itertools
+import math
+import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.divergences import FLOOR
+from model.rewards import (
+    completion_mask,
+    immediate_rewards,
+    importance_weights,
+    long_term_rewards,
+    prefix_weights,
+    reward_to_go,
+    whiten,
+)
+
+INF, NAN = math.inf, math.nan
+LARGEST = torch.finfo(torch.float32).max
+
+# Each function of two tensors [B, L] and a mask; those that take one leave the second out.
+FUNCTIONS = {
+    "immediate": immediate_rewards,
+    "to_go": lambda first, second, mask: reward_to_go(first, mask),
+    "to_go_discounted": lambda first, second, mask: reward_to_go(first, mask, 0.9),
+    "long_term": lambda first, second, mask: long_term_rewards(first, mask),
+    "long_term_sum": lambda first, second, mask: long_term_rewards(first, mask, normalize=False),
+    "token_weights": lambda first, second, mask: importance_weights(first, second, mask, "token"),
+    "sequence_weights": lambda first, second, mask: importance_weights(first, second, mask, "sequence"),
+    "prefix_weights": prefix_weights,
+    "whiten": lambda first, second, mask: whiten(first, mask),
+}
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def mask_of(lengths, width):
+    return torch.tensor([[position < length for position in range(width)] for length in lengths], dtype=torch.bool)
+
+
+# The formulas, in plain Python over one sequence without padding.
+def loop_to_go(rewards, discount):
+    return [sum(discount ** (later - now) * rewards[later] for later in range(now, len(rewards)))
+            for now in range(len(rewards))]
+
+
+def loop_long_term(rewards, normalize):
+    sums = []
+    for now in range(len(rewards)):
+        later = [rewards[position] for position in range(now + 1, len(rewards))]
+        sums.append(sum(later) / (max(len(later), 1) if normalize else 1))
+    return sums
+
+
+def loop_weights(student, sampling, kind):
+    ratios = [math.exp(q) / math.exp(sampled) for q, sampled in zip(student, sampling, strict=True)]
+    if kind == "token":
+        return ratios
+    if kind == "sequence":
+        return [math.prod(ratios)] * len(ratios)
+    return [math.prod(ratios[:position]) for position in range(len(ratios))]
+
+
+def loop_whiten(rows):
+    tokens = [value for row in rows for value in row]
+    mean, spread = statistics.fmean(tokens) if tokens else 0.0, statistics.pstdev(tokens) if tokens else 0.0
+    return [[(value - mean) / spread if spread else 0.0 for value in row] for row in rows]
+
+
+REFERENCES = {
+    "immediate": lambda a, b: [p - q for p, q in zip(a, b, strict=True)],
+    "to_go": lambda a, b: loop_to_go(a, 1.0),
+    "to_go_discounted": lambda a, b: loop_to_go(a, 0.9),
+    "long_term": lambda a, b: loop_long_term(a, True),
+    "long_term_sum": lambda a, b: loop_long_term(a, False),
+    "token_weights": lambda a, b: loop_weights(a, b, "token"),
+    "sequence_weights": lambda a, b: loop_weights(a, b, "sequence"),
+    "prefix_weights": lambda a, b: loop_weights(a, b, "prefix"),
+}
+
+
+def padded(rows, width, junk=0.0, dtype=torch.float64):
+    return torch.tensor([[*row, *[junk] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
+
+
+def from_loops(name, first, second, width):
+    if name == "whiten":
+        return padded(loop_whiten(first), width)
+    return padded([REFERENCES[name](a, b) for a, b in zip(first, second, strict=True)], width)
+
+
+log_probabilities = st.floats(-6.0, 0.0, width=32)
+row_pairs = st.lists(st.lists(st.tuples(log_probabilities, log_probabilities), max_size=6), min_size=1, max_size=4)
+
+
+@every_function
+@settings(max_examples=40, deadline=None)
+@given(pairs=row_pairs, extra=st.integers(0, 3), junk=st.sampled_from([NAN, INF, -INF, 9.0]),
+       dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_equals_loops_whatever_the_padding_holds(name, pairs, extra, junk, dtype):
+    """Fault: a sum, length, product or mean that counts padding, or is off by one token, in any shape of batch."""
+    first, second = ([[pair[side] for pair in row] for row in pairs] for side in (0, 1))
+    width = max(map(len, pairs)) + extra
+    mask = mask_of(map(len, pairs), width)
+    ours = FUNCTIONS[name](padded(first, width, junk, dtype), padded(second, width, junk, dtype), mask)
+    assert ours.dtype == dtype and ours.shape == mask.shape
+    assert (ours[~mask] == 0).all()
+    # Whitening divides by a spread that may be a rounding of the values.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    if name == "whiten":
+        tokens = [value for row in first for value in row]
+        spread = statistics.pstdev(tokens) if tokens else 0.0
+        if 0 < spread < 1e-6:
+            return
+    torch.testing.assert_close(ours.double(), from_loops(name, first, second, width), **tolerance)
+
+
+@every_function
+def test_constants_in_float32(name):
+    """Fault: an advantage or weight that gradients flow through, or one that is rounded to bfloat16."""
+    first, second = (torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)).neg() for seed in (0, 1))
+    mask = mask_of([5, 2, 0], 5)
+    coarse = [values.bfloat16().requires_grad_() for values in (first, second)]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = FUNCTIONS[name](*coarse, mask)
+    assert ours.dtype == torch.float32 and not ours.requires_grad
+    fine = FUNCTIONS[name](*(values.detach().float() for values in coarse), mask)
+    torch.testing.assert_close(ours, fine, rtol=1e-6, atol=1e-6)
+
+
+@every_function
+def test_arguments_stay_as_they_were(name):
+    """Fault: a result written into the rewards or log-probabilities that the loss still needs."""
+    first, second, mask = torch.tensor([[-1.0, -2.0, NAN]]), torch.tensor([[-2.0, -0.5, INF]]), mask_of([2], 3)
+    before = [values.clone() for values in (first, second, mask)]
+    FUNCTIONS[name](first, second, mask)
+    assert all(torch.equal(now.nan_to_num(), then.nan_to_num())
+               for now, then in zip((first, second), before[:2], strict=True))
+    assert torch.equal(mask, before[2])
+
+
+@every_function
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (2, 0), (0, 3)])
+def test_batch_without_a_real_token(name, shape):
+    """Fault: 0 / 0, or an index error, where no row has a token."""
+    ours = FUNCTIONS[name](torch.full(shape, NAN), torch.full(shape, NAN), torch.zeros(shape, dtype=torch.bool))
+    assert torch.equal(ours, torch.zeros(shape))
+
+
+@every_function
+def test_one_token(name):
+    """Fault: a division by n - 1, or a future after the only token."""
+    ours = FUNCTIONS[name](torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), mask_of([1], 1)).item()
+    right = {"immediate": 2.0, "to_go": -1.0, "to_go_discounted": -1.0, "long_term": 0.0, "long_term_sum": 0.0,
+             "token_weights": math.exp(2), "sequence_weights": math.exp(2), "prefix_weights": 1.0, "whiten": 0.0}
+    assert ours == pytest.approx(right[name], rel=1e-6)
+
+
+@every_function
+def test_nothing_after_the_end_counts(name):
+    """Fault: tokens sampled after end-of-text, or columns added by a longer row, change a result."""
+    end, width = 256, 6
+    ids = torch.tensor([[7, 9, end, end, 3, 1], [4, 5, 6, 7, 8, end]])
+    generator = torch.Generator().manual_seed(0)
+    first, second = (-torch.rand(2, width, generator=generator) for _ in range(2))
+    alone = FUNCTIONS[name](first, second, completion_mask(ids, end))
+    ids[0, 3:] = torch.tensor([end, end, end])
+    first[0, 3:], second[0, 3:] = -77.0, NAN
+    longer = [torch.cat([values, torch.full((2, 2), 5.0)], 1) for values in (ids, first, second)]
+    wide = FUNCTIONS[name](longer[1], longer[2], completion_mask(longer[0].long(), end))
+    assert torch.equal(wide[:, :width], alone)
+    assert torch.equal(wide[:, width:], torch.zeros(2, 2))
+
+
+# -- masks -------------------------------------------------------------------------------------------------------
+
+
+def test_completion_mask_by_hand():
+    """Fault: the end-of-text token itself is masked, or tokens between two of them count."""
+    ids = torch.tensor([[7, 9, 256, 256, 3], [256, 1, 2, 256, 4], [1, 2, 3, 4, 256], [1, 2, 3, 4, 5]])
+    mask = completion_mask(ids, 256)
+    assert mask.dtype == torch.bool
+    assert mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_completion_mask_by_loop(rows):
+    """Fault: a mask that is not a prefix that stops at the first end."""
+    right = [[0 not in row[:position] for position in range(5)] for row in rows]
+    assert completion_mask(torch.tensor(rows), 0).tolist() == right
+
+
+def test_completion_mask_of_nothing():
+    """Fault: a rollout of no tokens raises."""
+    assert completion_mask(torch.zeros(2, 0, dtype=torch.long), 0).shape == (2, 0)
+
+
+# -- rewards -----------------------------------------------------------------------------------------------------
+
+
+PADDED_REWARDS = torch.tensor([[0.5, -0.2, 0.3, 9.0, 9.0]])
+
+
+def test_rewards_after_padding_by_hand():
+    """Fault: padding's rewards or length enter the sums: (18.6, 18.1, 18.3, 18, 9) instead of (0.6, 0.1, 0.3, 0, 0)."""
+    mask = mask_of([3], 5)
+    right = {
+        reward_to_go: [0.6, 0.1, 0.3, 0, 0],
+        long_term_rewards: [0.05, 0.3, 0, 0, 0],
+    }
+    for function, values in right.items():
+        torch.testing.assert_close(function(PADDED_REWARDS, mask), torch.tensor([values]))
+    future = long_term_rewards(PADDED_REWARDS, mask, normalize=False)
+    torch.testing.assert_close(future, torch.tensor([[0.1, 0.3, 0, 0, 0]]))
+    assert future[0, 2] == 0
+
+
+def test_rewards_divided_by_remaining_tokens_by_hand():
+    """Fault: a divisor off by one, or by the padded length: not (0.2, 0.05, 0.3) for what follows one more token."""
+    one_more = torch.cat([torch.tensor([[-50.0]]), PADDED_REWARDS], 1)
+    ours = long_term_rewards(one_more, mask_of([4], 6))
+    torch.testing.assert_close(ours, torch.tensor([[0.2, 0.05, 0.3, 0, 0, 0]]))
+
+
+def test_discount_by_hand():
+    """Fault: the discount's power is the absolute position: (5.16, 4.16, 2.56) instead of (5.16, 5.2, 4)."""
+    ours = reward_to_go(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), mask_of([3], 4), 0.8)
+    torch.testing.assert_close(ours, torch.tensor([[5.16, 5.2, 4.0, 0.0]]))
+
+
+def test_discount_on_long_rows():
+    """Fault: 0.9^1024 underflows and 0 / 0 follows; or the early rewards of a long row are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(3, 1024, generator=generator)
+    rewards[2] = -1e4
+    mask = mask_of([1024, 1000, 1024], 1024)
+    ours = reward_to_go(rewards, mask, 0.9)
+    assert ours.dtype == torch.float32 and torch.isfinite(ours).all()
+    right = padded([loop_to_go(rewards[row, :length].tolist(), 0.9) for row, length in ((0, 1024), (1, 1000))], 1024)
+    torch.testing.assert_close(ours[:2].double(), right, rtol=1e-5, atol=1e-5)
+    # A geometric series.
+    assert ours[2, 0].item() == pytest.approx(-1e4 * (1 - 0.9 ** 1024) / 0.1, rel=1e-5)
+    assert ours[2, 1022].item() == pytest.approx(-1.9e4, rel=1e-6)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_ends_of_discount(discount):
+    """Fault: discount 0 does not leave the immediate reward alone, or 1 takes another path with other values."""
+    rewards = torch.tensor([[1.0, -2.0, 4.0], [3.0, 5.0, 7.0]])
+    right = {0.0: [[1, -2, 4], [3, 5, 0]], 1.0: [[3, 2, 4], [8, 5, 0]]}[discount]
+    assert reward_to_go(rewards, mask_of([3, 2], 3), discount).tolist() == right
+
+
+def test_reward_direction():
+    """Fault: log q - log p: what the teacher dislikes would be rewarded."""
+    teacher, student = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.2, 0.4]]).log()
+    ours = immediate_rewards(teacher, student, mask_of([2], 2))
+    torch.testing.assert_close(ours, torch.tensor([[math.log(2.5), -math.log(4)]]))
+
+
+def test_teacher_equals_student():
+    """Fault: a reward, and with it a loss, that is not exactly zero where teacher and student agree."""
+    log_probs = torch.log_softmax(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)) * 9, -1)
+    mask = mask_of([6, 4], 6)
+    rewards = immediate_rewards(log_probs, log_probs.clone(), mask)
+    for values in (rewards, reward_to_go(rewards, mask), long_term_rewards(rewards, mask), whiten(rewards, mask)):
+        assert (values == 0).all()
+    for kind in ("token", "sequence"):
+        assert torch.equal(importance_weights(log_probs, log_probs, mask, kind), mask.float())
+
+
+def test_own_reward_is_left_out():
+    """Fault: r_t counted twice, in the long-term reward and in the exact single step."""
+    rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), mask_of([3], 3)
+    for normalize in (True, False):
+        before = long_term_rewards(rewards, mask, normalize)
+        for position in range(3):
+            changed = rewards.clone()
+            changed[0, position] += 100
+            moved = long_term_rewards(changed, mask, normalize) != before
+            assert moved[0].tolist() == [other < position for other in range(3)]
+
+
+def test_last_reward_is_zero_after_large_ones():
+    """Fault: R_{t+1} by the difference R_t - r_t, which leaves rounding behind."""
+    rewards, mask = torch.tensor([[1e7, 0.1, 0.3, 1e-3], [-1e8, 1e-4, 7.0, 0.0]]), mask_of([4, 3], 4)
+    ours = long_term_rewards(rewards, mask, normalize=False)
+    assert ours[0, 3] == 0 and ours[1, 2] == 0
+    assert ours[0, 2].item() == pytest.approx(1e-3, rel=1e-6)
+    assert ours[1, 1].item() == 7.0
+
+
+# -- importance weights ------------------------------------------------------------------------------------------
+
+
+def test_token_weight_by_hand():
+    """Fault: a ratio of log-probabilities, or turned round: not 0.2 / (0.2 * 0.5 + 0.8 * 0.2) = 0.769230769."""
+    student, sampling = (torch.tensor([[value]], dtype=torch.float64).log() for value in (0.2, 0.2 * 0.5 + 0.8 * 0.2))
+    ours = importance_weights(student, sampling, mask_of([1], 1), "token")
+    assert ours.item() == pytest.approx(0.769230769, abs=5e-10)
+
+
+def test_weights_of_a_sequence_by_hand():
+    """Fault: a product over some of the tokens, over padding, or one that takes token t into the weight before t."""
+    student = torch.tensor([[0.5, 0.2, 0.9, 0.3]]).log()
+    sampling = torch.tensor([[0.25, 0.4, 0.3, 0.1]]).log()
+    mask = mask_of([3], 4)  # ratios 2, 1/2, 3
+    for weights, right in ((importance_weights(student, sampling, mask, "token"), [2, 0.5, 3, 0]),
+                           (importance_weights(student, sampling, mask, "sequence"), [3, 3, 3, 0]),
+                           (prefix_weights(student, sampling, mask), [1, 2, 1, 0])):
+        torch.testing.assert_close(weights, torch.tensor([right], dtype=torch.float32))
+
+
+def test_unknown_kind_of_weight():
+    """Fault: a misspelt kind silently means another one."""
+    with pytest.raises(ValueError, match="'sequences': expected token or sequence"):
+        importance_weights(torch.zeros(1, 1), torch.zeros(1, 1), mask_of([1], 1), "sequences")
+
+
+def enumerated(seed):
+    """All sequences over 3 tokens, 2 ends one, length 3 at most: (ids, mask, log q, log p~) [number, 3] in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = [()] + [prefix for length in (1, 2) for prefix in itertools.product((0, 1), repeat=length)]
+    student, teacher = ({prefix: torch.softmax(2 * torch.randn(3, generator=generator).double(), 0).tolist()
+                         for prefix in prefixes} for _ in range(2))
+    ids, log_q, log_sampling = [], [], []
+    for tokens in [(2,), (0, 2), (1, 2), *((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2))]:
+        own = [student[tokens[:position]][token] for position, token in enumerate(tokens)]
+        other = [teacher[tokens[:position]][token] for position, token in enumerate(tokens)]
+        mixed = [0.2 * p + 0.8 * q for p, q in zip(other, own, strict=True)]
+        ids.append([*tokens, *[2] * (3 - len(tokens))])
+        log_q.append([math.log(value) for value in own])
+        log_sampling.append([math.log(value) for value in mixed])
+    return torch.tensor(ids), log_q, log_sampling
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_are_unbiased_by_enumeration(seed):
+    """Fault: the mean over p~ with weights is not the student's mean: of whole sequences, or of the states visited."""
+    ids, log_q, log_sampling = enumerated(seed)
+    mask = completion_mask(ids, 2)
+    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, log_sampling))
+    assert q.sum().item() == pytest.approx(1) and sampled.sum().item() == pytest.approx(1)
+    weighted = padded(log_q, 3, NAN), padded(log_sampling, 3, NAN), mask
+    of_sequence = torch.randn(len(ids), generator=torch.Generator().manual_seed(seed)).double()
+    whole = importance_weights(*weighted, "sequence")
+    assert (sampled * whole[:, 0] * of_sequence).sum().item() == pytest.approx((q * of_sequence).sum().item())
+    assert (whole == torch.where(mask, whole[:, :1], 0)).all()
+    # A number for each state y_<t, any function of it.
+    before = torch.zeros_like(ids)
+    before[:, 1], before[:, 2] = 1 + ids[:, 0], 10 + 3 * ids[:, 0] + ids[:, 1]
+    of_state = torch.sin(before.double()) * mask
+    states = prefix_weights(*weighted)
+    right = (q[:, None] * of_state).sum(0)
+    torch.testing.assert_close((sampled[:, None] * states * of_state).sum(0), right)
+    by_token = importance_weights(*weighted, "token")
+    assert not torch.allclose((sampled[:, None] * by_token * of_state).sum(0), right)
+
+
+# -- extreme log-probabilities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_zero", [FLOOR, -INF])
+def test_excluded_tokens(log_zero):
+    """Fault: -inf - -inf, inf * 0 or an overflow of the sums, where one model or both exclude a token."""
+    teacher = torch.tensor([[log_zero, log_zero, -1.0, -1e4, -2.0]])
+    student = torch.tensor([[log_zero, -1.0, log_zero, -1.0, -1.0]])
+    mask = mask_of([5], 5)
+    rewards = immediate_rewards(teacher, student, mask)
+    torch.testing.assert_close(rewards, torch.tensor([[0.0, FLOOR, -FLOOR, -9999.0, -1.0]]))
+    for name in ("to_go", "to_go_discounted", "long_term", "long_term_sum", "whiten"):
+        assert torch.isfinite(FUNCTIONS[name](rewards, None, mask)).all()
+    for name in ("token_weights", "sequence_weights", "prefix_weights"):
+        assert torch.isfinite(FUNCTIONS[name](teacher, student, mask)).all()
+    long = mask_of([1024], 1024)
+    summed = reward_to_go(immediate_rewards(torch.full((1, 1024), log_zero), torch.zeros(1, 1024), long), long)
+    torch.testing.assert_close(summed[0, :2], torch.tensor([1024 * FLOOR, 1023 * FLOOR]))
+    weights = importance_weights(student, teacher, mask, "token")
+    torch.testing.assert_close(weights, torch.tensor([[1.0, LARGEST, 0.0, LARGEST, math.e]]))
+
+
+def test_weight_of_a_long_sequence():
+    """Fault: 1.25^1024 overflows to infinity, and the zero advantage of the last token makes NaN of it."""
+    student, mask = torch.full((1, 1024), -1.0), mask_of([1024], 1024)
+    sampling = student - math.log(1.25)
+    weights = importance_weights(student, sampling, mask, "sequence"), prefix_weights(student, sampling, mask)
+    for kind in weights:
+        assert kind[0, -1] == LARGEST
+        assert torch.isfinite(kind).all() and (kind * torch.zeros(1, 1024) == 0).all()
+    assert weights[1][0, 10].item() == pytest.approx(1.25 ** 10, rel=1e-5)
+    assert importance_weights(sampling, student, mask, "sequence").max() < 1e-30
+
+
+# -- whitening ---------------------------------------------------------------------------------------------------
+
+
+def test_whiten_by_hand():
+    """Fault: the standard deviation of a sample instead of that of the tokens, or padding in the mean."""
+    ours = whiten(torch.tensor([[1.0, 3.0, 100.0], [5.0, 7.0, NAN]]), mask_of([2, 2], 3))
+    root = math.sqrt(5)  # mean 4, variance (9 + 1 + 1 + 9) / 4
+    torch.testing.assert_close(ours, torch.tensor([[-3 / root, -1 / root, 0], [1 / root, 3 / root, 0]]))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
+def test_whiten_far_from_zero(offset):
+    """Fault: the variance as mean of squares less square of mean, which loses the digits."""
+    values = offset + torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    mask = mask_of([50, 3, 0, 1, 50, 20, 7, 31], 50)
+    ours = whiten(values, mask)
+    rows = [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
+    torch.testing.assert_close(ours.double(), padded(loop_whiten(rows), 50), rtol=1e-5, atol=1e-6)
+    assert ours[mask].double().mean().abs() < 1e-6
+    assert ours[mask].double().square().mean().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1 / 3, 1e-30, 12345.678, FLOOR])
+def test_whiten_constants(constant, dtype):
+    """Fault: the rounding of the mean of equal values is blown up to unit size."""
+    for lengths in ([7, 3, 0], [1, 0, 0], [333, 1, 1000]):
+        mask = mask_of(lengths, 1000)
+        assert (whiten(torch.full((3, 1000), constant, dtype=dtype), mask) == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e30])
+def test_whiten_any_scale(scale):
+    """Fault: an epsilon in the denominator that swallows small values, or a square that overflows."""
+    values = torch.tensor([[1.0, 3.0, 5.0, 7.0]]) * scale
+    root = math.sqrt(5)
+    torch.testing.assert_close(whiten(values, mask_of([4], 4)), torch.tensor([[-3.0, -1.0, 1.0, 3.0]]) / root)
+
+
+def whiten_in_processes(parts):
+    """Whitened parts [(values, mask), ...], each in its own thread; sums are in place, as in torch's all_reduce.
+
+    A process that leaves out a sum, or sums another shape, breaks the barrier.
+    """
+    barrier, given = threading.Barrier(len(parts), timeout=20), [None] * len(parts)
+
+    def work(rank):
+        def sum_over_group(tensor):
+            given[rank] = tensor.clone()
+            barrier.wait()
+            total = torch.stack(given).sum(0)
+            barrier.wait()
+            return tensor.copy_(total)
+
+        values, mask = parts[rank]
+        return whiten(values, mask, sum_over_group)
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        return list(threads.map(work, range(len(parts))))
+
+
+@pytest.mark.parametrize("split", [1, 3, 5])
+@pytest.mark.parametrize("lengths", [[6, 2, 0, 6, 1, 4], [0, 0, 0, 0, 5, 6], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
+def test_whiten_over_processes(split, lengths):
+    """Fault: each process whitens by its own mean or spread, or one without tokens leaves the others waiting."""
+    values = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) + torch.arange(6.0)[:, None] * 10
+    mask = mask_of(lengths, 6)
+    parts = [(values[:split], mask[:split]), (values[split:], mask[split:])]
+    together = torch.cat(whiten_in_processes(parts))
+    torch.testing.assert_close(together, whiten(values, mask), rtol=1e-6, atol=1e-6)
+    rows = [row[kept].tolist() for row, kept in zip(values, mask, strict=True)]
+    torch.testing.assert_close(together.double(), padded(loop_whiten(rows), 6), rtol=1e-5, atol=1e-6)
+
+
+def test_whiten_constants_over_processes():
+    """Fault: two processes with one constant each, the same, are given unit values; or different ones are given 0."""
+    mask = mask_of([3], 3)
+    third = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    assert all((part == 0).all() for part in whiten_in_processes([(third, mask), (third.clone(), mask)]))
+    low, high = whiten_in_processes([(third, mask), (third + 2, mask)])
+    torch.testing.assert_close(low, torch.full((1, 3), -1.0).double())
+    torch.testing.assert_close(high, torch.full((1, 3), 1.0).double())
