@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.objective import LossTerms
+from model.objective import LossTerms, arguments_of, by_step
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
 from utils.gradients import divide_and_clip, gradient_norm
 
@@ -50,13 +50,18 @@ def test_token_budget_changes_no_step(tmp_path):
 class Distance(nn.Module):
     """A one-parameter objective: the sum over rows of (w - x)^2, x being the row's first token."""
 
+    passes = 1
+
     def __init__(self, language_model):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(()))
         self.language_model = [language_model]
 
-    def ahead(self, table, batches):
-        return ((batch["input_ids"], batch["attention_mask"], batch["labels"]) for batch in batches)
+    def ahead(self, table, batches, counts):
+        return by_step(map(arguments_of, batches), counts)
+
+    def resume_state(self):
+        return {}
 
     def forward(self, input_ids, attention_mask, labels):
         loss = ((self.w - input_ids[:, 0].double()) ** 2).sum()
