@@ -12,6 +12,7 @@ from utils.config_kd import DistillConfig
 from utils.config_reference import END, START, schema
 
 ROOT = Path(__file__).resolve().parent.parent
+OF_POLICY = config_samples.POLICY_KWARGS
 
 
 def load(folder: Path, content: dict | str, *overrides: str) -> DistillConfig:
@@ -72,13 +73,7 @@ def test_every_divergence_is_taken(tmp_path, name):
     assert callable(divergences.choose_divergence(name, config.beta, config.lambda_, config.mu))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [{"temperature": 1e-3}, {"temperature": 2}, {"kd_weight": 0}, {"kd_weight": 1}, {"beta": 0.001}, {"beta": 0.999},
-     {"lambda": 0.001}, {"lambda": 0.999}, {"mu": 0}, {"mu": 1}, {"chunk_size": 1}, {"method": "divergence"},
-     {"teacher_cache": {"kind": "top_k", "top_k": 1, "dtype": "bfloat16", "dir": "cache"}}, {"teacher_cache": None},
-     {"student_init": "teacher_layers", "student_layers": [0, 23]}],
-)
+@pytest.mark.parametrize("values", config_samples.KD_EDGES)
 def test_values_in_range_are_kept(tmp_path, values):
     """Fault: a value at the edge of its range is refused, or changed on the way in."""
     kept = json.loads(config_json(load(tmp_path, distillation(**values))))["distillation_kwargs"]
@@ -113,6 +108,7 @@ def test_lambda_is_called_lambda_in_what_users_see(tmp_path):
 @pytest.mark.parametrize("content", [
     TEACHER, json.loads((ROOT / "config_kd.json").read_text(encoding="utf-8")),
     distillation(teacher_cache={"kind": "top_k", "top_k": 5}, student_init="teacher_layers", student_layers=[0, 2]),
+    distillation(method="policy_gradient", **OF_POLICY),
 ])
 def test_round_trip(tmp_path, content):
     """Fault: the config.json of a run folder does not repeat the run: a value is lost, changed or refused."""
@@ -142,6 +138,12 @@ def test_round_trip(tmp_path, content):
         ({"distillation_kwargs": {"kl_dv": "JS"}}, "distillation_kwargs.kl_dv is unknown: did you mean kl_div?"),
         ({"distillation_kwargs": {"teacher_cache": {"knd": "hidden"}}},
          "distillation_kwargs.teacher_cache.knd is unknown: did you mean kind?"),
+        ({"distillation_kwargs": {"rollout_temprature": 2}},
+         "distillation_kwargs.rollout_temprature is unknown: did you mean rollout_temperature?"),
+        ({"distillation_kwargs": {"importance_weights": "token"}},
+         "distillation_kwargs.importance_weights is unknown: did you mean importance_weight?"),
+        ({"trainer_kwargs": {"lm_weight": 1}},
+         "trainer_kwargs.lm_weight is unknown: lm_weight belongs in distillation_kwargs"),
         ({"distilation_kwargs": {}}, "distilation_kwargs is unknown: did you mean distillation_kwargs?"),
     ],
 )
@@ -150,38 +152,7 @@ def test_unknown_keys(tmp_path, content, line):
     assert refusal(tmp_path, content) == [f"config.json: {line}"]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "line"),
-    [
-        ("method", "divergance", 'is "divergance": expected "divergence"; write "divergence"'),
-        ("kl_div", "js", f'is "js": expected one of {", ".join(map(json.dumps, KL_DIVS))}; write "JS"'),
-        ("temperature", 0, "is 0: expected a number from 0.001 to 1000"),
-        ("temperature", "2", 'is "2" (a string): expected a number from 0.001 to 1000; write 2 without quotes'),
-        ("kd_weight", -0.1, "is -0.1: expected a number from 0 to 1"),
-        ("kd_weight", 1.1, "is 1.1: expected a number from 0 to 1"),
-        ("beta", 0, "is 0: expected a number greater than 0 and below 1"),
-        ("beta", 1, "is 1: expected a number greater than 0 and below 1"),
-        ("lambda", 0, "is 0: expected a number greater than 0 and below 1"),
-        ("lambda", 1, "is 1: expected a number greater than 0 and below 1"),
-        ("lambda", None, "is null: expected a number greater than 0 and below 1"),
-        ("mu", -0.1, "is -0.1: expected a number from 0 to 1"),
-        ("mu", 1.1, "is 1.1: expected a number from 0 to 1"),
-        ("chunk_size", 0, "is 0: expected a whole number from 1 to 1000000"),
-        ("chunk_size", 64.0, "is 64.0 (a number): expected a whole number from 1 to 1000000; write 64"),
-        ("student_init", "teacher_layer",
-         'is "teacher_layer": expected "teacher_layers", or null; write "teacher_layers"'),
-        ("student_layers", 3,
-         "is 3 (a number): expected a list, each entry a whole number of at least 0, or null; write [3]"),
-        ("student_layers", [], "is []: expected block numbers, each once, such as [0, 4, 8, 11]"),
-        ("student_layers", [0, 4, 4], "is [0, 4, 4]: expected block numbers, each once, such as [0, 4, 8, 11]"),
-        ("teacher_cache", "hidden", 'is "hidden" (a string): expected an object, or null; write {"kind": "hidden"}'),
-        ("teacher_cache", "top_k", 'is "top_k" (a string): expected an object, or null; write {"kind": "top_k"}'),
-        ("teacher_cache", "runs/cache",
-         'is "runs/cache" (a string): expected an object, or null; write {"kind": "hidden"}'),
-        ("teacher_cache", True, 'is true (a boolean): expected an object, or null; write {"kind": "hidden"}'),
-        ("teacher_cache", "null", 'is "null" (a string): expected an object, or null; write null without quotes'),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "line"), config_samples.KD_WRONG_VALUES)
 def test_wrong_values(tmp_path, key, value, line):
     """Fault: a value out of range or of another type is taken, or refused without value, expectation and remedy."""
     assert refusal(tmp_path, distillation(**{key: value})) == [f"config.json: distillation_kwargs.{key} {line}"]
@@ -227,6 +198,7 @@ def test_errors_name_the_override(tmp_path):
 # -- keys that exclude each other --------------------------------------------------------------------------------
 
 LAYERS = {"student_init": "teacher_layers"}
+POLICY = {"method": "policy_gradient"}
 
 
 def parts(arch: dict | None = None, trainer: dict | None = None, kwargs: dict | None = None) -> dict:
@@ -259,6 +231,15 @@ def parts(arch: dict | None = None, trainer: dict | None = None, kwargs: dict | 
          ["trainer_kwargs.student_ckpt_path=null", "model_arch.architecture={}"]),
         (parts({"tokenizer": "x"}, None, LAYERS), ["model_arch.tokenizer", "distillation_kwargs.student_init"],
          ["model_arch.tokenizer=null", "distillation_kwargs.student_init=null"]),
+        (parts(None, None, POLICY | {"teacher_cache": {}}),
+         ["distillation_kwargs.teacher_cache", "distillation_kwargs.method", "highlights"],
+         ["distillation_kwargs.teacher_cache=null", "distillation_kwargs.method=divergence"]),
+        (parts(None, None, POLICY | {"on_policy_fraction": 0.5}),
+         ["distillation_kwargs.on_policy_fraction", "distillation_kwargs.method", "by rollout"],
+         ["distillation_kwargs.on_policy_fraction=0", "distillation_kwargs.method=divergence"]),
+        (parts(None, None, {"on_policy_fraction": 0.5, "teacher_cache": {}}),
+         ["distillation_kwargs.on_policy_fraction", "distillation_kwargs.teacher_cache", "highlights"],
+         ["distillation_kwargs.on_policy_fraction=0", "distillation_kwargs.teacher_cache=null"]),
         (parts(None, {"monitor_test": True}), ["trainer_kwargs.monitor_test", "dataset_kwargs.test_dataset"],
          ["trainer_kwargs.monitor_test=false", "dataset_kwargs.test_dataset=x"]),
     ],
@@ -276,9 +257,10 @@ def test_all_contradictions_at_once_each_in_one_line(tmp_path):
     """Fault: the user mends one contradiction only to meet the next, or a path tears a line in two."""
     lines = refusal(tmp_path, parts(
         {"teacher_lang_model": None, "from_scratch": True, "architecture": {"n_layer": 1}, "tokenizer": "a\nb"},
-        {"student_ckpt_path": "a\nb", "teacher_ckpt_path": "a\nb.pt", "monitor_test": True}, LAYERS,
+        {"student_ckpt_path": "a\nb", "teacher_ckpt_path": "a\nb.pt", "monitor_test": True},
+        LAYERS | POLICY | {"teacher_cache": {}, "on_policy_fraction": 1},
     ))
-    assert len(lines) == 7 and all(line.startswith("config.json: ") and ": " in line[13:] for line in lines)
+    assert len(lines) == 9 and all(line.startswith("config.json: ") and ": " in line[13:] for line in lines)
 
 
 def test_what_goes_together(tmp_path):
@@ -290,6 +272,9 @@ def test_what_goes_together(tmp_path):
         parts({"from_scratch": True, "architecture": {"n_layer": 2}, "tokenizer": "x"}),
         parts({"architecture": {"n_layer": 2}}, None, LAYERS),
         parts(None, {"student_ckpt_path": "old.pt"}),
+        parts(None, None, {"on_policy_fraction": 1, "rollout_top_p": 0.9}),
+        parts(None, None, POLICY | {"temperature": 2, "chunk_size": 1}),
+        parts(None, {"multi_gpu": True}, POLICY | LAYERS | {"rollout": "labels", "rollout_epochs": 2}),
     ]
     assert [warnings_of(load(tmp_path, content)) for content in good] == [[]] * len(good)
 
@@ -325,3 +310,39 @@ def test_warnings_of_both_configs_add_up(tmp_path):
     content = distillation(beta=0.3, mu=0.1) | {"trainer_kwargs": {"use_cache": True}}
     assert [line.split(" ")[0] for line in warnings_of(load(tmp_path, content))] == [
         "trainer_kwargs.use_cache", "distillation_kwargs.beta", "distillation_kwargs.mu"]
+
+
+DRAWING = {"rollout_temperature", "rollout_top_k", "rollout_top_p", "rollout_batch_size"}
+PENALTIES = {"frequency_weight", "diversity_weight", "entropy_weight", "entropy_floor"}
+OF_DIVERGENCE = {"kl_div": "JS", "kd_weight": 0, "beta": 0.3, "lambda": 0.3, "mu": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("values", "without_effect"),
+    [
+        (POLICY | OF_POLICY, {}),
+        (OF_POLICY | {"rollout": "student"}, {*OF_POLICY, "rollout"}),
+        (OF_POLICY | {"on_policy_fraction": 0.5}, {*OF_POLICY} - DRAWING),
+        (POLICY | OF_DIVERGENCE | {"temperature": 2}, OF_DIVERGENCE),
+        (POLICY | OF_POLICY | {"rollout": "student"}, {"alpha"}),
+        (POLICY | OF_POLICY | {"rollout": "teacher"}, {"alpha"}),
+        (POLICY | OF_POLICY | {"rollout": "labels"}, {"alpha", "importance_weight", *DRAWING}),
+        (POLICY | OF_POLICY | {"penalty": False}, PENALTIES),
+        (POLICY | {"temperature": 2, "lm_weight": 1}, {"temperature"}),
+        ({"temperature": 2, "on_policy_fraction": 0.5, "kd_weight": 0}, {"temperature", "on_policy_fraction"}),
+    ],
+)
+def test_keys_of_another_method(tmp_path, values, without_effect):
+    """Fault: a key is tuned that the method or its rollouts do not read; one that is read is warned of; or twice."""
+    lines = warnings_of(load(tmp_path, distillation(**values)))
+    starts = [f"distillation_kwargs.{key} has no effect: " for key in without_effect]
+    assert sorted(line.split(": ")[0] + ": " for line in lines) == sorted(starts)
+
+
+def test_dropout_of_policy_gradient(tmp_path):
+    """Fault: dropout that makes drawing and loss differ is not warned of; or null, 0 or another method's dropout is."""
+    found = {(method, dropout): warnings_of(load(tmp_path, parts({"dropout": dropout}, None, {"method": method})))
+             for method in ("divergence", "policy_gradient") for dropout in (None, 0, 0.1)}
+    (line,) = found.pop(("policy_gradient", 0.1))
+    assert line.startswith("model_arch.dropout is 0.1: ") and "policy_gradient" in line and "null" in line
+    assert all(lines == [] for lines in found.values())

@@ -73,17 +73,20 @@ def distillation_warnings(config) -> list[str]:
     """One line for each number that is set but has no effect, or an effect that is not wanted."""
     kwargs = config.distillation_kwargs
     by_policy, on_policy = kwargs.method == "policy_gradient", kwargs.on_policy_fraction > 0
-    unused: dict[str, str] = {}  # key -> why it has no effect; the first reason counts
+    unused: dict[str, str] = {}  # key -> why it has no effect
     if by_policy:
         unused |= dict.fromkeys(("kl_div", "kd_weight", *NUMBERS), "it belongs to method divergence")
     else:
         unused |= {name: f"it belongs to kl_div {' and '.join(divergences)}, and kl_div is {kwargs.kl_div}"
                    for name, divergences in NUMBERS.items() if kwargs.kl_div not in divergences}
         if kwargs.kd_weight == 0:
-            unused["temperature"] = "it belongs to the divergence, and kd_weight is 0"
+            unused |= dict.fromkeys(("temperature", "on_policy_fraction"),
+                                    "it belongs to the divergence, and kd_weight is 0")
         unused |= dict.fromkeys(POLICY_KEYS, "it belongs to method policy_gradient")
         if not on_policy:
             unused |= dict.fromkeys(DRAWING_KEYS, "nothing is drawn with method divergence and on_policy_fraction 0")
+    if by_policy and kwargs.lm_weight == 1:
+        unused["temperature"] = "it belongs to the policy gradient, and lm_weight is 1"
     if by_policy and kwargs.rollout == "labels":
         unused |= dict.fromkeys((*DRAWING_KEYS, "importance_weight"), "rollout labels draws nothing")
     if by_policy and kwargs.rollout != "mixed":
