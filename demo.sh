@@ -7,6 +7,8 @@ cd "$(dirname "$0")"
 set_up requirements.txt
 export HF_HUB_OFFLINE=1
 started=$SECONDS
+noisy=runs/demo/predictions/noisy
+equal_time=600 # steps of fine-tuning in the time of policy gradient's 150 (measured)
 
 echo "1/5 demo news"
 "$python" -m data.demo_news --output_dir data/demo
@@ -41,15 +43,32 @@ students() { # clean or noisy, ending of the tables' names: the student, then fo
     done
 }
 
-table() { # clean or noisy
+own_summaries() { # clean or noisy, ending: 150 steps on the student's own summaries, and fine-tuning for as long a time
+    local run=runs/demo/$1 rows=dataset_kwargs.train_dataset output=trainer_kwargs.output_dir method
+    local start=trainer_kwargs.student_ckpt_path=runs/demo/$1/student/model_checkpoints/last
+    "$python" train_kd.py --config demo/on_policy.json --set $rows=student$2.csv --set $output=$run/on_policy --set $start
+    "$python" train_kd.py --config demo/policy_gradient.json --set $rows=student$2.csv --set $output=$run/policy_gradient \
+        --set $start
+    "$python" train_kd.py --config demo/policy_gradient.json --set $rows=student$2.csv --set $output=$run/penalty \
+        --set $start --set distillation_kwargs.penalty=true
+    "$python" train.py --config demo/continue_student.json --set $rows=student$2.csv --set $output=$run/fine_tuning_longer \
+        --set model_arch.lang_model=$run/student/model_checkpoints/last --set trainer_kwargs.epochs=20 \
+        --set trainer_kwargs.max_steps=$equal_time
+    for method in on_policy policy_gradient penalty fine_tuning_longer; do
+        predict $1/$method $run/$method/model_checkpoints/last
+    done
+}
+
+table() { # clean or noisy, more rows
     local run=runs/demo/predictions/$1
     "$python" -m utils.compare --teacher teacher --baseline fine-tuning lead-3=runs/demo/predictions/lead-3 \
         teacher=runs/demo/predictions/teacher fine-tuning=$run/fine_tuning "forward KL=$run/forward" \
-        "reverse KL=$run/reverse" JS=$run/JS
+        "reverse KL=$run/reverse" JS=$run/JS "${@:2}"
 }
 
 echo "3/5 students whose highlights are noisy (one in four tells wrong facts, as web-scraped ones do)"
 students noisy _noisy
+own_summaries noisy _noisy
 echo "4/5 students whose highlights are clean"
 students clean ""
 predict teacher runs/demo/teacher/model_checkpoints/last
@@ -58,7 +77,9 @@ predict lead-3 lead-3
 echo "5/5 results on 200 test articles, which no model was trained on"
 echo
 echo "students trained on noisy highlights (the teacher on clean ones)"
-table noisy
+table noisy "on-policy JS=$noisy/on_policy" "policy gradient=$noisy/policy_gradient" \
+    "policy gradient with penalty=$noisy/penalty" "longer fine-tuning=$noisy/fine_tuning_longer"
+echo "longer fine-tuning: $equal_time steps, about as long a time as policy gradient's 150 with its rollouts"
 echo
 echo "students trained on clean highlights"
 table clean

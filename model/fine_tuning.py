@@ -37,6 +37,6 @@ class FineTuning(nn.Module):
 
         On the CPU nothing here waits for the device. A batch without any label gives exactly 0 with zero gradients.
         """
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels)
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
         loss = vocabulary_loss(hidden, self.language_model.output_head(), targets, chunk_size=self.chunk_size)
         return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy})

@@ -125,13 +125,16 @@ class LanguageModel(nn.Module):
         return self.model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
 
     def label_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, head_follows: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(hidden states [N, D] that predict a label, the labels [N]), in row order, on the model's device.
 
         Arguments [B, T] as for `hidden_states` and `label_positions`; on the CPU nothing here waits for the device.
         Where the family allows it (GPT-2, padding on the right) no padding is computed, nothing behind a row's last
         label, and in the last block only keys and values of the positions that predict nothing.
+
+        head_follows: these hidden states go through `output_head` in the same backward pass. A tied embedding's
+        gradient is then sparse, to be added to the head's, instead of a second tensor of that size.
         """
         index, targets = label_positions(labels)
         targets, input_ids = (each.to(self.device, non_blocking=True) for each in (targets, input_ids))
@@ -143,7 +146,9 @@ class LanguageModel(nn.Module):
         packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)
         packing = packing._replace(**{name: getattr(packing, name).to(self.device, non_blocking=True)
                                       for name in ("tokens", "positions", "selected")})
-        return packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block), targets
+        base = self.model.base_model
+        sparse = head_follows and self.model.get_output_embeddings().weight is base.wte.weight
+        return packed_hidden_states(base, input_ids, packing, self.prune_last_block, sparse_embedding=sparse), targets
 
     def output_head(self) -> OutputHead:
         """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`."""

@@ -57,14 +57,21 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def packed_hidden_states(
-    base: GPT2Model, input_ids: Tensor, packing: Packing, prune_last_block: bool, keep: Keep | None = None
+    base: GPT2Model,
+    input_ids: Tensor,
+    packing: Packing,
+    prune_last_block: bool,
+    keep: Keep | None = None,
+    sparse_embedding: bool = False,
 ) -> Tensor:
     """Final hidden states [N, D] at the selected positions of input_ids [B, T].
 
-    keep: is handed the keys and values of all P tokens of every block.
+    keep: is handed the keys and values of all P tokens of every block. sparse_embedding: the token embedding's gradient
+    is a sparse tensor.
     """
     lengths = packing.lengths
-    hidden = base.wte(input_ids.flatten()[packing.tokens]) + base.wpe(packing.positions)
+    tokens = input_ids.flatten()[packing.tokens]
+    hidden = F.embedding(tokens, base.wte.weight, sparse=sparse_embedding) + base.wpe(packing.positions)
     hidden = base.drop(hidden)
     *blocks, last = base.h
     for block in blocks:

@@ -166,7 +166,7 @@ def test_more_padding_is_the_same_bit_for_bit():
 
 
 def forbid_packing(monkeypatch) -> None:
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise AssertionError("packed")
 
     monkeypatch.setattr(language_model_module, "packed_hidden_states", fail)
