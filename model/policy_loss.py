@@ -133,7 +133,7 @@ def clipped_surrogate(
 
     log_ratio: log q now less log q when the token was drawn. clip_epsilon: None clips nothing.
     """
-    factor = log_ratio.exp() * weights
+    factor = (log_ratio.exp() * weights).clamp(max=torch.finfo(weights.dtype).max)  # inf times an advantage of 0 is NaN
     plain = -factor * advantages
     if clip_epsilon is None:
         return plain, plain, torch.zeros_like(plain)

@@ -105,10 +105,11 @@ def test_equals_brute_force(name, lengths, vocabulary, width, scale, seed, floor
 
 
 def test_frequency_by_hand():
-    """Fault: position with itself counted, a wrong number of pairs, or the sign."""
+    """Fault: a position paired with itself, so that sure tokens that never repeat are punished; or the wrong sign."""
     cases = [(log_of([1, 0], [1, 0]), 1), (log_of([1, 0], [0, 1]), 0), (log_of([0.5, 0.5], [0.5, 0.5]), 0.5),
              (log_of([0.5, 0.5], [1, 0], [0, 1]), 1 / 3),  # pairs 1/2, 1/2, 0
-             (log_of([0.25] * 4, [0.25] * 4, [0.25] * 4), 0.25), (log_of([0.2, 0.8], [0.6, 0.4]), 0.44)]
+             (log_of([0.25] * 4, [0.25] * 4, [0.25] * 4), 0.25), (log_of([0.2, 0.8], [0.6, 0.4]), 0.44),
+             (one_hot(*range(8), vocabulary=8), 0)]
     for log_q, right in cases:
         assert penalty("frequency", log_q, [len(log_q)]).tolist() == pytest.approx([right], abs=1e-12)
 
@@ -135,11 +136,6 @@ def test_entropy_by_hand():
         assert penalty("entropy", log_of(*rows), [len(rows)], floor=floor).tolist() == pytest.approx([right], abs=1e-12)
 
 
-def test_confidence_is_not_repetition():
-    """Fault: the diagonal is left in, so that a sure model is punished for tokens that never repeat."""
-    assert penalty("frequency", one_hot(*range(8), vocabulary=8), [8]).item() == 0
-
-
 @every_penalty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grows_with_its_fault(name, dtype):
@@ -153,18 +149,6 @@ def test_grows_with_its_fault(name, dtype):
     high, low = (penalty(name, log_q, [6], embeddings, 1.0).item() for log_q in (faulty, good))
     assert high == pytest.approx(1, abs=1e-6)
     assert low == pytest.approx(math.exp(-2) if name == "diversity" else 0, abs=1e-6)
-
-
-@every_penalty
-def test_a_step_down_the_gradient_lessens_the_fault(name):
-    """Fault: a gradient of the wrong sign, whatever the value is."""
-    logits, embeddings = random_case([6], scale=1.0)
-    logits = logits * 0.3 + torch.tensor([3.0, 0, 0, 0, 0])  # mostly token 0
-    logits.requires_grad_()
-    before = penalty(name, torch.log_softmax(logits, -1), [6], embeddings, 1.5)
-    before.sum().backward()
-    after = penalty(name, torch.log_softmax(logits - logits.grad, -1), [6], embeddings, 1.5)
-    assert after.item() < before.item() - 1e-4
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------
@@ -245,16 +229,6 @@ def test_gradient_where_rounding_leaves_the_range(excess):
         torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-5)
 
 
-@every_penalty
-def test_nonzero_gradient_where_there_is_a_penalty(name):
-    """Fault: a penalty that is detached from the student."""
-    lengths = [4, 3]
-    logits, embeddings = random_case(lengths, seed=2)
-    values, gradient = with_gradient(name, torch.log_softmax(logits, -1), lengths, embeddings, 1.5)
-    assert (values > 0).all()
-    assert (gradient.abs().sum(-1) > 0).reshape(-1).sum() >= 6
-
-
 def test_no_gradient_where_spread_enough():
     """Fault: entropy pushed beyond its floor, towards uniform."""
     values, gradient = with_gradient("entropy", log_of([0.5, 0.5], [0.4, 0.6]), [2], floor=0.5)
@@ -305,18 +279,6 @@ def test_sequences_do_not_touch(name):
     assert torch.isnan(values).tolist() == [False, True, False, False]
     torch.testing.assert_close(values[[0, 2, 3]], together[[0, 2, 3]])
     assert torch.isfinite(gradient[[0, 1, 2, 5, 6, 7, 8]]).all()
-
-
-@every_penalty
-def test_order_of_the_positions_does_not_matter(name):
-    """Fault: sums that take a sequence to be one block at a place worked out from the counts."""
-    logits, embeddings = random_case([3, 4])
-    log_q, (rows, counts) = torch.log_softmax(logits, -1), layout([3, 4])
-    order = torch.tensor([6, 0, 3, 1, 5, 2, 4])
-    function, extra = {"frequency": (frequency_penalty, ()), "diversity": (diversity_penalty, (embeddings,)),
-                       "entropy": (entropy_penalty, (1.5,))}[name]
-    torch.testing.assert_close(function(log_q[order], rows[order], counts, *extra),
-                               function(log_q, rows, counts, *extra))
 
 
 @every_penalty
@@ -377,22 +339,11 @@ def test_entropy_floor_out_of_range(floor):
         penalty("entropy", log_of([0.5, 0.5]), [1], floor=floor)
 
 
-# -- embeddings --------------------------------------------------------------------------------------------------
-
-
-def test_unit_embeddings_by_hand():
-    """Fault: columns scaled instead of rows, 0 / 0 for a row of zeros, or a square that overflows or vanishes."""
+def test_unit_embeddings():
+    """Fault: columns scaled instead of rows, 0 / 0 for a row of zeros, squares too large or small, bfloat16 norms."""
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-3e30, 4e30], [3e-30, -4e-30], [0.0, -7.0]], requires_grad=True)
     ours = unit_embeddings(weight)
-    right = torch.tensor([[0.6, 0.8], [0, 0], [-0.6, 0.8], [0.6, -0.8], [0, -1]])
-    torch.testing.assert_close(ours, right)
-    assert not ours.requires_grad
-    assert weight[0].tolist() == [3, 4]
-
-
-def test_unit_embeddings_in_float32():
-    """Fault: norms rounded to bfloat16."""
-    weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ours = unit_embeddings(weight)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double().square().sum(-1), torch.ones(20).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, torch.tensor([[0.6, 0.8], [0, 0], [-0.6, 0.8], [0.6, -0.8], [0, -1]]))
+    assert not ours.requires_grad and weight[0].tolist() == [3, 4]
+    coarse = unit_embeddings(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16())
+    torch.testing.assert_close(coarse.double().square().sum(-1), torch.ones(20).double(), rtol=1e-6, atol=0)
