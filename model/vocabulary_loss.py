@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from model.divergences import FLOOR, Divergence
 
@@ -226,15 +225,18 @@ def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_s
 
 
 def product(states: Tensor, weight: Tensor) -> Tensor:
-    """states @ weight.T, [n, V].
+    """states @ weight.T, [n, V], without a graph.
 
-    On a CPU the other way round is a quarter faster where n is a multiple of 16 (measured with MKL, AVX2, float32).
+    On a CPU in blocks of tokens, which is a quarter faster (measured with MKL, AVX2, float32).
     """
-    count = len(states)
-    if states.device.type != "cpu" or states.dtype != torch.float32 or count < 48:
+    if states.device.type != "cpu" or states.dtype != torch.float32:
         return states @ weight.T
-    padded = pad(states, (0, 0, 0, -count % 16))
-    return (weight @ padded.T).T[:count].contiguous()
+    block = 512 if len(states) >= 32 else 2048
+    result = states.new_empty(len(states), len(weight))
+    for start in range(0, len(weight), block):
+        part = slice(start, start + block)
+        torch.mm(states, weight[part].T, out=result[:, part])
+    return result
 
 
 def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, temperature: float, precision: torch.dtype):
