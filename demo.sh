@@ -78,7 +78,7 @@ echo "5/5 results on 200 test articles, which no model was trained on"
 echo
 echo "students trained on noisy highlights (the teacher on clean ones)"
 table noisy "on-policy JS=$noisy/on_policy" "policy gradient=$noisy/policy_gradient" \
-    "policy gradient with penalty=$noisy/penalty" "longer fine-tuning=$noisy/fine_tuning_longer"
+    "penalised policy gradient=$noisy/penalty" "longer fine-tuning=$noisy/fine_tuning_longer"
 echo "longer fine-tuning: $equal_time steps, about as long a time as policy gradient's 150 with its rollouts"
 echo
 echo "students trained on clean highlights"

@@ -56,9 +56,9 @@ def draw(student: Tensor, teacher: Tensor | None, options: SamplingOptions, unif
     uniforms [n]: numbers in [0, 1) that decide. The distribution is inverted in float64, and a token of probability 0
     is never drawn.
     """
-    probabilities = student.double().exp_()
+    probabilities = student.to(torch.float64, copy=True).exp_()
     if teacher is not None and options.alpha > 0:
-        probabilities.mul_(1 - options.alpha).add_(teacher.double().exp_(), alpha=options.alpha)
+        probabilities.mul_(1 - options.alpha).add_(teacher.to(torch.float64, copy=True).exp_(), alpha=options.alpha)
     probabilities = truncated(probabilities, options.top_k, options.top_p)
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]

@@ -33,17 +33,23 @@ def test_demo_teaches_and_reuses(tmp_path):
     for scores in (noisy, clean):
         assert scores["teacher"] > 60 > 35 > scores["lead-3"] > 20
         assert all(50 < scores[name] < scores["teacher"] + 2 for name in ("fine-tuning", "forward", "reverse", "JS"))
+    assert all(50 < noisy[name] < noisy["teacher"] + 2 for name in OWN)
     assert max(noisy[name] for name in ("forward", "reverse", "JS")) > noisy["fine-tuning"]
+    assert noisy["policy"] > noisy["fine-tuning"]
     again = demo()
-    assert again.count("already finished") == 2 + 2 * 6
-    assert again.count("already there") == 2 + 2 * 4
+    assert again.count("already finished") == 2 + 2 * 6 + 4
+    assert again.count("already there") == 2 + 2 * 4 + 4
     assert tables(again) == [noisy, clean]
+
+
+OWN = ("on-policy", "policy", "penalised", "longer")
 
 
 def tables(output: str) -> list[dict[str, float]]:
     """ROUGE-1 in per cent by the first word of the row, for both tables."""
     names = ("lead-3", "teacher", "fine-tuning", "forward", "reverse", "JS")
-    rows = [re.match(r"(\S+).*?  +(\d+\.\d) \[", line) for line in output.splitlines() if line.startswith(names)]
+    lines = [line for line in output.splitlines() if line.startswith((*names, *OWN))]
+    rows = [re.match(r"(\S+).*?  +(\d+\.\d) \[", line) for line in lines]
     found = [(row[1], float(row[2])) for row in rows if row]
-    assert [name for name, _ in found] == [*names, *names]
-    return [dict(found[:6]), dict(found[6:])]
+    assert [name for name, _ in found] == [*names, *OWN, *names]
+    return [dict(found[:10]), dict(found[10:])]

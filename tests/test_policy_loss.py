@@ -1,0 +1,320 @@
+"""The policy-gradient loss by enumeration and against plain float64 formulas: model/policy_loss.py."""
+
+import inspect
+import itertools
+import math
+import re
+
+import pytest
+import torch
+
+from model.penalties import unit_embeddings
+from model.policy_gradient import TeacherStudent
+from model.policy_loss import Penalties, PolicyTokens, clipped_surrogate, policy_loss, whole_sequences
+from model.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
+from model.teacher import Teacher
+from model.vocabulary_loss import OutputHead, TeacherHidden
+from tests.conftest import tiny_language_model
+
+# -- a toy whose sequences can all be written down ---------------------------------------------------------------
+
+SIZE, LENGTH, STOP = 3, 3, 0  # tokens, the last of which a sequence may have, the one that ends it
+STATES = [state for length in range(LENGTH) for state in itertools.product([1, 2], repeat=length)]
+SEQUENCES = [(*state, token) for state in STATES for token in range(SIZE) if token == STOP or len(state) == LENGTH - 1]
+BIAS_RUNS = 20
+
+
+def toy(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [states, tokens] of a teacher and a student, standard normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = torch.randn(2, len(STATES), SIZE, generator=generator, dtype=torch.float64)
+    return teacher, student.requires_grad_()
+
+
+def steps(sequence) -> list[tuple[int, int]]:
+    """(number of the state, token) of each token."""
+    return [(STATES.index(sequence[:place]), token) for place, token in enumerate(sequence)]
+
+
+def exact_gradient(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Of sum over all y of q(y) (log q(y) - log p(y)), by autograd."""
+    p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
+    total = 0
+    for sequence in SEQUENCES:
+        q_y, p_y = (torch.stack([each[step] for step in steps(sequence)]).prod() for each in (q, p))
+        total = total + q_y * (q_y.log() - p_y.log())
+    return torch.autograd.grad(total, student)[0]
+
+
+def expected_gradient(teacher, student, alpha: float, kind: str, normalize: bool = False, clip=None) -> torch.Tensor:
+    """Of policy_loss, over sequences drawn from p~ = alpha p + (1 - alpha) q; each probability is counted once."""
+    p, q = torch.softmax(teacher, -1), torch.softmax(student.detach(), -1)
+    mixture = alpha * p + (1 - alpha) * q
+    expected, chances = torch.zeros_like(student), 0
+    for sequence in SEQUENCES:
+        states, tokens = (torch.tensor(each) for each in zip(*steps(sequence), strict=True))
+        log_p, log_q, log_sampling = (each[states, tokens].log()[None] for each in (p, q, mixture))
+        mask = torch.ones(log_q.shape, dtype=torch.bool)
+        rewards = immediate_rewards(log_p, log_q, mask)
+        weights = importance_weights(log_q, log_sampling, mask, kind)
+        of_states = prefix_weights(log_q, log_sampling, mask) if kind == "sequence" else torch.ones_like(weights)
+        advantages = long_term_rewards(rewards, mask, normalize)
+        drawn = PolicyTokens(tokens, [len(tokens)], *(each[0] for each in (log_q, advantages, weights, of_states,
+                                                                           rewards)))
+        one_hot = torch.eye(len(STATES), dtype=torch.float64)[states]
+        loss = policy_loss(one_hot, OutputHead(student.T), drawn, TeacherHidden(one_hot, OutputHead(teacher.T)),
+                           vocabulary=SIZE, clip_epsilon=clip)
+        chance = log_sampling.sum().exp()
+        expected += chance * torch.autograd.grad(loss.loss_sum, student)[0]
+        chances += chance
+    assert chances.item() == pytest.approx(1, abs=1e-12)
+    return expected
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def test_the_toy_has_all_sequences():
+    """Fault: a sequence is missing from the enumeration, or goes on behind its end."""
+    assert len(SEQUENCES) == len(set(SEQUENCES)) == 1 + 2 + 4 * 3
+    assert all(STOP not in sequence[:-1] for sequence in SEQUENCES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("alpha", "kind"), [(0.0, "token"), (0.0, "sequence"), (0.2, "sequence"), (0.5, "sequence"),
+                                             (1.0, "sequence")])
+def test_expected_gradient_is_that_of_the_sequences_reverse_kl(alpha, kind, seed):
+    """Fault: a part counted twice or missing, a wrong sign, or weights that are off by a token."""
+    teacher, student = toy(seed)
+    exact = exact_gradient(teacher, student)
+    assert exact.norm() > 0.1
+    assert relative_error(expected_gradient(teacher, student, alpha, kind), exact) <= 1e-12
+
+
+def test_measured_bias_is_what_the_docstring_says():
+    """Fault: the approximations are further from the exact gradient than users are told."""
+    cases = {"token 0.2": {"alpha": 0.2, "kind": "token"}, "token 0.5": {"alpha": 0.5, "kind": "token"},
+             "normalize": {"alpha": 0.0, "kind": "token", "normalize": True},
+             "clip": {"alpha": 0.2, "kind": "token", "clip": 0.2},
+             "default": {"alpha": 0.2, "kind": "token", "clip": 0.2, "normalize": True}}
+    toys = [toy(seed) for seed in range(BIAS_RUNS)]
+    exact = [exact_gradient(*each) for each in toys]
+    measured = {name: sum(relative_error(expected_gradient(*each, **options), right)
+                          for each, right in zip(toys, exact, strict=True)) / BIAS_RUNS
+                for name, options in cases.items()}
+    text = " ".join(inspect.getdoc(TeacherStudent).split())
+    told = re.search(
+        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize_rewards ([\d.]+) at alpha 0; '
+        r'"token" weights with clip_epsilon 0\.2 ([\d.]+) at alpha 0\.2, and .*? the default, (\d\.\d+)', text)
+    assert told is not None, measured
+    assert [float(each) for each in told.groups()] == pytest.approx(list(measured.values()), abs=0.01), measured
+
+
+# -- the loss against formulas -----------------------------------------------------------------------------------
+
+COUNTS = [4, 1, 7, 2]
+POSITIONS, WIDTH, TEACHER_WIDTH, VOCABULARY, PADDING = sum(COUNTS), 6, 4, 11, 3
+EPSILON, FLOOR = 0.2, 1.9  # nats, among the entropies of the case, so that some lie above and some below
+
+
+class Case:
+    """Random states, heads and what was drawn, in `dtype`."""
+
+    def __init__(self, dtype=torch.float64, bias: bool = True, scale: float = 1.0, cap: float | None = None):
+        generator = torch.Generator().manual_seed(7)
+
+        def random(*shape, std=1.0):
+            return (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+        rows = VOCABULARY + PADDING
+        self.hidden, self.weight = random(POSITIONS, WIDTH), random(rows, WIDTH, std=0.7)
+        self.bias = random(rows) if bias else None
+        self.scale, self.cap = scale, cap
+        self.of_teacher = TeacherHidden(random(POSITIONS, TEACHER_WIDTH),
+                                        OutputHead(random(rows, TEACHER_WIDTH), random(rows)))
+        tokens = torch.randint(0, VOCABULARY, (POSITIONS,), generator=generator)
+        positive = [random(POSITIONS, std=0.5).exp() for _ in range(2)]
+        self.drawn = PolicyTokens(tokens, COUNTS, random(POSITIONS, std=0.5) - 2.5, random(POSITIONS), *positive,
+                                  random(POSITIONS))
+        self.embeddings = unit_embeddings(random(VOCABULARY, 5))
+
+    def leaves(self, dtype=None) -> list:
+        return [None if each is None else each.detach().to(dtype or each.dtype).requires_grad_()
+                for each in (self.hidden, self.weight, self.bias)]
+
+    def ours(self, **options):
+        """(PolicyLoss, gradients of hidden, weight, bias)."""
+        hidden, weight, bias = leaves = self.leaves()
+        loss = policy_loss(hidden, OutputHead(weight, bias, self.scale, self.cap), self.drawn, self.of_teacher,
+                           vocabulary=VOCABULARY, **options)
+        loss.loss_sum.backward()
+        return loss, [each.grad for each in leaves if each is not None]
+
+
+def pair_penalties(q: torch.Tensor, embeddings: torch.Tensor, floor: float = FLOOR) -> list[torch.Tensor]:
+    """Frequency, diversity and entropy of one sequence, pair by pair."""
+    pairs = [(left, right) for left in range(len(q)) for right in range(len(q)) if left != right]
+    entropy = sum(torch.relu(1 + (each * each.log()).sum() / floor) for each in q) / len(q)
+    if not pairs:
+        return [q.new_zeros(()), q.new_zeros(()), entropy]
+    points = q @ embeddings
+    same = sum((q[left] * q[right]).sum() for left, right in pairs) / len(pairs)
+    distance = sum((points[left] - points[right]).square().sum() for left, right in pairs) / len(pairs)
+    return [same, torch.exp(-distance), entropy]
+
+
+def formula(case: Case, temperature=1.0, factor=1.0, clip=EPSILON, weights=None) -> tuple[dict, list]:
+    """(loss and sums, gradients of hidden, weight, bias): full logits, autograd through all of it, float64."""
+    hidden, weight, bias = leaves = case.leaves(torch.float64)
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logits = logits * case.scale
+    logits = logits if case.cap is None else case.cap * torch.tanh(logits / case.cap)
+    states, head = case.of_teacher
+    of_teacher = states.double() @ head.weight.double().T + head.bias.double()
+    q, p = (torch.softmax(each[:, :VOCABULARY] / temperature, -1) for each in (logits, of_teacher))
+    tokens, _, log_drawn, advantages, of_tokens, of_states, _ = (
+        each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in case.drawn)
+    x = of_tokens * q[torch.arange(POSITIONS), tokens] / log_drawn.exp()
+    plain = -x * advantages
+    clipped = plain if clip is None else -x.clamp(1 - clip, 1 + clip) * advantages
+    sums = {
+        "single_step": sum(of_states[t] * (q[t] * (q[t] / p[t]).log()).sum() for t in range(POSITIONS)),
+        "long_term": torch.maximum(plain, clipped).sum(), "entropy": -(q * q.log()).sum(),
+        "clipped": (clipped > plain).double().sum(),
+        **dict.fromkeys(["frequency_penalty", "diversity_penalty", "entropy_penalty"], q.new_zeros(())),
+    }
+    if weights is not None:
+        for each in q.split(COUNTS):
+            for name, value in zip(list(sums)[-3:], pair_penalties(each, case.embeddings.double()), strict=True):
+                sums[name] = sums[name] + len(each) * value
+    weighted = sum(by * sums[name] for by, name in zip(weights or (0, 0, 0), list(sums)[-3:], strict=True))
+    sums["loss_sum"] = factor * (sums["single_step"] + sums["long_term"] + weighted)
+    sums["loss_sum"].backward()
+    return {name: each.detach() for name, each in sums.items()}, [each.grad for each in leaves if each is not None]
+
+
+def assert_as_formula(ours, theirs, tolerance: float) -> None:
+    (loss, gradients), (sums, right) = ours, theirs
+    assert set(sums) == set(loss._fields)
+    for name, value in sums.items():
+        assert getattr(loss, name).item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
+    for found, expected in zip(gradients, right, strict=True):
+        assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+WEIGHTS = (0.6, 0.8, 0.5)
+HEADS = {"plain": {}, "no bias": {"bias": False}, "scaled and capped": {"scale": 0.6, "cap": 2.0}}
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, POSITIONS, POSITIONS + 6])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["", "penalties"])
+def test_loss_sums_and_gradients_equal_the_formula(weights, temperature, chunk_size):
+    """Fault: a chunk that is lost, cuts a sequence, or a gradient without a weight, the factor or 1 / temperature."""
+    case = Case()
+    penalties = None if weights is None else Penalties(*weights, FLOOR, case.embeddings)
+    ours = case.ours(temperature=temperature, factor=0.37, chunk_size=chunk_size, penalties=penalties)
+    theirs = formula(case, temperature, 0.37, weights=weights)
+    assert 2 <= theirs[0]["clipped"] <= POSITIONS - 2
+    assert_as_formula(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_heads_in_float32(options):
+    """Fault: a head's scale, cap or bias is left out of the gradient, or single precision loses digits."""
+    case = Case(torch.float32, **options)
+    ours = case.ours(penalties=Penalties(*WEIGHTS, FLOOR, case.embeddings), chunk_size=5)
+    assert_as_formula(ours, formula(case, weights=WEIGHTS), 1e-5)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_each_penalty_alone(which):
+    """Fault: a penalty takes another's weight, or one of weight 0 has an effect."""
+    case = Case()
+    weights = [0.9 if index == which else 0.0 for index in range(3)]
+    loss, gradients = case.ours(penalties=Penalties(*weights, FLOOR, case.embeddings))
+    sums, right = formula(case, weights=weights)
+    for index, name in enumerate(["frequency_penalty", "diversity_penalty", "entropy_penalty"]):
+        assert getattr(loss, name).item() == pytest.approx(sums[name].item() if index == which else 0.0, rel=1e-10)
+    assert loss.loss_sum.item() == pytest.approx(sums["loss_sum"].item(), rel=1e-10)
+    assert sums["loss_sum"] != formula(case)[0]["loss_sum"]
+    for found, expected in zip(gradients, right, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_padding_of_the_heads_takes_no_probability():
+    """Fault: rows of a head behind the real tokens get a share of the softmax, or a gradient."""
+    case, changed = Case(), Case()
+    for tensor in (changed.weight, changed.bias, changed.of_teacher.head.weight, changed.of_teacher.head.bias):
+        tensor[VOCABULARY:] = 50.0
+    (loss, gradients), (other, others) = case.ours(), changed.ours()
+    assert all(torch.equal(*pair) for pair in zip(loss, other, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
+    assert all((each[VOCABULARY:] == 0).all() and each.abs().sum() > 0 for each in gradients[1:])
+
+
+def test_no_sequence_at_all_gives_a_zero_with_a_graph():
+    """Fault: NaN, or a constant without a graph, where a process has no rollouts."""
+    case = Case()
+    none = PolicyTokens(case.drawn.tokens[:0], [], *(each[:0] for each in case.drawn[2:]))
+    hidden, weight, bias = leaves = [case.hidden[:0].requires_grad_(), *case.leaves()[1:]]
+    for penalties in (None, Penalties(*WEIGHTS, FLOOR, case.embeddings)):
+        loss = policy_loss(hidden, OutputHead(weight, bias), none, case.of_teacher._replace(hidden=torch.zeros(
+            0, TEACHER_WIDTH, dtype=torch.float64)), vocabulary=VOCABULARY, penalties=penalties)
+        assert all(each == 0 for each in loss)
+        assert all((each == 0).all() for each in torch.autograd.grad(loss.loss_sum, leaves))
+
+
+def test_constants_have_no_gradient_and_sums_no_graph():
+    """Fault: the advantage, the weight or the teacher is differentiated, or the log keeps the graph alive."""
+    case = Case()
+    case.drawn = PolicyTokens(*(each.requires_grad_() if torch.is_tensor(each) and each.is_floating_point() else each
+                                for each in case.drawn))
+    loss, _ = case.ours(penalties=Penalties(*WEIGHTS, FLOOR, case.embeddings))
+    assert all(each.grad is None for each in case.drawn if torch.is_tensor(each))
+    assert not any(each.requires_grad for each in loss[1:])
+
+
+# -- parts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [None, 0.2, 0.05])
+def test_clipped_surrogate_against_autograd(clip):
+    """Fault: min for max, a clip that holds back the wrong side, or a derivative without rho or the weight."""
+    log_now = torch.linspace(-1.0, 1.0, 21, dtype=torch.float64).repeat(2).requires_grad_()
+    advantages = torch.tensor([1.5] * 21 + [-0.5] * 21, dtype=torch.float64)
+    weights = torch.linspace(0.6, 1.7, 42, dtype=torch.float64)
+    log_drawn = torch.tensor(0.13, dtype=torch.float64)
+    x = weights * log_now.exp() / log_drawn.exp()
+    bounded = x if clip is None else x.clamp(1 - clip, 1 + clip)
+    right = torch.maximum(-x * advantages, -bounded * advantages)
+    slope = torch.autograd.grad(right.sum(), log_now)[0]
+    values, slopes, held = clipped_surrogate((log_now - log_drawn).detach(), weights, advantages, clip)
+    assert torch.allclose(values, right, rtol=1e-12, atol=0)
+    assert torch.allclose(slopes, slope, rtol=1e-12, atol=1e-15)
+    expected = torch.zeros(42) if clip is None else ((advantages > 0) & (x > 1 + clip)) | ((advantages < 0)
+                                                                                          & (x < 1 - clip))
+    assert held.tolist() == expected.double().tolist()
+    assert clip is None or 5 < held.sum() < 37
+
+
+def test_chunks_hold_whole_sequences():
+    """Fault: a chunk cuts a sequence, loses one, or holds more positions than asked."""
+    assert whole_sequences([4, 1, 7, 2], 5) == [slice(0, 5), slice(5, 12), slice(12, 14)]
+    assert whole_sequences([4, 1, 7, 2], 1) == [slice(0, 4), slice(4, 5), slice(5, 12), slice(12, 14)]
+    assert whole_sequences([4, 1, 7, 2], 99) == [slice(0, 14)]
+    assert whole_sequences([], 4) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("temperature", 0.0), ("temperature", math.nan), ("lm_weight", 1.5), ("lm_weight", -0.1), ("clip_epsilon", 0.0),
+    ("clip_epsilon", 1.0), ("alpha", 1.2), ("alpha", -0.1), ("rollout_temperature", 0.0), ("rollout_top_k", 0),
+    ("rollout_top_p", 0.0), ("rollout_top_p", 1.5), ("rollout_batch_size", 0), ("rollout_epochs", 0),
+    ("max_generation_length", 0), ("importance_weight", "both"), ("rollout", "greedy"), ("chunk_size", 0),
+    ("frequency_weight", -0.1), ("diversity_weight", -0.1), ("entropy_weight", math.nan), ("entropy_floor", 0.0),
+])
+def test_out_of_range_is_refused_by_name(name, value):
+    """Fault: a senseless number trains anyway, or the message does not say which one it was."""
+    with pytest.raises(ValueError, match=rf"^{name} is '?{value}'?: expected"):
+        TeacherStudent(tiny_language_model(), Teacher(tiny_language_model()), penalty=True, **{name: value})
