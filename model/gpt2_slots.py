@@ -72,10 +72,7 @@ class GPT2Slots:
         """What each row sees, [n, 1, 1, longest + 1] to be added to the scores; None where all see the same."""
         if len(set(self.lengths.sizes)) == 1:
             return None
-        visible = self.lengths.visible()
-        return torch.zeros(visible.shape, dtype=self.cache.dtype, device=visible.device).masked_fill_(
-            ~visible, -torch.inf
-        )
+        return self.lengths.mask(self.cache.dtype)
 
     def move(self, source: int, target: int) -> None:
         size = self.lengths.sizes[source]

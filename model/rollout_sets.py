@@ -106,11 +106,11 @@ class RolloutSets:
     def make(self, table, batches: list[dict], rows: list[int]) -> list[RolloutBatch]:
         with evaluating(self.student), torch.no_grad(), self.autocast():
             plain, rollouts = self.from_labels(batches) if self.options.source == "labels" else self.draw(batches, rows)
-        self.made += 1
         mask = real_tokens(rollouts.tokens, rollouts.log_q.shape[1], rollouts.log_q.device)
         rewards = immediate_rewards(rollouts.log_p, rollouts.log_q, mask)
         totals = self.totals(batches, rollouts, mask, rewards)
         self.watch(table, rows, rollouts, mask, rewards, totals)
+        self.made += 1
         advantages = long_term_rewards(rewards, mask, self.normalize)
         if self.whiten:
             advantages = whiten(advantages, mask, self.sum_over_group)
@@ -243,6 +243,7 @@ class RolloutSets:
         collapsed = [name for name in ("empty", "entropy") if faults[name][0]]
         self.collapsed = self.collapsed + 1 if collapsed else 0
         if self.collapsed == COLLAPSED_SETS:
+            self.collapsed = 0  # a run that goes on with other settings has as many sets to recover
             raise ObjectiveError(f"the policy has collapsed, {COLLAPSED_SETS} sets of rollouts in a row: "
                                  f"{faults[collapsed[0]][1]}")
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class SamplingOptions(NamedTuple):
@@ -77,7 +78,8 @@ def truncated(probabilities: Tensor, top_k: int | None, top_p: float | None) -> 
     values = best.values
     if top_p is not None and top_p < 1:
         mass = values.sum(-1, keepdim=True)
-        values = values.masked_fill(values.cumsum(-1) - values >= top_p * mass, 0)  # what lies before has enough
+        before = F.pad(values.cumsum(-1)[:, :-1], (1, 0))  # summed, not subtracted: at most as many as needed
+        values = values.masked_fill(before >= top_p * mass, 0)
     return torch.zeros_like(probabilities).scatter_(-1, best.indices, values)
 
 

@@ -28,6 +28,11 @@ class SlotLengths:
             seen &= keys > own - window
         return seen[:, None, None]
 
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """`visible` as what is added to the scores: 0 or -inf. Unlike bool, right for eager attention, which adds."""
+        seen = self.visible(window)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
     def add(self, sizes: list[int]) -> None:
         start = len(self.sizes)
         self.sizes += sizes

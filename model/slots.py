@@ -62,11 +62,11 @@ class LibrarySlots:
 
     def _masks(self):
         """One mask, or one for each type of layer where the family has several."""
-        sliding = {layer.is_sliding for layer in self.cache.layers}
+        sliding, dtype = {layer.is_sliding for layer in self.cache.layers}, self.cache.layers[0].keys.dtype
         if sliding == {False}:
-            return self.lengths.visible()
-        windowed = self.lengths.visible(self.language_model.model.config.sliding_window)
-        return windowed if sliding == {True} else {"full_attention": self.lengths.visible(),
+            return self.lengths.mask(dtype)
+        windowed = self.lengths.mask(dtype, self.language_model.model.config.sliding_window)
+        return windowed if sliding == {True} else {"full_attention": self.lengths.mask(dtype),
                                                    "sliding_attention": windowed}
 
     def move(self, source: int, target: int) -> None:

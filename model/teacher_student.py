@@ -80,16 +80,17 @@ class TeacherStudent(nn.Module):
         batches = iter(batches)
         for count in counts:
             own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
+            drawn = self.rollouts.of_step(table, own) if on_policy else None
+            self.steps += 1  # after what may be refused: a run that goes on from there decides as before
             if on_policy:
-                drawn = self.rollouts.of_step(table, own)
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
             else:
                 yield self.teacher.ahead(table, own)
 
     def next_is_on_policy(self) -> bool:
         """By a number of its own for each step, so that a resumed run and every process decide alike."""
-        self.steps += 1
-        return np.random.default_rng([self.rollouts.options.seed, self.steps]).random() < self.on_policy_fraction
+        draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
+        return draw < self.on_policy_fraction
 
     def resume_state(self) -> dict:
         return {"steps": self.steps, "rollouts": self.rollouts.resume_state()} if self.rollouts else {}
@@ -116,7 +117,7 @@ class TeacherStudent(nn.Module):
             return self.on_policy(input_ids, attention_mask, labels, rollout)
         if teacher_outputs is None:
             teacher_outputs = self.teacher.outputs(input_ids, attention_mask, labels)
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels)
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
         loss = vocabulary_loss(
             hidden, self.language_model.output_head(), targets, vocabulary=self.vocabulary, teacher=teacher_outputs,
             divergence=self.divergence, temperature=self.temperature, kd_weight=self.kd_weight,
@@ -129,9 +130,9 @@ class TeacherStudent(nn.Module):
         """CE on the highlights; the divergence on the rollout, scaled so that the step's mean is over its tokens."""
         model, head = self.language_model, self.language_model.output_head()
         options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
-        hidden, targets = model.label_hidden(input_ids, attention_mask, labels)
+        hidden, targets = model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
         of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
-        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels)
+        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, head_follows=True)
         of_rollout = vocabulary_loss(
             hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,
             kd_weight=1.0, factor=self.kd_weight * rollout.token_scale, **options,

@@ -140,6 +140,7 @@ def test_round_trip(tmp_path, content):
          "distillation_kwargs.teacher_cache.knd is unknown: did you mean kind?"),
         ({"distillation_kwargs": {"rollout_temprature": 2}},
          "distillation_kwargs.rollout_temprature is unknown: did you mean rollout_temperature?"),
+        ({"distillation_kwargs": {"rolout": "labels"}}, "distillation_kwargs.rolout is unknown: did you mean rollout?"),
         ({"distillation_kwargs": {"importance_weights": "token"}},
          "distillation_kwargs.importance_weights is unknown: did you mean importance_weight?"),
         ({"trainer_kwargs": {"lm_weight": 1}},

@@ -8,7 +8,6 @@ the number of processes.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -28,22 +27,13 @@ from utils.random_state import random_state, seed_everything, set_random_state
 from utils.run_folder import judged_by
 from utils.run_log import RunLog, progress_bar
 from utils.signals import StopRequest
+from utils.step_result import StepResult, mean_losses
 from utils.train_state import TrainState
 from utils.validation import Validation
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: one line for the user."""
-
-
-@dataclass
-class StepResult:
-    """Means over the label tokens of one optimizer step, for the log."""
-
-    losses: dict[str, float]
-    grad_norm: float
-    learning_rate: float
-    label_tokens: int
 
 
 class Trainer:
@@ -97,9 +87,10 @@ class Trainer:
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
         generators = tensors["random"]
-        if len(of_objective := tensors.get("objective", [])) == self.place.world_size:
-            self.objective.restore(of_objective[self.place.rank])
-        if len(generators) != self.place.world_size:
+        same = len(generators) == self.place.world_size
+        if of_objective := tensors.get("objective"):  # what is not of the process alone is the same in all
+            self.objective.restore(of_objective[self.place.rank if same else 0])
+        if not same:
             return [*notices, f"the checkpoint was made by {len(generators)} processes, now there are "
                     f"{self.place.world_size}: dropout will not repeat number for number"]
         return notices + set_random_state(generators[self.place.rank])
@@ -215,7 +206,7 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
         sum_gradients(self.parameters, self.place)
         tokens = int(self.table.label_counts[list(chain(*step))].sum())
-        means = self.mean_losses(sums, tokens)
+        means = mean_losses(sums, tokens, self.place)
         norm = gradient_norm(self.parameters).item() / tokens
         if not math.isfinite(norm) or not math.isfinite(means["loss"]):
             self.refuse(step, micro_losses, means["loss"], norm)
@@ -233,15 +224,6 @@ class Trainer:
             self.save()
             raise TrainingError(f"optimizer step {self.state.step + 1}: {error}; the weights of before that step are "
                                 "in model_checkpoints/last") from error
-
-    def mean_losses(self, sums: dict[str, torch.Tensor], tokens: int) -> dict[str, float]:
-        """Means over the step's label tokens on all processes: one wait for the device a step."""
-        values = torch.stack([value.float() for value in sums.values()]).tolist() if sums else []
-        totals: dict[str, float] = {}
-        for of_process in self.place.gather(dict(zip(sums, values, strict=True))):
-            for name, value in of_process.items():
-                totals[name] = totals.get(name, 0.0) + value
-        return {name: value / tokens for name, value in totals.items()}
 
     def refuse(self, step: Step, micro_losses: list[torch.Tensor], loss: float, norm: float) -> None:
         """Stop before the weights are touched, naming the rows of the micro-batches that are to blame."""
