@@ -177,15 +177,15 @@ def test_refused_run_changes_nothing(tmp_path, folder, earlier, capsys):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_run_that_dies_while_decoding_changes_nothing(tmp_path, folder, earlier, monkeypatch, error):
     """Fault: predictions are written as they come, so half of a failed run replaces a whole one."""
-    calls, real = [], model.decoding.decode_batch
+    calls, real = [], model.decoding.read
 
     def second_one_fails(*arguments):
         calls.append(None)
         if len(calls) == 2:
             raise error("in the middle")
-        real(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(model.decoding, "decode_batch", second_one_fails)
+    monkeypatch.setattr(model.decoding, "read", second_one_fails)
     arguments = (tmp_path, folder, tmp_path / "news.csv", "--batch_size", "2")
     if error is KeyboardInterrupt:
         assert run(*arguments)[0] == 130
