@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from model.divergences import choose_divergence
@@ -130,8 +131,9 @@ class TeacherStudent(nn.Module):
         """CE on the highlights; the divergence on the rollout, scaled so that the step's mean is over its tokens."""
         model, head = self.language_model, self.language_model.output_head()
         options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
-        hidden, targets = model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
-        of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_weight < 1):
+            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
+            of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
         hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, head_follows=True)
         of_rollout = vocabulary_loss(
             hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,

@@ -1,4 +1,4 @@
-"""The distillation and decoding benchmarks, on tiny sizes: compared before they are timed. Peers run where here."""
+"""Distillation and decoding benchmarks, on tiny sizes: compared before they are timed. Peers run if installed."""
 
 import argparse
 from pathlib import Path
