@@ -111,7 +111,8 @@ class Notes:
         drawn = draw(log_q, log_p, self.options, self.uniforms[rows, places])
         self.log_sampling[rows, places] = drawn.log_sampling
         self.log_q[rows, places] = log_prob_of(own, drawn.tokens)
-        self.entropy[rows, places] = -torch.linalg.vecdot(log_q.exp(), log_q)
+        # Not vecdot: a product, which autocast would take in bfloat16.
+        self.entropy[rows, places] = -log_q.exp().mul_(log_q).sum(-1)
         if self.teacher is not None:
             self.log_p[rows, places] = log_prob_of(of_teacher, drawn.tokens)
             states = hidden[1].to(self.log_q.device, non_blocking=True)
