@@ -214,6 +214,7 @@ def test_bfloat16_autocast():
     for model in models:
         model.model.float()
     with torch.autocast("cpu", torch.bfloat16):
+        assert make_voice(models[0]).head.weight.dtype == torch.bfloat16  # cast once, not at each token
         rollouts = rolled(*models, SamplingOptions(0.3, 0.7))
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, rollouts.tokens, strict=True)):
         for model, ours in zip(models, (rollouts.log_q, rollouts.log_p), strict=True):

@@ -175,7 +175,7 @@ def test_probabilities_that_are_hardly_there():
     log_probs = torch.full((2, size), -math.log(size))  # float32: the sum is not 1
     log_probs[1, 1:] = -800.0  # e^-800 is 0 in float64
     log_probs[1, 0] = 0.0
-    for number, expected in ((0.0, [0, 0]), (LAST_UNIFORM, [size - 1, 0])):
+    for number, expected in ((0.0, [0, 0]), (LAST_UNIFORM, [size - 1, 0]), (1.0, [size - 1, 0])):
         drawn = draw(log_probs, None, SamplingOptions(0.0), torch.full((2,), number, dtype=torch.float64))
         assert drawn.tokens.tolist() == expected
         assert drawn.log_sampling.tolist() == pytest.approx([-math.log(size), 0.0], abs=1e-6)
