@@ -46,7 +46,7 @@ class TeacherStudent(nn.Module):
     None asks the two tokenizers. autocast: context of the student's forward pass. sum_over_group: adds up a tensor over
     all processes. say: takes warnings.
 
-    In eval mode nothing is drawn: the loss is that of the highlights, without the long-term part.
+    In eval mode nothing is drawn: the loss is that of the highlights, without long-term part and penalties.
 
     Raises:
         ValueError: a number or name out of range.
@@ -152,7 +152,7 @@ class TeacherStudent(nn.Module):
                                for each in rollout.drawn))
         of_rollout = policy_loss(
             hidden, head, drawn, rollout.teacher, vocabulary=self.vocabulary, temperature=self.temperature,
-            clip_epsilon=self.clip_epsilon, penalties=self.penalties_now(),
+            clip_epsilon=self.clip_epsilon, penalties=self.penalties_now() if self.training else None,
             factor=(1 - self.lm_weight) * rollout.token_scale, chunk_size=self.chunk_size,
         )
         parts = {"cross_entropy": of_labels.cross_entropy,
@@ -175,8 +175,8 @@ class TeacherStudent(nn.Module):
                      "importance_weight_mean": drawn.weights.sum(), "clip_fraction": loss.clipped,
                      "entropy": loss.entropy}
         if self.penalties is not None:
-            of_tokens |= {"frequency_penalty": loss.frequency_penalty, "diversity_penalty": loss.diversity_penalty,
-                          "entropy_penalty": loss.entropy_penalty}
+            measured = zip(self.penalties, ("frequency_penalty", "diversity_penalty", "entropy_penalty"), strict=False)
+            of_tokens |= {name: getattr(loss, name) for weight, name in measured if weight}
         of_sequences = {"sequence_reverse_kl": -drawn.rewards.sum(),
                         "rollout_length": torch.tensor(float(sum(drawn.counts)), device=drawn.rewards.device)}
         return {**{name: value * rollout.token_scale for name, value in of_tokens.items()},

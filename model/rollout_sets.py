@@ -70,12 +70,15 @@ class RolloutSets:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         sum_over_group: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         say: Callable[[str], None] = print,
+        advice: str | None = None,
     ):
         self.student, self.teacher, self.options, self.vocabulary = student, teacher, options.check(), vocabulary
         self.temperature, self.importance_weight, self.normalize, self.whiten = (
             temperature, importance_weight, normalize, whiten)
         self.epochs, self.chunk_size, self.shorten, self.autocast = epochs, chunk_size, shorten, autocast
         self.sum_over_group, self.say = sum_over_group, say
+        alpha = " or alpha" if options.source == "mixed" else ""
+        self.advice = advice or f"raise distillation_kwargs.lm_weight{alpha}, set penalty to true"
         if importance_weight not in ("token", "sequence"):
             raise ValueError(f"importance_weight is {importance_weight!r}: expected token or sequence")
         if epochs < 1:
@@ -226,11 +229,11 @@ class RolloutSets:
         entropy, floor = totals.entropy / totals.tokens, ENTROPY_FLOOR * math.log(self.vocabulary)
         faults = {
             "empty": (totals.empty == totals.sequences, "all rollouts are empty (end-of-text at once): lower "
-                      "optimizer_kwargs.lm_lr, raise distillation_kwargs.lm_weight or alpha, or start from a "
-                      "fine-tuned student (trainer_kwargs.student_ckpt_path)"),
+                      f"optimizer_kwargs.lm_lr, {self.advice}, or start from a fine-tuned student "
+                      "(trainer_kwargs.student_ckpt_path)"),
             "entropy": (not entropy >= floor, f"the student's entropy along its rollouts is {entropy:.2g} nats, under "
-                        f"{floor:.2g}: lower optimizer_kwargs.lm_lr, raise distillation_kwargs.rollout_temperature or "
-                        "lm_weight, or set penalty to true"),
+                        f"{floor:.2g}: lower optimizer_kwargs.lm_lr, {self.advice}, or raise "
+                        "distillation_kwargs.rollout_temperature"),
             "at_limit": (totals.at_limit == totals.sequences, "no rollout ended before "
                          f"{self.options.max_new_tokens} tokens: raise "
                          "model_arch.generation_kwargs.max_generation_length, or start from a fine-tuned student "

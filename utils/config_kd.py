@@ -165,14 +165,14 @@ class DistillationKwargs(Section):
     )
     importance_weight: Literal["token", "sequence"] = Field(
         "token", description="policy_gradient: what corrects for drawing from the mixture; token is each token's own "
-        "ratio, sequence their product, unbiased and of high variance"
+        "ratio (with rollout_top_k or rollout_top_p under 1), sequence their product, unbiased and of high variance"
     )
     lm_weight: float = Field(
         0.5, ge=0, le=1, description="policy_gradient: share of the cross-entropy on the highlights"
     )
     clip_epsilon: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        0.2, description="policy_gradient: the long-term part learns nothing more from a token whose probability has "
-        "changed by more than this share; null is no clipping"
+        0.2, description="policy_gradient: the long-term part learns nothing more from a token whose importance weight "
+        "times change of probability since it was drawn is further than this from 1; null is no clipping"
     )
     whiten: bool = Field(
         False, description="policy_gradient: long-term rewards with mean 0 and standard deviation 1 in each step"

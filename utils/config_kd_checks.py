@@ -91,6 +91,9 @@ def distillation_warnings(config) -> list[str]:
         unused |= dict.fromkeys((*DRAWING_KEYS, "importance_weight"), "rollout labels draws nothing")
     if by_policy and kwargs.rollout != "mixed":
         unused["alpha"] = f"it belongs to rollout mixed, and rollout is {kwargs.rollout}"
+    if by_policy and kwargs.lm_weight == 1:
+        unused |= {key: "nothing is learnt from rollouts with lm_weight 1"
+                   for key in (*POLICY_KEYS, *DRAWING_KEYS) if key != "lm_weight"}
     if by_policy and not kwargs.penalty:
         unused |= dict.fromkeys(PENALTY_KEYS, "penalty is false")
     fields = type(kwargs).model_fields

@@ -6,12 +6,12 @@ from model.rollout_sets import RolloutSets
 from model.rollouts import RolloutOptions
 from model.teacher import Teacher
 from utils.cached_teacher import CachedTeacher
-from utils.config_kd import DistillConfig
+from utils.config_kd import DistillationKwargs, DistillConfig
 from utils.config_kd_checks import DRAWING_KEYS, NUMBERS, PENALTY_KEYS
 from utils.devices import Place
 from utils.run_log import RunLog
 
-POLICY_KEYS = ("temperature", "rollout", "rollout_epochs", "importance_weight", "lm_weight", "clip_epsilon", "whiten",
+OF_POLICY = ("temperature", "rollout", "rollout_epochs", "importance_weight", "lm_weight", "clip_epsilon", "whiten",
                "penalty")
 
 
@@ -21,6 +21,11 @@ def without_dropout(config: DistillConfig) -> DistillConfig:
     if config.distillation_kwargs.method != "policy_gradient" or arch.dropout is not None:
         return config
     return config.model_copy(update={"model_arch": arch.model_copy(update={"dropout": 0.0})})
+
+
+def draws(kwargs: DistillationKwargs) -> bool:
+    """Whether sequences are drawn in training."""
+    return kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0
 
 
 def make_objective(
@@ -34,8 +39,7 @@ def make_objective(
     """
     kwargs, most = config.distillation_kwargs, config.model_arch.generation_kwargs.max_generation_length
     slots = kwargs.rollout_batch_size or config.dataset_kwargs.val_batch_size
-    draws = kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0
-    if draws:
+    if draws(kwargs):
         prompt_format.prediction_prompts([], most)
 
     def shorten(prompt: list[int]) -> list[int]:
@@ -61,6 +65,7 @@ def make_objective(
         rollouts = RolloutSets(
             student, teacher, options, vocabulary, temperature=kwargs.temperature, chunk_size=kwargs.chunk_size,
             shorten=shorten, autocast=place.autocast, sum_over_group=place.sum_over_group, say=log.say,
+            advice="lower distillation_kwargs.on_policy_fraction or kd_weight",
         )
     return teacher_student.TeacherStudent(
         student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.beta, kwargs.lambda_, kwargs.mu,
@@ -72,25 +77,24 @@ def identity_of(config: DistillConfig, fingerprint: str) -> dict:
     """What decides start and loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
     kwargs = config.distillation_kwargs
     cache = kwargs.teacher_cache
-    keys = ["student_init", "student_layers"]
+    keys = ["student_init", "student_layers", "method"]
     if kwargs.method == "policy_gradient":
-        keys += ["method", *POLICY_KEYS, *(["alpha"] if kwargs.rollout == "mixed" else [])]
+        keys += [*OF_POLICY, *(["alpha"] if kwargs.rollout == "mixed" else [])]
         keys += [] if kwargs.rollout == "labels" else DRAWING_KEYS
         keys += PENALTY_KEYS if kwargs.penalty else []
     else:
-        keys += ["kl_div", "temperature", "kd_weight"]
+        keys += ["kl_div", "temperature", "kd_weight", "on_policy_fraction"]
         keys += [key for key, names in NUMBERS.items() if kwargs.kl_div in names]
-        keys += ["on_policy_fraction", *DRAWING_KEYS] if kwargs.on_policy_fraction else []
+        keys += DRAWING_KEYS if kwargs.on_policy_fraction else []
     # How many rows are decoded at a time changes nothing but rounding.
     keys = [key for key in keys if key != "rollout_batch_size"]
-    draws = kwargs.method == "policy_gradient" or kwargs.on_policy_fraction
     length = {"model_arch.generation_kwargs.max_generation_length":
               config.model_arch.generation_kwargs.max_generation_length}
     return {
         "the teacher's weights": fingerprint,
         "trainer_kwargs.student_ckpt_path": config.trainer_kwargs.student_ckpt_path,
         **{f"distillation_kwargs.{key.rstrip('_')}": getattr(kwargs, key) for key in keys},
-        **(length if draws else {}),
+        **(length if draws(kwargs) else {}),
         "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
         "distillation_kwargs.teacher_cache.dtype":
             cache.dtype if cache and cache.kind == "hidden" and cache.dtype == "bfloat16" else None,

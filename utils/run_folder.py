@@ -22,6 +22,8 @@ RUN_FILES = (
     "config.json", "metrics.jsonl", "tensorboard", "model_checkpoints", "predictions", "scores.json",
     "skipped_rows.json",
 )
+# What a checkpoint of train_kd.py meant that was written before these keys were kept.
+OLDER_KEYS = {"distillation_kwargs.method": "divergence", "distillation_kwargs.on_policy_fraction": 0.0}
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
 
 
@@ -157,7 +159,11 @@ def load_model(config: FineTuneConfig, start: Start) -> LanguageModel:
 def check_resumable(now: dict, state: dict) -> None:
     """Raises ConfigError where what decides the next rows is not what it was when the checkpoint was written."""
     before = state.get("identity", {})
-    keys = [*now, *(key for key in before if key not in now)]  # the other script's runs have other keys
+    if "distillation_kwargs.kl_div" in before:
+        before = {**OLDER_KEYS, **before}
+    # Keys of another script or method are there on one side alone: told only where nothing else says why.
+    common = [key for key in now if key in before and before[key] != now[key]]
+    keys = common or [*now, *(key for key in before if key not in now)]
     changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys
                if before.get(key) != now.get(key)]
     if changed:
