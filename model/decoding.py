@@ -97,7 +97,7 @@ def decode(
     made: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens < 1 or not prompts:
         return made
-    waiting = deque(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])))
+    waiting = deque(longest_first(prompts))
     room = len(prompts[waiting[0]]) + max_new_tokens
     caches = [make_slots(voice.language_model, min(slots, len(prompts)), room) for voice in voices]
     live: list[int] = []  # the row in each slot
@@ -213,9 +213,14 @@ def check_prompts(language_model: LanguageModel, prompts: list[list[int]], max_n
             )
 
 
-def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+def longest_first(prompts: list[list[int]]) -> list[int]:
     """Row numbers, the longest prompts first, so that memory runs out at once or never."""
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    return sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+
+
+def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches, the longest prompts first."""
+    order = longest_first(prompts)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 

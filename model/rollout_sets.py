@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.decoding import make_voice
-from model.language_model import LanguageModel, evaluating
+from model.language_model import LanguageModel, evaluating, label_positions
 from model.objective import ObjectiveError, arguments_of
 from model.policy_loss import PolicyTokens
 from model.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights, whiten
@@ -111,8 +111,9 @@ class RolloutSets:
             plain, rollouts = self.from_labels(batches) if self.options.source == "labels" else self.draw(batches, rows)
         mask = real_tokens(rollouts.tokens, rollouts.log_q.shape[1], rollouts.log_q.device)
         rewards = immediate_rewards(rollouts.log_p, rollouts.log_q, mask)
-        totals = self.totals(batches, rollouts, mask, rewards)
-        self.watch(table, rows, rollouts, mask, rewards, totals)
+        bad = mask & ~(rewards.abs() < ABSURD)
+        totals = self.totals(batches, rollouts, mask, bad)
+        self.watch(table, rows, bad, totals)
         self.made += 1
         advantages = long_term_rewards(rewards, mask, self.normalize)
         if self.whiten:
@@ -141,18 +142,19 @@ class RolloutSets:
 
     def draw(self, batches: list[dict], rows: list[int]):
         """((batch, teacher's hidden states) of each micro-batch, Rollouts) by sampling."""
-        options, empty = self.options, ([], self.nothing())
+        options = self.options
         if not rows:
-            return empty
+            return [], self.nothing()
         prompts = [self.shorten(prompt) for batch in batches for prompt in split_rows(batch)[0]]
         uniforms = row_uniforms(options.seed, self.made, rows, options.max_new_tokens)
         student = make_voice(self.student, vocabulary=self.vocabulary)
-        reads_along = options.sampling.alpha > 0
-        with self.teacher.autocast():
-            teacher = make_voice(self.teacher.language_model, self.teacher.head, self.vocabulary)
+        teacher, reads_along = None, options.sampling.alpha > 0
+        if reads_along:
+            with self.teacher.autocast():
+                teacher = make_voice(self.teacher.language_model, self.teacher.head, self.vocabulary)
         rollouts = draw_rollouts(
-            student, teacher if reads_along else None, prompts, options.max_new_tokens, options.slots,
-            options.sampling, uniforms, self.temperature,
+            student, teacher, prompts, options.max_new_tokens, options.slots, options.sampling, uniforms,
+            self.temperature,
         )
         plain, log_p, start = [], [], 0
         for batch in batches:
@@ -190,7 +192,7 @@ class RolloutSets:
 
     def log_probs_of_teacher(self, hidden: Tensor, labels: Tensor) -> Tensor:
         of_student = self.teacher.to_student(hidden)
-        targets = labels[:, 1:][labels[:, 1:] != -100].to(of_student.hidden.device)
+        targets = label_positions(labels).targets.to(of_student.hidden.device)
         return token_log_probs(*of_student, targets, self.vocabulary, self.temperature, self.chunk_size)
 
     def nothing(self) -> Rollouts:
@@ -200,12 +202,11 @@ class RolloutSets:
 
     # -- watching ------------------------------------------------------------------------------------------------
 
-    def totals(self, batches: list[dict], rollouts: Rollouts, mask: Tensor, rewards: Tensor) -> Totals:
+    def totals(self, batches: list[dict], rollouts: Rollouts, mask: Tensor, bad: Tensor) -> Totals:
         """Added up over all processes."""
         tokens, end_id, most = rollouts.tokens, self.student.end_id, self.options.max_new_tokens
-        bad = mask & ~(rewards.abs() < ABSURD)
         own = Totals(
-            sum(map(len, tokens)), sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches), len(tokens),
+            sum(map(len, tokens)), sum(len(label_positions(batch["labels"]).targets) for batch in batches), len(tokens),
             sum(each == [end_id] for each in tokens),
             sum(len(each) == most and each[-1] != end_id for each in tokens),
             float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
@@ -213,12 +214,12 @@ class RolloutSets:
         summed = self.sum_over_group(torch.tensor(own, dtype=torch.float64, device=self.student.device))
         return Totals(*summed.tolist())
 
-    def watch(self, table, rows: list[int], rollouts: Rollouts, mask, rewards, totals: Totals) -> None:
+    def watch(self, table, rows: list[int], bad: Tensor, totals: Totals) -> None:
         """Stops or warns where rewards are not finite or the policy has collapsed; all processes do alike."""
         if totals.bad_rewards:
-            bad = (mask & ~(rewards.abs() < ABSURD)).any(1).nonzero()[:, 0].tolist()
-            names = table.names([rows[index] for index in bad[:8]]) if hasattr(table, "names") else bad[:8]
-            told = f"; rows: {', '.join(map(str, names))}" if bad else ""
+            own = bad.any(1).nonzero()[:, 0].tolist()
+            names = table.names([rows[index] for index in own[:8]]) if hasattr(table, "names") else own[:8]
+            told = f"; rows: {', '.join(map(str, names))}" if own else ""
             raise ObjectiveError(
                 f"rewards (log p - log q) of {totals.bad_rewards:.0f} rollout tokens are not finite{told}: lower "
                 "optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
@@ -289,7 +290,8 @@ def padded(values: Tensor, tokens: list[list[int]], like: Tensor) -> Tensor:
 def on_highlights(teacher: Teacher, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> RolloutBatch:
     """The highlights as if they were rollouts without any advantage."""
     outputs = teacher.outputs(input_ids, attention_mask, labels)
-    targets, counts = labels[:, 1:][labels[:, 1:] != -100], (labels[:, 1:] != -100).sum(1).tolist()
+    index, targets = label_positions(labels)
+    counts = torch.bincount(index // labels.shape[1], minlength=len(labels)).tolist()
     zeros = torch.zeros(len(targets), device=outputs.hidden.device)
     ones = torch.ones_like(zeros)
     return RolloutBatch(input_ids, attention_mask, labels,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.decoding import Progress, Voice, check_prompts, decode
+from model.language_model import IGNORED
 from model.sampling import SamplingOptions, draw, log_prob_of
 from model.vocabulary_loss import OutputHead, autocast_type, cut_head, head_logits
 
@@ -155,7 +156,7 @@ def split_rows(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
     """(prompt ids, label ids) of each row of a collated batch on the CPU."""
     prompts, highlights = [], []
     for ids, attended, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-        start = int((labels != -100).int().argmax())
+        start = int((labels != IGNORED).int().argmax())
         prompts.append(ids[:start].tolist())
         highlights.append(ids[start : int(attended.sum())].tolist())
     return prompts, highlights
@@ -167,7 +168,7 @@ def as_batch(prompts: list[list[int]], tokens: list[list[int]], pad_id: int) -> 
     What is a label is told by positions, never by ids: an end-of-text that was drawn is one, padding with it is not.
     """
     width = max(len(prompt) + len(new) for prompt, new in zip(prompts, tokens, strict=True))
-    input_ids, labels = torch.full((len(prompts), width), pad_id), torch.full((len(prompts), width), -100)
+    input_ids, labels = torch.full((len(prompts), width), pad_id), torch.full((len(prompts), width), IGNORED)
     mask = torch.zeros_like(input_ids)
     for index, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
         end = len(prompt) + len(new)

@@ -85,13 +85,12 @@ def distillation_warnings(config) -> list[str]:
         unused |= dict.fromkeys(POLICY_KEYS, "it belongs to method policy_gradient")
         if not on_policy:
             unused |= dict.fromkeys(DRAWING_KEYS, "nothing is drawn with method divergence and on_policy_fraction 0")
-    if by_policy and kwargs.lm_weight == 1:
-        unused["temperature"] = "it belongs to the policy gradient, and lm_weight is 1"
     if by_policy and kwargs.rollout == "labels":
         unused |= dict.fromkeys((*DRAWING_KEYS, "importance_weight"), "rollout labels draws nothing")
     if by_policy and kwargs.rollout != "mixed":
         unused["alpha"] = f"it belongs to rollout mixed, and rollout is {kwargs.rollout}"
     if by_policy and kwargs.lm_weight == 1:
+        unused["temperature"] = "it belongs to the policy gradient, and lm_weight is 1"
         unused |= {key: "nothing is learnt from rollouts with lm_weight 1"
                    for key in (*POLICY_KEYS, *DRAWING_KEYS) if key != "lm_weight"}
     if by_policy and not kwargs.penalty:

@@ -7,12 +7,9 @@ from model.rollouts import RolloutOptions
 from model.teacher import Teacher
 from utils.cached_teacher import CachedTeacher
 from utils.config_kd import DistillationKwargs, DistillConfig
-from utils.config_kd_checks import DRAWING_KEYS, NUMBERS, PENALTY_KEYS
+from utils.config_kd_checks import DRAWING_KEYS, NUMBERS, PENALTY_KEYS, POLICY_KEYS
 from utils.devices import Place
 from utils.run_log import RunLog
-
-OF_POLICY = ("temperature", "rollout", "rollout_epochs", "importance_weight", "lm_weight", "clip_epsilon", "whiten",
-               "penalty")
 
 
 def without_dropout(config: DistillConfig) -> DistillConfig:
@@ -79,9 +76,9 @@ def identity_of(config: DistillConfig, fingerprint: str) -> dict:
     cache = kwargs.teacher_cache
     keys = ["student_init", "student_layers", "method"]
     if kwargs.method == "policy_gradient":
-        keys += [*OF_POLICY, *(["alpha"] if kwargs.rollout == "mixed" else [])]
+        unused = {*([] if kwargs.rollout == "mixed" else ["alpha"]), *([] if kwargs.penalty else PENALTY_KEYS)}
+        keys += ["temperature", *(key for key in POLICY_KEYS if key not in unused)]
         keys += [] if kwargs.rollout == "labels" else DRAWING_KEYS
-        keys += PENALTY_KEYS if kwargs.penalty else []
     else:
         keys += ["kl_div", "temperature", "kd_weight", "on_policy_fraction"]
         keys += [key for key, names in NUMBERS.items() if kwargs.kl_div in names]
