@@ -28,6 +28,7 @@ import random
 import sys
 import tempfile
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
 
@@ -195,8 +196,9 @@ def gkd_step(size: str, work: Work, precision: str) -> Step:
 
 def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work: Work, precision: str,
              chunk_size: int) -> Step:
+    own = Teacher(teacher if precision == "float32" else deepcopy(teacher), autocast=partial(autocast, precision))
     objective = TeacherStudent(
-        student, Teacher(teacher), kl_div="JS", kd_weight=1.0, chunk_size=chunk_size,
+        student, own, kl_div="JS", kd_weight=1.0, chunk_size=chunk_size,
         vocabulary=teacher.model.config.vocab_size,
     )
     given = [()] * len(work.ours)
@@ -205,7 +207,7 @@ def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work:
             given = [(objective.teacher.outputs(**batch),) for batch in work.ours]
 
     def step() -> tuple[float, list[Tensor]]:
-        for each in (teacher, student):
+        for each in (own.language_model, student):
             each.pack_rows = each.prune_last_block = variant != "gathered"
         student.zero_grad(set_to_none=True)
         total = 0.0

@@ -43,7 +43,8 @@ from benchmarks.interleaved import (
 )
 from model.divergences import choose_divergence
 from model.language_model import IGNORED
-from model.vocabulary_loss import OutputHead, TeacherHidden, vocabulary_loss
+from model.output_head import OutputHead
+from model.vocabulary_loss import TeacherHidden, vocabulary_loss
 from utils.command_line import OneLineParser, quiet_libraries
 
 SIZES = {"tiny": (16, 24, 211), "small": (256, 384, 50257), "real": (768, 1024, 50257)}  # widths, vocabulary

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from model.language_model import LanguageModel, ModelError, evaluating
+from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.slots import make_slots
-from model.vocabulary_loss import OutputHead, autocast_type, cut_head, head_logits
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
 # (row numbers [n], places of the next token in each row's continuation [n], hidden states [n, D] of each voice)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.output_head import autocast_type
 from model.packed_gpt2 import activation_of, packed_hidden_states, plan_packing
 from model.slot_lengths import SlotLengths
-from model.vocabulary_loss import autocast_type
 
 PREFILL_TOKENS = 8192  # of prompts that are read together: bounds the memory of their activations
 

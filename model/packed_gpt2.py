@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Model
 
+from model.gelu_linear import gelu_linear
+
 Keep = Callable[[int, Tensor, Tensor], None]  # takes (block number, keys [P, heads, head_dim], values of that shape)
 
 
@@ -62,16 +64,17 @@ def packed_hidden_states(
     packing: Packing,
     prune_last_block: bool,
     keep: Keep | None = None,
-    sparse_embedding: bool = False,
+    lookup: Tensor | None = None,
 ) -> Tensor:
     """Final hidden states [N, D] at the selected positions of input_ids [B, T].
 
-    keep: is handed the keys and values of all P tokens of every block. sparse_embedding: the token embedding's gradient
-    is a sparse tensor.
+    keep: is handed the keys and values of all P tokens of every block. lookup: the token embedding's weight, for a
+    sparse gradient; None is the module's own, for a dense one.
     """
     lengths = packing.lengths
     tokens = input_ids.flatten()[packing.tokens]
-    hidden = F.embedding(tokens, base.wte.weight, sparse=sparse_embedding) + base.wpe(packing.positions)
+    embedded = base.wte(tokens) if lookup is None else F.embedding(tokens, lookup, sparse=True)
+    hidden = embedded + base.wpe(packing.positions)
     hidden = base.drop(hidden)
     *blocks, last = base.h
     for block in blocks:
@@ -132,10 +135,16 @@ def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing, keep: Keep |
 def feed_forward(block: nn.Module, hidden: Tensor) -> Tensor:
     """The block's MLP of hidden [P, D]."""
     mlp = block.mlp
-    return mlp.dropout(mlp.c_proj(activation_of(block)(mlp.c_fc(block.ln_2(hidden)))))
+    inner = mlp.c_fc(block.ln_2(hidden))
+    if is_gelu(block) and torch.is_grad_enabled():
+        return mlp.dropout(gelu_linear(inner, mlp.c_proj.weight, mlp.c_proj.bias))
+    return mlp.dropout(mlp.c_proj(activation_of(block)(inner)))
 
 
 def activation_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
     """The MLP's activation; GPT-2's own by the fused kernel of the same formula."""
-    fused = block.attn.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")
-    return partial(F.gelu, approximate="tanh") if fused else block.mlp.act
+    return partial(F.gelu, approximate="tanh") if is_gelu(block) else block.mlp.act
+
+
+def is_gelu(block: nn.Module) -> bool:
+    return block.attn.config.activation_function in ("gelu_new", "gelu_pytorch_tanh")

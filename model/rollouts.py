@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.decoding import Progress, Voice, check_prompts, decode
 from model.language_model import IGNORED
+from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.sampling import SamplingOptions, draw, log_prob_of
-from model.vocabulary_loss import OutputHead, autocast_type, cut_head, head_logits
 
 
 class RolloutOptions(NamedTuple):

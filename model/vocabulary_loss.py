@@ -14,23 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.divergences import FLOOR, Divergence
+from model.doing import LOGITS, doing
+from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 
-
-class OutputHead(NamedTuple):
-    """logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap); without cap, scale * (...).
-
-    weight [rows, D]; bias [rows] or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-
-def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
-    """The head of the real tokens alone: later rows are padding of the matrix."""
-    return head._replace(weight=head.weight[:vocabulary], bias=None if head.bias is None else head.bias[:vocabulary])
+BLOCK = 16  # positions whose terms are formed at a time on a CPU
 
 
 class TeacherHidden(NamedTuple):
@@ -129,13 +116,15 @@ def chunked_loss(
     vocabulary: int,
     teacher: TeacherHidden | TeacherTopK | None = None,
     temperature: float = 1.0,
+    in_blocks: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(loss with a graph, the other sums [k - 1] detached) over chunks of the positions of hidden [N, D].
 
     parts: the chunks, which cover all positions in order; `terms` may change the logits that it is handed. The
-    teacher's log-probabilities are at `temperature`. Gradients flow to hidden, weight and bias of the head.
+    teacher's log-probabilities are at `temperature`. in_blocks: whether `terms` may be asked for a part of a chunk.
+    Gradients flow to hidden, weight and bias of the head.
     """
-    work = Work(head, parts, terms, vocabulary, teacher, temperature, torch.is_grad_enabled())
+    work = Work(head, parts, terms, vocabulary, teacher, temperature, torch.is_grad_enabled(), in_blocks)
     return ChunkedLoss.apply(hidden, head.weight, head.bias, work)
 
 
@@ -149,6 +138,7 @@ class Work(NamedTuple):
     teacher: TeacherHidden | TeacherTopK | None
     temperature: float
     with_gradients: bool
+    in_blocks: bool
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -156,9 +146,9 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Work):
         wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         product_type = autocast_type(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), doing(LOGITS):
             sums, gradients = all_chunks(hidden, weight, bias, work, wanted, product_type)
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         loss, others = sums[0].clone(), sums[1:]
         ctx.mark_non_differentiable(others)
         return loss, others
@@ -166,16 +156,16 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *unused):
+        # Handed out, not kept: so a head's gradient, as large as its weight, is scaled and accumulated in its place.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("a second backward pass through a chunked loss: its gradients are handed out once")
         # As a rule it is 1, which on a CPU costs nothing to ask; on another device asking would mean waiting.
-        if grad_loss.device.type == "cpu" and grad_loss == 1:
-            return *ctx.saved_tensors, None
-        return (*(None if each is None else each * grad_loss for each in ctx.saved_tensors), None)
-
-
-def autocast_type(hidden: Tensor) -> torch.dtype:
-    """Type of the products: autocast's where it is on, else that of the hidden states."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        if grad_loss.device.type != "cpu" or grad_loss != 1:
+            for each in gradients:
+                if each is not None:
+                    each.mul_(grad_loss)
+        return *gradients, None
 
 
 def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_type: torch.dtype):
@@ -198,53 +188,46 @@ def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_typ
     sums = None
     for part in work.parts or [slice(0, 0)]:
         logits, slope = head_logits(states[part], student_head, precision, any(wanted))
-        of_teacher = None if teacher is None else chunk_of_teacher(teacher, part, work.temperature, precision)
-        values, gradient = work.terms(logits, part, of_teacher, any(wanted))
+        of_teacher = None if teacher is None else chunk_of_teacher(teacher, part, precision)
+        values = chunk_terms(logits, of_teacher, part, work, any(wanted))
         sums = values if sums is None else sums + values
-        if gradient is not None and len(gradient):
-            if slope is not None:
-                gradient *= slope
+        if any(wanted) and len(logits):
+            gradient = logits if slope is None else logits.mul_(slope)
             add_products(gradients, gradient, part, states, student_head.weight, product_type)
     return sums, gradients
 
 
-def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_slope: bool):
-    """(logits [n, V] in `precision`, their derivative by the product where it is not 1, else None)."""
-    logits = product(states, head.weight).to(precision)
-    if head.bias is not None:
-        logits += head.bias
-    slope = None
-    if head.scale != 1.0:
-        logits *= head.scale
-        slope = head.scale
-    if head.cap is not None:
-        logits.div_(head.cap).tanh_()
-        slope = head.scale * (1 - logits.square()) if with_slope else None
-        logits *= head.cap
-    return logits, slope
+def chunk_terms(logits: Tensor, of_teacher, part: slice, work: Work, with_gradient: bool) -> Tensor:
+    """Sums of the terms of one chunk; logits [n, V] become the gradient where it is wanted.
 
-
-def product(states: Tensor, weight: Tensor) -> Tensor:
-    """states @ weight.T, [n, V], without a graph.
-
-    On a CPU in blocks of tokens, which is a quarter faster (measured with MKL, AVX2, float32).
+    of_teacher: the teacher's logits [n, V], its top-k entries or None. On a CPU the terms are formed in blocks of a few
+    positions, where that is allowed: their many temporaries are then small, and stay in its cache.
     """
-    if states.device.type != "cpu" or states.dtype != torch.float32:
-        return states @ weight.T
-    block = 512 if len(states) >= 32 else 2048
-    result = states.new_empty(len(states), len(weight))
-    for start in range(0, len(weight), block):
-        part = slice(start, start + block)
-        torch.mm(states, weight[part].T, out=result[:, part])
-    return result
+    rows = BLOCK if work.in_blocks and logits.device.type == "cpu" else max(1, len(logits))
+    sums = None
+    for start in range(0, max(1, len(logits)), rows):
+        block = slice(start, min(start + rows, len(logits)))
+        if isinstance(of_teacher, TeacherTopK):
+            log_p = TeacherTopK(*(each[block] for each in of_teacher))
+        else:
+            log_p = None if of_teacher is None else teacher_log_probs(of_teacher[block], work.temperature)
+        positions = slice(part.start + block.start, part.start + block.stop)
+        values, gradient = work.terms(logits[block], positions, log_p, with_gradient)
+        sums = values if sums is None else sums + values
+        if gradient is not None:
+            logits[block] = gradient
+    return sums
 
 
-def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, temperature: float, precision: torch.dtype):
-    """log_p [n, V] of one chunk, or its top-k entries."""
+def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, precision: torch.dtype):
+    """Logits [n, V] of one chunk, or its top-k entries."""
     if isinstance(teacher, TeacherTopK):
         ids, log_probs, log_rest = (each[part] for each in teacher)
         return TeacherTopK(ids, log_probs.to(precision), log_rest.to(precision))
-    logits, _ = head_logits(teacher.hidden[part], teacher.head, precision, with_slope=False)
+    return head_logits(teacher.hidden[part], teacher.head, precision, with_slope=False)[0]
+
+
+def teacher_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), -1)
 
 

@@ -8,12 +8,13 @@ import re
 import pytest
 import torch
 
+from model.output_head import OutputHead
 from model.penalties import unit_embeddings
 from model.policy_gradient import TeacherStudent
 from model.policy_loss import Penalties, PolicyTokens, clipped_surrogate, policy_loss, whole_sequences
 from model.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
 from model.teacher import Teacher
-from model.vocabulary_loss import OutputHead, TeacherHidden
+from model.vocabulary_loss import TeacherHidden
 from tests.conftest import tiny_language_model
 
 # -- a toy whose sequences can all be written down ---------------------------------------------------------------

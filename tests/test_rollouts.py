@@ -8,9 +8,9 @@ import torch
 
 from model.decoding import make_voice
 from model.language_model import LanguageModel, ModelError
+from model.output_head import OutputHead
 from model.rollouts import RolloutOptions, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
 from model.sampling import SamplingOptions, row_uniforms
-from model.vocabulary_loss import OutputHead
 from tests.conftest import END
 from tests.test_families import tiny_family
 from tests.test_sampling import exact_mixture, word_model

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.divergences import choose_divergence
-from model.vocabulary_loss import OutputHead, TeacherHidden, top_k_of, vocabulary_loss
+from model.output_head import OutputHead
+from model.vocabulary_loss import TeacherHidden, top_k_of, vocabulary_loss
 from tests.test_divergences import FORMULAS, NAMES, NUMBERS
 
-N, V = 16, 13  # positions, no multiple of 7; real tokens
+N, V = 37, 13  # positions: more than two blocks, no multiple of 7; real tokens
 DTYPES = [(torch.float64, 1e-11), (torch.float32, 1e-5)]
 
 
