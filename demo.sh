@@ -10,12 +10,35 @@ started=$SECONDS
 noisy=runs/demo/predictions/noisy
 equal_time=600 # steps of fine-tuning in the time of policy gradient's 150 (measured)
 
-echo "1/5 demo news"
-"$python" -m data.demo_news --output_dir data/demo
+# Two jobs at a time, each with half of the cores: so small models gain little from a second one.
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}
 
-echo "2/5 fine-tuning the demo teacher: short articles first, then full ones"
-"$python" train.py --config demo/train_teacher_short.json
-"$python" train.py --config demo/train_teacher.json
+beside() { # two functions, with clean or noisy for each: what the second prints comes when the first is done
+    local log status=0
+    log=$(mktemp)
+    echo "    (two jobs at a time; what the second prints is shown after the first)"
+    set -m # a process group of its own, so that it ends with this script, whatever ends that
+    "$3" "$4" >"$log" 2>&1 &
+    trap "kill -- -$! 2>/dev/null; rm -f '$log'" EXIT
+    set +m
+    "$1" "$2"
+    echo "waiting for the second job"
+    wait $! || status=$?
+    cat "$log"
+    rm -f "$log"
+    trap - EXIT
+    return $status
+}
+
+train() { # script, config, run folder, clean or noisy, more settings
+    local ending=
+    [ "$4" = clean ] || ending=_$4
+    local rows=student$ending.csv
+    [[ $2 != *_short ]] || rows=student_short$ending.csv
+    "$python" "$1.py" --config "demo/$2.json" --set "dataset_kwargs.train_dataset=$rows" \
+        --set "trainer_kwargs.output_dir=runs/demo/$4/$3" "${@:5}"
+}
 
 predict() { # name, model
     local folder=runs/demo/predictions/$1
@@ -26,37 +49,54 @@ predict() { # name, model
     fi
 }
 
-students() { # clean or noisy, ending of the tables' names: the student, then four ways on from it, 150 steps each
-    local run=runs/demo/$1 rows=dataset_kwargs.train_dataset output=trainer_kwargs.output_dir method
-    "$python" train.py --config demo/train_student_short.json --set $rows=student_short$2.csv --set $output=$run/student_short
-    "$python" train.py --config demo/train_student.json --set $rows=student$2.csv --set $output=$run/student \
-        --set model_arch.lang_model=$run/student_short/model_checkpoints/last
-    "$python" train.py --config demo/continue_student.json --set $rows=student$2.csv --set $output=$run/fine_tuning \
-        --set model_arch.lang_model=$run/student/model_checkpoints/last
-    for method in forward:0.5 reverse:0.5 JS:0.9; do
-        "$python" train_kd.py --config demo/distil_student.json --set $rows=student$2.csv --set $output=$run/${method%:*} \
-            --set trainer_kwargs.student_ckpt_path=$run/student/model_checkpoints/last \
-            --set distillation_kwargs.kl_div=${method%:*} --set distillation_kwargs.kd_weight=${method#*:}
-    done
-    for method in fine_tuning forward reverse JS; do
-        predict $1/$method $run/$method/model_checkpoints/last
+predict_each() { # clean or noisy, run folders
+    local method
+    for method in "${@:2}"; do
+        predict "$1/$method" "runs/demo/$1/$method/model_checkpoints/last"
     done
 }
 
-own_summaries() { # clean or noisy, ending: 150 steps on the student's own summaries, and fine-tuning for as long a time
-    local run=runs/demo/$1 rows=dataset_kwargs.train_dataset output=trainer_kwargs.output_dir method
-    local start=trainer_kwargs.student_ckpt_path=runs/demo/$1/student/model_checkpoints/last
-    "$python" train_kd.py --config demo/on_policy.json --set $rows=student$2.csv --set $output=$run/on_policy --set $start
-    "$python" train_kd.py --config demo/policy_gradient.json --set $rows=student$2.csv --set $output=$run/policy_gradient \
-        --set $start
-    "$python" train_kd.py --config demo/policy_gradient.json --set $rows=student$2.csv --set $output=$run/penalty \
-        --set $start --set distillation_kwargs.penalty=true
-    "$python" train.py --config demo/continue_student.json --set $rows=student$2.csv --set $output=$run/fine_tuning_longer \
-        --set model_arch.lang_model=$run/student/model_checkpoints/last --set trainer_kwargs.epochs=20 \
-        --set trainer_kwargs.max_steps=$equal_time
-    for method in on_policy policy_gradient penalty fine_tuning_longer; do
-        predict $1/$method $run/$method/model_checkpoints/last
+teacher() {
+    "$python" train.py --config demo/train_teacher_short.json
+    "$python" train.py --config demo/train_teacher.json
+    predict teacher runs/demo/teacher/model_checkpoints/last
+    predict lead-3 lead-3
+}
+
+student() { # clean or noisy
+    train train train_student_short student_short "$1"
+    train train train_student student "$1" --set "model_arch.lang_model=runs/demo/$1/student_short/model_checkpoints/last"
+}
+
+students() {
+    student noisy
+    student clean
+}
+
+four_ways() { # clean or noisy: 150 steps on from the student
+    local student=runs/demo/$1/student/model_checkpoints/last method
+    train train continue_student fine_tuning "$1" --set "model_arch.lang_model=$student"
+    for method in forward:0.5 reverse:0.5 JS:0.9; do
+        train train_kd distil_student "${method%:*}" "$1" --set "trainer_kwargs.student_ckpt_path=$student" \
+            --set "distillation_kwargs.kl_div=${method%:*}" --set "distillation_kwargs.kd_weight=${method#*:}"
     done
+    predict_each "$1" fine_tuning forward reverse JS
+}
+
+rewarded() { # clean or noisy: 150 steps on the student's own summaries, and fine-tuning for as long a time
+    local student=runs/demo/$1/student/model_checkpoints/last
+    train train_kd policy_gradient policy_gradient "$1" --set "trainer_kwargs.student_ckpt_path=$student"
+    train train continue_student fine_tuning_longer "$1" --set "model_arch.lang_model=$student" \
+        --set trainer_kwargs.epochs=20 --set "trainer_kwargs.max_steps=$equal_time"
+    predict_each "$1" policy_gradient fine_tuning_longer
+}
+
+penalised() { # clean or noisy: 150 steps on the student's own summaries
+    local student=runs/demo/$1/student/model_checkpoints/last
+    train train_kd policy_gradient penalty "$1" --set "trainer_kwargs.student_ckpt_path=$student" \
+        --set distillation_kwargs.penalty=true
+    train train_kd on_policy on_policy "$1" --set "trainer_kwargs.student_ckpt_path=$student"
+    predict_each "$1" penalty on_policy
 }
 
 table() { # clean or noisy, more rows
@@ -66,13 +106,18 @@ table() { # clean or noisy, more rows
         "reverse KL=$run/reverse" JS=$run/JS "${@:2}"
 }
 
-echo "3/5 students whose highlights are noisy (one in four tells wrong facts, as web-scraped ones do)"
-students noisy _noisy
-own_summaries noisy _noisy
-echo "4/5 students whose highlights are clean"
-students clean ""
-predict teacher runs/demo/teacher/model_checkpoints/last
-predict lead-3 lead-3
+echo "1/5 demo news"
+"$python" -m data.demo_news --output_dir data/demo
+
+echo "2/5 fine-tuning, short articles first, then full ones: the demo teacher, and students on noisy highlights (one in"
+echo "    four tells wrong facts, as web-scraped ones do) and on clean ones"
+beside teacher "" students ""
+
+echo "3/5 on from each student, 150 steps: fine-tuning, and distilling the teacher with three divergences"
+beside four_ways noisy four_ways clean
+
+echo "4/5 on from the noisy student on its own summaries: policy gradient, on-policy JS"
+beside rewarded noisy penalised noisy
 
 echo "5/5 results on 200 test articles, which no model was trained on"
 echo
