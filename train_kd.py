@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from data.console import put
 from utils.cached_teacher import CachedTeacher
 from utils.command_line import run_command, training_parser
 from utils.config_files import config_json, load_config
@@ -10,12 +11,12 @@ from utils.config_kd import DistillConfig
 from utils.datasets import Tables, make_prompt_format, measured_datasets
 from utils.devices import Place
 from utils.distillation import identity_of, make_objective, without_dropout
+from utils.find_batch_size import find_batch_size
 from utils.run_folder import Start
 from utils.run_log import RunLog
-from utils.signals import StopRequest
 from utils.student_start import load_student
 from utils.teacher_source import check_student, find_teacher, load_teacher, teacher_device
-from utils.training_run import in_run_folder, set_up_model, train_objective
+from utils.training_run import Parts, in_run_folder, set_up_model
 
 EXAMPLES = """\
 examples:
@@ -27,6 +28,7 @@ examples:
   python train_kd.py --set distillation_kwargs.method=policy_gradient --set distillation_kwargs.penalty=true
                                                            on the student's own summaries, rewarded by the teacher
   python train_kd.py --print_config                        what would be run, with all defaults
+  python train_kd.py --find_batch_size                     the largest train_batch_size that fits into memory
 
 The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command goes on
 where an earlier one was stopped. README.md lists all keys.
@@ -41,13 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
 def distil(options) -> int:
     config = without_dropout(load_config(options.config, options.set, DistillConfig))
     if options.print_config:
-        print(config_json(config), end="")
+        put(config_json(config), end="")
         return 0
-    return in_run_folder(config, distil_at, "model_arch.student_gpu_device_id")
+    do = find_batch_size if options.find_batch_size else in_run_folder
+    return do(config, build, "model_arch.student_gpu_device_id")
 
 
-def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLog, start: Start) -> int:
-    """Build the parts, in the run folder that this process holds, and start them."""
+def build(place: Place, config: DistillConfig, log: RunLog, start: Start, keep: bool = True) -> Parts:
+    """The parts of a run. keep: whether the teacher's outputs may be kept on the disk, where the config says so."""
     kwargs = config.distillation_kwargs
     source, notices = find_teacher(config)
     device, device_notices = teacher_device(config, place)
@@ -71,14 +74,14 @@ def distil_at(place: Place, config: DistillConfig, stop: StopRequest, log: RunLo
             lambda: load_teacher(source, config, place), fingerprint, source.width(), vocabulary, kwargs, folder, place,
             log.say,
         )
-        for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
-            teacher.open(tables.open(name))
+        if keep:
+            for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
+                teacher.open(tables.open(name))
+        elif not teacher.is_complete(train_table):
+            teacher.cache_dir = None
         teacher.load_if_needed()
     objective = make_objective(config, student, teacher, vocabulary, place, prompt_format, log)
-    return train_objective(
-        objective, config, place, stop, log, start, prompt_format, tables, train_table,
-        identity_of(config, fingerprint),
-    )
+    return Parts(objective, prompt_format, tables, train_table, identity_of(config, fingerprint))
 
 
 if __name__ == "__main__":

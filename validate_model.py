@@ -1,28 +1,34 @@
 """Decode the articles of a CSV with a model and score the highlights: predictions.json and scores.json."""
 
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from data.articles import Article, describe_bad_rows, read_articles
+from data.articles import Article, BadRow, describe_bad_rows, read_articles
+from data.console import put
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
+from model.doing import LOADING, doing
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, has_tokenizer, load_language_model
+from untrusted.text import printable
 from utils.command_line import run_command
-from utils.config_files import ConfigError
 from utils.devices import Place, find_place
 from utils.evaluation import Generation, predict, scored_predictions
-from utils.files import json_text, write_together
+from utils.files import json_text
+from utils.out_of_memory import decoding_remedy, memory_told
+from utils.own_checkpoints import check_model_folder
+from utils.result_folder import check_writable, make_folder, write_results
 from utils.rouge import METRICS, lead_sentences
+from utils.run_lock import hold
 from utils.run_log import RunLog
-from utils.validate_options import LEAD_3, ValidateOptions, parse_arguments, read_options, validate_parser
+from utils.seal import sealed, sha256_of_text
+from utils.validate_options import LEAD_3, ValidateOptions, read_options, validate_parser
 
 RESULTS = ("predictions.json", "scores.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(validate_parser(__doc__), arguments)
+    options = validate_parser(__doc__).parse_args(arguments)
     return run_command("validate_model.py", lambda: validate(read_options(options)), options.debug)
 
 
@@ -32,7 +38,20 @@ def validate(options: ValidateOptions) -> int:
                        options.precision)
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    check_writable(output_dir)
+    make_folder(output_dir)
+    told = memory_told(decoding_remedy(options, place.precision))
+    with told, hold(output_dir, "--output_dir") as notices:
+        check_writable(output_dir, RESULTS)
+        for line in notices:
+            log.say(line)
+        return evaluate(options, articles, bad_rows, place, log)
+
+
+def evaluate(
+    options: ValidateOptions, articles: list[Article], bad_rows: list[BadRow], place: Place, log: RunLog
+) -> int:
+    """Decode, score, write, show; in the folder that this process holds."""
+    output_dir = Path(options.output_dir)
     if bad_rows:
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
@@ -42,23 +61,12 @@ def validate(options: ValidateOptions) -> int:
         texts, facts = model_predictions(options, articles, place, log)
     facts["seconds"] = round(time.perf_counter() - started, 3)
     records, scores = scored_predictions(articles, texts)
-    scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump()}
-    write_together(output_dir, dict(zip(RESULTS, map(json_text, (records, scores)), strict=True)))
+    predictions = json_text(records)
+    scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump(),
+               "predictions_sha256": {"predictions.json": sha256_of_text(predictions)}}
+    write_results(output_dir, {"predictions.json": predictions, "scores.json": json_text(sealed(scores))})
     show(scores, output_dir)
     return 0
-
-
-def check_writable(output_dir: Path) -> None:
-    """Before hours of decoding. Raises ConfigError."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"--output_dir {output_dir} cannot be written: {reason}: name another folder") from error
-    for name in RESULTS:
-        if (output_dir / name).is_dir():
-            raise ConfigError(f"--output_dir {output_dir}: {name} is a folder there: name another folder")
 
 
 def model_predictions(
@@ -67,8 +75,9 @@ def model_predictions(
     """The generated highlights, and what scores.json says of the model."""
     for line in (*place.notices, place.describe()):
         log.say(line)
-    language_model = load_model(options).to(place.device)
-    language_model.check_family()
+    with doing(LOADING, "the model"):
+        language_model = load_model(options).to(place.device)
+        language_model.check_family()
     template = language_model.prompt_template if options.prompt_template is None else options.prompt_template
     if template is None:
         template = DEFAULT_TEMPLATE
@@ -87,8 +96,10 @@ def model_predictions(
 
 def load_model(options: ValidateOptions) -> LanguageModel:
     """A folder or hub id as it is; a legacy .pt file into the architecture of model_name."""
+    check_model_folder(options.model_name, "--model_name")
     if options.is_legacy_file:
         return load_language_model(options.model_name, weights=options.model_path)
+    check_model_folder(options.model_path, "--model_path")
     own_tokenizer = not Path(options.model_path).is_dir() or has_tokenizer(options.model_path)
     language_model = load_language_model(
         options.model_path, tokenizer=None if own_tokenizer else options.model_name
@@ -99,13 +110,13 @@ def load_model(options: ValidateOptions) -> LanguageModel:
 
 
 def show(scores: dict, output_dir: Path) -> None:
-    print(f"{scores['rows']} rows, mean F-measure with 95 % interval")
+    put(f"{scores['rows']} rows, mean F-measure with 95 % interval")
     for metric in METRICS:
         low, high = scores["confidence_intervals"][metric]
-        print(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
+        put(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
     if "facts" in scores:
-        print(f"  {'facts':<10} {scores['facts']:.4f}")
-    print(f"written: {output_dir / 'predictions.json'}, {output_dir / 'scores.json'}")
+        put(f"  {'facts':<10} {scores['facts']:.4f}")
+    put(printable(f"written: {output_dir / 'predictions.json'}, {output_dir / 'scores.json'}"))
 
 
 if __name__ == "__main__":

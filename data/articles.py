@@ -6,6 +6,9 @@
 The file is UTF-8 with or without byte order mark, comma-separated, with LF, CRLF or CR line ends. Every cell stays the
 text it is ("NA", "001", "3.50", outer white space); only line ends inside a cell become LF. No Unicode normalisation.
 
+A row may have LONGEST_ROW characters, highlights LONGEST_HIGHLIGHTS, a file MOST_COLUMNS columns: far more than news
+have, and few enough that a hostile file ends in an error and not in all the memory. Pipes and devices are not read.
+
 Quoting is strict: text after a closing quote (`"abc"def`) is an error, as is a quote never closed. A lenient reader
 glues such cells together and, after one lost quote, swallows rows in silence. Nothing well-formed is lost by it: every
 file that `csv` and pandas write passes, and so do the six real awkward files this reader was tried on. Quotes inside
@@ -14,16 +17,23 @@ a cell that does not start with one (`he said "no"`) are plain text.
 
 import csv
 import difflib
+import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from untrusted.files import open_regular
+
 DEFAULT_COLUMNS = {"id": "id", "article": "article", "highlights": "highlights"}
-LONGEST_FIELD = 2**31 - 1  # characters: the most that csv takes where a C long has 32 bits
+LONGEST_ROW = 20_000_000  # characters, so of a cell too
+LONGEST_HIGHLIGHTS = 300_000  # characters: the time and memory of ROUGE grow with the square of the words
+LONGEST_ID = 10_000  # characters: all ids are kept
+MOST_COLUMNS = 5000
 LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -65,7 +75,7 @@ def name_row(number, line):
 @contextmanager
 def long_fields():
     """Lifts the csv module's limit of 131,072 characters. The limit is global, so hold it for one record at a time."""
-    limit = csv.field_size_limit(LONGEST_FIELD)
+    limit = csv.field_size_limit(LONGEST_ROW)
     try:
         yield
     finally:
@@ -78,7 +88,7 @@ def open_csv(path):
     if Path(path).is_dir():
         raise DataError(f"{path}: is a folder: give the CSV file in it")
     try:
-        with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             yield file
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
@@ -110,31 +120,42 @@ def locate_faulty_quote(text):
 def describe_quote_error(path, number, line, text):
     """One line about the record's wrong quoting. line: where the record starts."""
     start, end = locate_faulty_quote(text)
-    opened = line + len(LINE_END.findall(text[:start]))
+    opened = line + line_ends(text[:start])
     quote = f"{path}: {name_row(number, line)}: the quote opened in line {opened} before {shorten(text[start + 1 :])}"
     remedy = 'close the cell with " before the comma, and write a quote inside it as ""'
     if end < 0:
         return f"{quote} is never closed: {remedy}"
-    closed = line + len(LINE_END.findall(text[:end]))
+    closed = line + line_ends(text[:end])
     return f"{quote} is closed in line {closed} before {shorten(text[end:])}: {remedy}"
+
+
+def line_ends(text):
+    return text.count("\n") + text.count("\r") - text.count("\r\n")
 
 
 def read_records(path, file):
     """(row number, line it starts in, cells) of each record but blank lines; the header is number 0.
 
-    Raises DataError where the quoting is wrong.
+    Raises DataError where the quoting is wrong, or a row too long.
     """
     lines = []  # of the record being read
+    room = LONGEST_ROW  # characters that may still come of it
 
     def keep_lines():
-        for line in file:
-            lines.append(line)
-            yield line
+        nonlocal room
+        while text := file.readline(LONGEST_ROW + 1):
+            room -= len(text)
+            if room < 0:
+                remedy = "close its quote, or cut the text" if len(lines) or '"' in text else "is this a CSV?"
+                raise DataError(f"{path}: {name_row(number, line)}: longer than {LONGEST_ROW:,} characters: {remedy}")
+            lines.append(text)
+            yield text
 
     reader = csv.reader(keep_lines(), strict=True)
     number = 0
     while True:
         lines.clear()
+        room = LONGEST_ROW
         line = reader.line_num + 1
         try:
             with long_fields():
@@ -164,9 +185,11 @@ def check_text(path, number, line, cells, header):
 
 
 def check_header(path, line, header):
-    """Raises DataError for bytes that are not text or two columns of one name."""
+    """Raises DataError for too many columns, bytes that are not text, or two columns of one name."""
+    if len(header) > MOST_COLUMNS:
+        raise DataError(f"{path}: {len(header):,} columns: expected at most {MOST_COLUMNS:,}: is this the right file?")
     check_text(path, 0, line, header, header=())
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(header).items() if count > 1)
     if repeated:
         raise DataError(f"{path}: more than one column is named {shorten(repeated[0])}: rename or remove all but one")
 
@@ -234,7 +257,12 @@ def make_row(number, line, cells, header, indices, required):
     values = {role: cells[index] if index < len(cells) else "" for role, index in indices.items()}
     row_id = values.get("id", str(number))
     if len(cells) != len(header):
-        return BadRow(number, line, row_id, f"{len(cells)} fields where the header has {len(header)}")
+        return BadRow(number, line, row_id[:LONGEST_ID], f"{len(cells)} fields where the header has {len(header)}")
+    limits = {"id": LONGEST_ID, "highlights": LONGEST_HIGHLIGHTS}
+    long = [f"{role} of {len(values[role]):,} characters (at most {most:,})" for role, most in limits.items()
+            if len(values.get(role, "")) > most]
+    if long:
+        return BadRow(number, line, row_id[:LONGEST_ID], " and ".join(long))
     empty = [role for role in required if role in values and not values[role].strip()]
     if empty:
         return BadRow(number, line, row_id, "empty " + " and ".join(empty))
@@ -251,7 +279,7 @@ def iterate_articles(
     columns: {"id", "article" or "highlights": the file's name for it}, the rest as in DEFAULT_COLUMNS; with "id" None
     the ids are the row numbers. need_highlights False: highlights may be empty or their column missing (then "").
     Bad rows: a wrong number of fields (`,,` is a row, a blank line is none), an empty id, article or needed
-    highlights, and an id that an earlier good row has.
+    highlights, an id or highlights too long, and an id that an earlier good row has.
     Raises DataError, when iterated, where the file as a whole cannot be trusted: missing, empty, no rows, no such
     column, two columns of one name, wrong quoting, NUL bytes, or bytes that are not UTF-8.
     """

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.articles import DataError
+from data.os_errors import describe
 from data.token_cache import TokenTable
 
 IGNORED = -100
@@ -100,18 +102,24 @@ def collate(table: TokenTable, rows: np.ndarray, pad_id: int) -> dict[str, Tenso
 
 
 class BatchDataset(Dataset):
-    """Collated batches with their `rows`, indexed by arrays of row numbers."""
+    """Collated batches with their `rows`, indexed by arrays of row numbers. Raises DataError."""
 
     def __init__(self, table: TokenTable, pad_id: int):
         self.table, self.pad_id = table, pad_id
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        return {**collate(self.table, rows, self.pad_id), "rows": rows}
+        try:
+            return {**collate(self.table, rows, self.pad_id), "rows": rows}
+        except OSError as error:
+            raise DataError(f"{describe(error)}; a damaged token table is made anew when the run is started again"
+                            ) from error
 
 
 def leave_signals_to_the_loop(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the loop ends in order, and its workers with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and its closing, reach every process of the terminal: the loop ends in order, and its workers with it."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -16,7 +16,6 @@ import json
 import logging
 import random
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -25,6 +24,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.articles import DataError, describe_bad_rows, read_articles
+from data.console import CONSOLE, show
+from data.os_errors import describe
+from data.scratch import clear_dead, finish_moves, place_together, scratch_folder
+from untrusted.files import load_json, open_regular
+from untrusted.text import one_line, printable
 
 VERSION = 1  # of the tables: raise it when the same settings give other rows
 HUB_DATASET, CONFIGURATION = "abisee/cnn_dailymail", "3.0.0"
@@ -121,7 +125,8 @@ def load_csv(path, on_bad_row):
     """The file's good rows as dicts with the keys of COLUMNS and the file's other columns. Raises DataError."""
     articles, bad_rows = read_articles(path, on_bad_row=on_bad_row)
     if bad_rows:
-        print(f"skipped: {describe_bad_rows(path, bad_rows, len(articles) + len(bad_rows))}", file=sys.stderr)
+        told = describe_bad_rows(path, bad_rows, len(articles) + len(bad_rows))
+        print(f"skipped: {one_line(told)}", file=CONSOLE)
     return [{"id": row.id, "article": row.article, "highlights": row.highlights, **row.extra} for row in articles]
 
 
@@ -142,7 +147,7 @@ def write_table(path, rows, total, width):
     buckets = []
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for row in tqdm(rows, desc=path.name, total=total, unit=" rows", disable=None):
+        for row in tqdm(rows, desc=printable(path.name), total=total, unit=" rows", disable=None, file=CONSOLE):
             words = len(row["article"].split())
             row = {name: text.replace("\r\n", "\n").replace("\r", "\n") for name, text in row.items()}
             lengths = {"article_length": words, "length_bucket": length_bucket(words, width)}
@@ -176,15 +181,18 @@ def write_tables(folder, tables, settings):
 
 def file_digest(path):
     """The file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_record(folder):
     """The folder's record: {"settings", "sha256": {file: digest}}, both {} where there is none or it is not ours."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return {"settings": dict(record["settings"]), "sha256": dict(record["sha256"])}
+        record = load_json(folder / RECORD)
+        digests = dict(record["sha256"])
+        if any(name != Path(name).name or not name.endswith(".csv") for name in digests):  # those may be deleted
+            raise ValueError
+        return {"settings": dict(record["settings"]), "sha256": digests}
     except (OSError, ValueError, KeyError, TypeError):
         return {"settings": {}, "sha256": {}}
 
@@ -247,6 +255,8 @@ def make_tables(options):
     folder, sources = options.output_dir, options.from_csv
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is not a folder: choose another")
+    if folder.exists():
+        finish_moves(folder)
     names = table_names(sources, options.fraction)
     settings, record = describe_settings(options), read_record(folder)
     known = sorted({*names, *record["sha256"]})
@@ -254,19 +264,18 @@ def make_tables(options):
     digests = {name: file_digest(folder / name) for name in known if (folder / name).is_file()}
     if not options.overwrite:
         if record == {"settings": settings, "sha256": digests}:
+            clear_dead(folder)
             return [f"{folder}: already complete with these settings, reused"]
         check_replaceable(folder, names, record, digests)
     tables = load_tables(sources, options.on_bad_row)
     if sources is None:
         tables = list(tables)  # so that an unreachable hub leaves no folder behind
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".cnn_dailymail-", dir=folder) as scratch:
-        new = Path(scratch)
+    with scratch_folder(folder) as new:
         lines = write_tables(new, tables, settings)
         new_record = {"settings": settings, "sha256": {name: file_digest(new / name) for name in names}}
         (new / RECORD).write_text(json.dumps(new_record, indent=2) + "\n", encoding="utf-8")
-        for name in (*names, RECORD):
-            (new / name).replace(folder / name)
+        place_together(new)
     for name, digest in record["sha256"].items():
         if name not in names and digests.get(name) == digest:
             (folder / name).unlink()
@@ -275,7 +284,7 @@ def make_tables(options):
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"cnn_dailymail: error: {message}\n")
+        self.exit(2, f"cnn_dailymail: error: {one_line(message)}\n")
 
 
 def parse_arguments(arguments=None):
@@ -319,13 +328,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         lines = make_tables(options)
     except (UsageError, DataError, HubError) as error:
-        print(f"cnn_dailymail: error: {error}", file=sys.stderr)
+        print(f"cnn_dailymail: error: {one_line(error)}", file=CONSOLE)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        print(f"cnn_dailymail: error: cannot write {options.output_dir}: {error}", file=sys.stderr)
+        print(f"cnn_dailymail: error: cannot write {describe(error, options.output_dir)}", file=CONSOLE)
         return 1
-    print("\n".join(lines))
-    return 0
+    return show("cnn_dailymail", lines)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,16 @@ import os
 import random
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.console import CONSOLE, show
 from data.demo_templates import EVENTS, GENERIC, POOLS, Event
+from data.os_errors import describe, refusal
+from data.scratch import clear_dead, scratch_folder
+from untrusted.files import load_json
+from untrusted.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -221,7 +225,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 def read_record(folder: Path) -> dict[str, dict]:
     """The folder's demo.json: its `settings` and the `sha256` of each file. {} where this module did not write it."""
     try:
-        record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+        record = load_json(folder / "demo.json")
     except (OSError, ValueError):
         return {}
     parts = [record.get(key) for key in ("settings", "sha256")] if isinstance(record, dict) else [None]
@@ -258,8 +262,8 @@ def write_folder(folder: Path, settings: dict) -> list[str]:
     """
     tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+    with scratch_folder(folder.parent) as scratch:
+        new, old = scratch / "new", scratch / "old"
         new.mkdir()
         lines = []
         for name, rows in tables.items():
@@ -288,7 +292,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Usage errors in one line, with exit code 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"demo_news: error: {message}\n")
+        self.exit(2, f"demo_news: error: {one_line(message)}\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
@@ -319,24 +323,22 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
     try:
         if is_complete(folder, settings):
-            print(f"{output_dir}: already complete with these settings, reused")
-            return 0
+            clear_dead(folder.parent)
+            return show("demo_news", [f"{output_dir}: already complete with these settings, reused"])
         check_replaceable(folder)
         lines = write_folder(folder, settings)
     except ValueError as error:
-        print(f"demo_news: error: {error}", file=sys.stderr)
+        print(f"demo_news: error: {one_line(error)}", file=CONSOLE)
         return 2
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"demo_news: error: cannot write {output_dir}: {reason}; check its parent folder, rights and free space",
-              file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print(f"demo_news: interrupted, {output_dir} is as it was", file=sys.stderr)
+        print(f"demo_news: interrupted, {output_dir} is as it was", file=CONSOLE)
         return 130
-    for line in lines:
-        print(f"{output_dir}/{line}")
-    return 0
+    except Exception as error:
+        if (refused := refusal(error)) is None:
+            raise
+        print(f"demo_news: error: cannot write {describe(refused, output_dir)}", file=CONSOLE)
+        return 1
+    return show("demo_news", [f"{output_dir}/{line}" for line in lines])
 
 
 if __name__ == "__main__":

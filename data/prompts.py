@@ -13,12 +13,14 @@ Of an article that is too long the END is cut: never its beginning, the suffix, 
 """
 
 import hashlib
+from collections.abc import Iterator
 
 from tokenizers import Tokenizer
 
 from data.articles import DataError
 
 DEFAULT_TEMPLATE = "{article}\nTL;DR:"
+GROUP = 2_000_000  # characters tokenised at a time: a token in the making takes a hundred bytes
 
 
 class RowTooLong(Exception):
@@ -46,6 +48,9 @@ class PromptFormat:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        # No article that is longer than this in characters gives fewer tokens than a row has; twice as many are looked
+        # at, so that no word is cut in its middle where its tokens are used.
+        self._longest_article = 2 * max_length * max(map(len, self._backend.get_vocab()), default=1)
         before, after = template.split("{article}")
         prefix, self.suffix_ids = self.encode([before, after])
         self.prefix_ids = start_ids(self._backend, tokenizer.bos_token_id) + prefix
@@ -55,7 +60,7 @@ class PromptFormat:
         if fixed + 2 >= max_length:
             raise DataError(
                 f"prompt_template takes {fixed} tokens of the {max_length} that a row may have (max_length, or the "
-                "model's context): nothing is left for an article; shorten it"
+                "model's context): nothing is left for an article; shorten it, or raise max_length"
             )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -68,8 +73,10 @@ class PromptFormat:
         len(ids) <= max_length. In place of a row whose highlights do not fit stands what is wrong with it.
         """
         starts = [self.highlight_start + text.strip() for text in highlights]
-        pairs = zip(self.encode(articles), self.encode(starts), strict=True)
-        return [self._training_row(article, summary) for article, summary in pairs]
+        rows = []
+        for group in groups([text[: self._longest_article] for text in articles], starts):
+            rows += map(self._training_row, *map(self.encode, group))
+        return rows
 
     def _training_row(self, article: list[int], summary: list[int]) -> tuple[list[int], int] | RowTooLong:
         room = self.max_length - len(self.prefix_ids) - len(self.suffix_ids) - len(summary) - 1
@@ -92,7 +99,10 @@ class PromptFormat:
                 f"max_generation_length is {max_new_tokens}: too big beside the prompt in {self.max_length} tokens; "
                 f"expected at most {max_new_tokens + room - 1}"
             )
-        return [self.prefix_ids + ids[:room] + self.suffix_ids for ids in self.encode(articles)]
+        prompts = []
+        for (group,) in groups([text[: self._longest_article] for text in articles]):
+            prompts += [self.prefix_ids + ids[:room] + self.suffix_ids for ids in self.encode(group)]
+        return prompts
 
     def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
         """A training row's prompt, its article's end cut so that len(prompt) + max_new_tokens <= max_length."""
@@ -115,3 +125,13 @@ class PromptFormat:
 def start_ids(backend: Tokenizer, start: int | None) -> list[int]:
     """[start], the begin-of-text, for tokenizers that put it before a text of their own accord, else []."""
     return [start] if start is not None and backend.encode("a").ids[:1] == [start] else []
+
+
+def groups(*columns: list[str]) -> Iterator[list[list[str]]]:
+    """The columns in pieces, of the same rows in each, of about GROUP characters together."""
+    start = size = 0
+    for row, texts in enumerate(zip(*columns, strict=True), 1):
+        size += sum(map(len, texts))
+        if size >= GROUP or row == len(columns[0]):
+            yield [column[start:row] for column in columns]
+            start, size = row, 0

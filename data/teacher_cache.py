@@ -1,4 +1,4 @@
-"""Teacher outputs of a token table on disk, a memory map an array: computed once, then read with the batch.
+"""Teacher outputs of a token table on disk, a flat file an array: computed once, then read with the batch.
 
 A cache folder holds one flat `.bin` file for each array, over all label positions of the table in row order, and
 `checks.bin` with a CRC-32 of each row: 0 where the row is not there yet. So a row that a killed process left half
@@ -7,11 +7,11 @@ decides the values; it is made beside its place and renamed.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,10 +20,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data.articles import DataError
+from data.flat_array import FlatArray
+from data.os_errors import describe
+from data.scratch import scratch_folder
 from data.token_cache import TokenTable, digest
+from untrusted.files import load_json
 
 VERSION = 1  # raise it when the same key gives other files
 CHECKS, MANIFEST = "checks.bin", "manifest.json"
+ZEROS = bytes(1 << 20)
+NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}  # by file systems that cannot reserve
 
 
 class ArrayShape(NamedTuple):
@@ -39,37 +45,39 @@ class TeacherCache:
     def __init__(self, folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]):
         self.folder = folder
         self.writable = all(os.access(path, os.W_OK) for path in folder.glob("*.bin"))
-        mode = "r+" if self.writable else "r"
         self._offsets = np.cumsum([0, *table.label_counts])
-        shapes = {name: (int(self._offsets[-1]), shape.width) for name, shape in arrays.items()}
-        self._arrays = {name: np.memmap(folder / f"{name}.bin", arrays[name].dtype, mode, shape=shape)
-                        for name, shape in shapes.items()}
-        self._checks = np.memmap(folder / CHECKS, "uint32", mode, shape=(len(table),))
+        self._arrays = {name: FlatArray(folder / f"{name}.bin", shape.dtype, shape.width, self.writable)
+                        for name, shape in arrays.items()}
+        self._checks = FlatArray(folder / CHECKS, "uint32", writable=self.writable)
 
     def missing(self) -> int:
         """Rows that are not there yet."""
-        return int((self._checks == 0).sum())
+        return int((self._checks[:] == 0).sum())
 
     def read(self, rows: np.ndarray) -> dict[str, np.ndarray] | None:
         """Each array's values [N, width] at the label positions of `rows`, in that order; None where one row is
-        missing or damaged (it then counts as missing)."""
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in self._arrays}
-        whole = True
-        for row in rows:
-            values = {name: np.array(array[self._part(row)]) for name, array in self._arrays.items()}
-            if not self._checks[row] or self._checks[row] != checksum(values):
-                whole = False
-                if self.writable:
+        missing, damaged or cannot be read (it then counts as missing)."""
+        found = [self._row(row) for row in rows]
+        for row, values in zip(rows, found, strict=True):
+            if values is None and self.writable:
+                with contextlib.suppress(OSError):
                     self._checks[row] = 0
-            for name, value in values.items():
-                parts[name].append(value)
-        return {name: np.concatenate(values) for name, values in parts.items()} if whole else None
+        if any(values is None for values in found):
+            return None
+        return {name: np.concatenate([values[name] for values in found]) for name in self._arrays}
+
+    def _row(self, row: int) -> dict[str, np.ndarray] | None:
+        try:
+            values = {name: array[self._part(row)] for name, array in self._arrays.items()}
+            return values if self._checks[row] == checksum(values) else None
+        except OSError:
+            return None
 
     def write(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the values of those of `rows` that are missing; arrays as `read` gives them.
 
         What is there stays: values computed in another batch may differ in the last bit, and a step that is done again
-        after a stop must read what it read before.
+        after a stop must read what it read before. Raises OSError.
         """
         ends = np.cumsum([self._offsets[row + 1] - self._offsets[row] for row in rows])[:-1]
         parts = {name: np.split(array, ends) for name, array in arrays.items()}
@@ -107,10 +115,14 @@ def cache_bytes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> int:
 def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> bool:
     """Whether a cache's files are all there, as long as they must be; rows may be missing."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest != manifest_of(folder, table, arrays, sorted(manifest["files"])):
+        manifest = load_json(folder / MANIFEST)
+        others, own = sorted(manifest["files"]), sizes(table, arrays)
+        # They are written to: a link would lead that to a file elsewhere.
+        if any(name != Path(name).name or (folder / name).is_symlink() for name in (*others, *own)):
             return False
-        return all((folder / name).stat().st_size == size for name, size in sizes(table, arrays).items())
+        if manifest != manifest_of(folder, table, arrays, others):
+            return False
+        return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in own.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -130,11 +142,17 @@ def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape
 
 
 def reserve(path: Path, size: int) -> None:
-    """A file of zeros that has its room on the disk, so that writing into it cannot fail later."""
+    """A file of zeros that has its room on the disk, so that hours later there is no writing into it that fails."""
     with path.open("wb") as file:
-        file.truncate(size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+        if size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in NOT_SUPPORTED:
+                    raise
+        for start in range(0, size, len(ZEROS)):
+            file.write(ZEROS[: size - start])
 
 
 def make_cache(
@@ -147,35 +165,31 @@ def make_cache(
         DataError: it cannot be written, or the disk has not enough room for all of it.
     """
     key = "distillation_kwargs.teacher_cache.dir"
-    scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        size, free = cache_bytes(table, arrays), shutil.disk_usage(folder.parent).free
-        if size > free:
-            raise DataError(
-                f"{key}: the cache of {table.folder.name} needs {size / 1e9:.2f} GB and {folder.parent} has "
-                f'{free / 1e9:.2f} GB: name a folder on another disk, or take kind "top_k" with a smaller top_k'
-            )
-        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        new = scratch / "cache"
-        new.mkdir()
-        for name, size in sizes(table, arrays).items():
-            reserve(new / name, size)
-        add_files(new)
-        others = sorted(path.name for path in new.iterdir() if path.suffix != ".bin")
-        manifest = manifest_of(new, table, arrays, others)
-        (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        if not is_whole(folder, table, arrays):
-            with contextlib.suppress(FileNotFoundError):
-                folder.rename(scratch / "damaged")
-        try:
-            new.rename(folder)
-        except OSError:
-            if not is_whole(folder, table, arrays):  # else another process was as quick, and its cache is as good
-                raise
+        damaged = os.path.lexists(folder)  # one that comes from now on is another process's, and whole
+        with scratch_folder(folder.parent) as scratch:
+            size, free = cache_bytes(table, arrays), shutil.disk_usage(folder.parent).free
+            if size > free:
+                raise DataError(
+                    f"{key}: the cache of {table.folder.name} needs {size / 1e9:.2f} GB and {folder.parent} has "
+                    f'{free / 1e9:.2f} GB: name a folder on another disk, or take kind "top_k" with a smaller top_k'
+                )
+            new = scratch / "cache"
+            new.mkdir()
+            for name, size in sizes(table, arrays).items():
+                reserve(new / name, size)
+            add_files(new)
+            others = sorted(path.name for path in new.iterdir() if path.suffix != ".bin")
+            manifest = manifest_of(new, table, arrays, others)
+            (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+            if damaged and not is_whole(folder, table, arrays):
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rename(scratch / "damaged")
+            try:
+                new.rename(folder)
+            except OSError:
+                if not is_whole(folder, table, arrays):  # else another process was as quick, and its cache is as good
+                    raise
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"{key}: {folder} cannot be written ({reason}): make room for it, or name another") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        raise DataError(f"{key}: {describe(error, folder)}; or name another folder") from error

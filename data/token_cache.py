@@ -1,4 +1,4 @@
-"""Tokenised rows on disk as flat memory maps: tokenised once, then read in microseconds a batch.
+"""Tokenised rows on disk as flat files: tokenised once, then read in microseconds a batch.
 
 A cache folder holds `tokens.bin` (all ids one after the other), `offsets.npy`, `boundaries.npy`, `numbers.npy`,
 `ids.json`, `skipped.json` and `manifest.json`. It is named by a hash of the CSV's bytes, the tokenizer, the template
@@ -6,10 +6,10 @@ and the options, so a stale one is never used, and made beside its place and ren
 """
 
 import hashlib
+import io
 import itertools
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles
+from data.flat_array import FlatArray
+from data.os_errors import describe
 from data.prompts import PromptFormat, RowTooLong
+from data.scratch import clear_dead, scratch_folder
+from untrusted.files import LARGE, load_json, open_regular, read_limited
+from untrusted.text import shorten
 
 VERSION = 1  # raise it when the same input gives other files
 CHUNK = 512  # rows tokenised at a time, on all cores
@@ -26,30 +31,30 @@ FILES = {"tokens.bin", "offsets.npy", "boundaries.npy", "numbers.npy", "ids.json
 
 
 class TokenTable:
-    """Rows of token ids, memory-mapped.
+    """Rows of token ids, read from the disk as they are asked for.
 
     len(table): rows. lengths, boundaries: int64 [rows]; the labels of row i are its ids from boundaries[i] on.
     skipped: the bad rows that were left out.
     """
 
     def __init__(self, folder: Path):
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = load_json(folder / "manifest.json")
         self.folder = folder
-        self._tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
-        self._offsets = np.load(folder / "offsets.npy")
-        self.boundaries = np.load(folder / "boundaries.npy")
-        self.numbers = np.load(folder / "numbers.npy")
+        self._tokens = FlatArray(folder / "tokens.bin", manifest["dtype"])
+        self._offsets = read_numbers(folder / "offsets.npy")
+        self.boundaries = read_numbers(folder / "boundaries.npy")
+        self.numbers = read_numbers(folder / "numbers.npy")
         self.lengths = np.diff(self._offsets)
-        self.skipped = [BadRow(**row) for row in json.loads((folder / "skipped.json").read_text(encoding="utf-8"))]
+        self.skipped = [BadRow(**row) for row in load_json(folder / "skipped.json", LARGE)]
 
     def __reduce__(self):
-        return TokenTable, (self.folder,)  # a memory map is pickled with all it holds, for each worker process
+        return TokenTable, (self.folder,)  # an open file cannot be sent to a worker process
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def ids(self, row: int) -> np.ndarray:
-        """Token ids of a row."""
+        """Token ids of a row. Raises OSError."""
         return self._tokens[self._offsets[row] : self._offsets[row + 1]]
 
     @property
@@ -59,8 +64,15 @@ class TokenTable:
 
     def names(self, rows) -> list[str]:
         """`id (row number)` of each row, for messages."""
-        ids = json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
-        return [f"{ids[row]} (row {self.numbers[row]})" for row in rows]
+        ids = load_json(self.folder / "ids.json", LARGE)
+        return [f"{shorten(str(ids[row]))} (row {self.numbers[row]})" for row in rows]
+
+    def fits_together(self) -> bool:
+        """Whether every row lies inside the tokens and has a name, which the sums of the files do not tell."""
+        starts, ends, rows = self._offsets[:-1], self._offsets[1:], len(self.lengths)
+        whole = rows > 0 and starts[0] == 0 and ends[-1] == len(self._tokens) and bool((starts < ends).all())
+        counts = {len(self.boundaries), len(self.numbers), len(load_json(self.folder / "ids.json", LARGE))}
+        return whole and counts == {rows} and bool(((self.boundaries >= 0) & (self.boundaries <= self.lengths)).all())
 
 
 def open_token_table(
@@ -83,6 +95,7 @@ def open_token_table(
     if on_bad_row not in ("error", "skip"):
         raise DataError(f'on_bad_row is {on_bad_row!r}: use "error" or "skip"')
     folder = Path(cache_dir) / cache_key(csv_path, prompt_format, columns, on_bad_row)
+    clear_dead(folder.parent)
     if not is_whole(folder):
         build_table(folder, csv_path, prompt_format, columns, on_bad_row, progress)
     return TokenTable(folder)
@@ -90,7 +103,7 @@ def open_token_table(
 
 def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_bad_row: str) -> str:
     try:
-        with Path(csv_path).open("rb") as file:
+        with open_regular(csv_path) as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{csv_path}: cannot be read ({error.strerror or error}): check the path") from error
@@ -101,36 +114,42 @@ def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_ba
 def is_whole(folder: Path) -> bool:
     """Whether every file of the cache is there with the sha256 it was written with."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
+        manifest = load_json(folder / "manifest.json")
+        if manifest["version"] != VERSION or set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
             return False
-        return all(digest(folder / name) == value for name, value in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
+        same = all(digest(folder / name) == value for name, value in manifest["files"].items())
+        return same and TokenTable(folder).fits_together()
+    except (OSError, ValueError, LookupError, TypeError, MemoryError, RecursionError):
         return False
 
 
+def read_numbers(path: Path) -> np.ndarray:
+    """The int64 values of a `.npy` file, in one row; ValueError for anything else in it, such as pickled objects."""
+    file = io.BytesIO(read_limited(path, LARGE))
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{path}: another version of the format")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    values = np.frombuffer(file.read(), np.int64) if dtype == np.int64 else None
+    if values is None or values.shape != shape:
+        raise ValueError(f"{path} holds {dtype} {shape}: expected a row of int64")
+    return values.copy()
+
+
 def digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
-    scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        table = scratch / "table"  # a folder in it, because mkdtemp's own is closed to other users
-        table.mkdir()
-        write_table(table, csv_path, prompt_format, columns, on_bad_row, progress)
-        install(table, folder)
+        with scratch_folder(folder.parent) as scratch:
+            table = scratch / "table"  # a folder in it, because the scratch folder is closed to other users
+            table.mkdir()
+            write_table(table, csv_path, prompt_format, columns, on_bad_row, progress)
+            install(table, folder)
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"dataset_kwargs.cache_dir: {folder} cannot be written ({reason}): make room for it, or name another folder"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        raise DataError(f"dataset_kwargs.cache_dir: {describe(error, folder)}; or name another folder") from error
 
 
 def install(table: Path, folder: Path) -> None:
@@ -140,9 +159,18 @@ def install(table: Path, folder: Path) -> None:
     except OSError:
         if is_whole(folder):
             return
+        if not os.path.lexists(folder):
+            raise
+        if not folder.is_dir():
+            folder.rename(table.parent / "damaged")
+            table.rename(folder)
+            return
         # File by file over a damaged one: the name promises the same bytes, and no reader ever finds a file missing.
         for path in table.iterdir():
-            path.replace(folder / path.name)
+            place = folder / path.name
+            if place.is_dir():
+                place.rename(table.parent / f"damaged-{path.name}")
+            path.replace(place)
 
 
 def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
@@ -171,13 +199,20 @@ def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, prog
         if not ids:
             remedy = "no usable row is left: correct them"
         raise DataError(f"{describe_bad_rows(csv_path, bad_rows, total)}: {remedy}")
-    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    np.save(folder / "boundaries.npy", np.array(boundaries, dtype=np.int64))
-    np.save(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
+    save_array(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    save_array(folder / "boundaries.npy", np.array(boundaries, dtype=np.int64))
+    save_array(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
     dump(folder / "ids.json", ids)
     dump(folder / "skipped.json", [asdict(row) for row in bad_rows])
     files = {path.name: digest(path) for path in sorted(folder.iterdir())}
     dump(folder / "manifest.json", {"version": VERSION, "dtype": dtype, "files": files})
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As `np.save`, which hides it where the last bytes cannot be written. Raises OSError."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    path.write_bytes(content.getvalue())
 
 
 def dump(path: Path, value) -> None:

@@ -26,6 +26,9 @@ class FineTuning(nn.Module):
         """The arguments of `forward` for each collated batch of a table's rows, step by step."""
         return by_step(map(arguments_of, batches), counts)
 
+    def not_finite(self, *arguments: Tensor) -> None:
+        """Token ids always are."""
+
     def resume_state(self) -> dict:
         return {}
 
@@ -37,6 +40,7 @@ class FineTuning(nn.Module):
 
         On the CPU nothing here waits for the device. A batch without any label gives exactly 0 with zero gradients.
         """
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
-        loss = vocabulary_loss(hidden, self.language_model.output_head(), targets, chunk_size=self.chunk_size)
+        head, lookup = self.language_model.head_and_lookup()
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, lookup)
+        loss = vocabulary_loss(hidden, head, targets, chunk_size=self.chunk_size)
         return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy})

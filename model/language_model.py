@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from model.output_head import OutputHead
 from model.packed_gpt2 import can_pack, packed_hidden_states, plan_packing
-from model.vocabulary_loss import OutputHead
+from model.tied_weight import tied
 
 IGNORED = -100  # label of a position that takes no loss
 
@@ -125,7 +126,7 @@ class LanguageModel(nn.Module):
         return self.model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
 
     def label_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, head_follows: bool = False
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, lookup: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(hidden states [N, D] that predict a label, the labels [N]), in row order, on the model's device.
 
@@ -133,8 +134,7 @@ class LanguageModel(nn.Module):
         Where the family allows it (GPT-2, padding on the right) no padding is computed, nothing behind a row's last
         label, and in the last block only keys and values of the positions that predict nothing.
 
-        head_follows: these hidden states go through `output_head` in the same backward pass. A tied embedding's
-        gradient is then sparse, to be added to the head's, instead of a second tensor of that size.
+        lookup: of `head_and_lookup`, where the hidden states go through that head.
         """
         index, targets = label_positions(labels)
         targets, input_ids = (each.to(self.device, non_blocking=True) for each in (targets, input_ids))
@@ -146,14 +146,25 @@ class LanguageModel(nn.Module):
         packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)
         packing = packing._replace(**{name: getattr(packing, name).to(self.device, non_blocking=True)
                                       for name in ("tokens", "positions", "selected")})
-        base = self.model.base_model
-        sparse = head_follows and self.model.get_output_embeddings().weight is base.wte.weight
-        return packed_hidden_states(base, input_ids, packing, self.prune_last_block, sparse_embedding=sparse), targets
+        hidden = packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup)
+        return hidden, targets
 
     def output_head(self) -> OutputHead:
         """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`."""
         head = self.model.get_output_embeddings()
         return OutputHead(head.weight, head.bias, self._logit_scale, self._logit_cap)
+
+    def head_and_lookup(self) -> tuple[OutputHead, Tensor | None]:
+        """(`output_head`, what `label_hidden` looks tokens up in) for a training step.
+
+        Where they are one weight, its gradient is then formed in the place of the head's, without a second tensor of
+        that size. None: the embedding as it is.
+        """
+        head, embedding = self.output_head(), self.model.get_input_embeddings().weight
+        if head.weight is not embedding or not embedding.requires_grad or not can_pack(self.model):
+            return head, None
+        lookup, weight = tied(embedding)
+        return head._replace(weight=weight), lookup
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D], with the family's scaling or cap of logits."""
@@ -189,13 +200,22 @@ class LanguageModel(nn.Module):
 
         Raises:
             ModelError: the family's logits are not head(hidden states), or padding on the left or a key/value cache
-                changes them.
+                changes them; or weights or logits are not finite.
         """
+        check_finite_weights(self.model)
         ids = torch.arange(6, device=self.device)[None] % self.model.get_input_embeddings().weight.shape[0]
         padded = torch.cat([ids[:, :1].expand(1, 3), ids], dim=1)
         mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]], device=self.device)
         with evaluating(self):
-            own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            try:
+                own = self.model(input_ids=ids, use_cache=False).logits[0].float()
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                reason = " ".join(str(error).split())[:150]
+                raise ModelError(f"{type(self.model).__name__}: its config.json describes what cannot be computed "
+                                 f"({reason}): take another checkpoint") from error
+            if not own.isfinite().all():
+                raise ModelError(f"{type(self.model).__name__}: its weights are finite but its outputs are not: take "
+                                 "another checkpoint, or set precision to float32")
             labels = torch.cat([ids[:, :1] * 0 + IGNORED, ids[:, 1:]], dim=1)
             cases = (
                 ("are not head(hidden states)", lambda: self.hidden_states(ids)[0], own),
@@ -241,6 +261,18 @@ def check_equal_logits(fault: str, lm_head, hidden, expected: Tensor) -> None:
     raise ModelError(f"{fault}: this family is not supported; GPT-2, Llama, Qwen2, GPT-NeoX are") from reason
 
 
+def check_finite_weights(model: nn.Module) -> None:
+    """Raises ModelError that names the first weight with a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        bad = ~parameter.isfinite()
+        if count := int(bad.sum()):
+            rows = bad.reshape(len(bad), -1).any(1).nonzero()[:, 0].tolist() if bad.dim() else [0]
+            told = ", ".join(map(str, rows[:8])) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+            place = getattr(model, "name_or_path", "") or type(model).__name__
+            raise ModelError(f"{place}: its weights are not finite, {count} of {bad.numel()} values of {name} (rows "
+                             f"{told}): take another checkpoint, or train it again with a lower learning rate")
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """A module in eval mode; afterwards each of its parts has its former mode back."""
@@ -260,9 +292,10 @@ def check_tokenizer(model: nn.Module, tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token): the end of a summary could not be learnt")
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))  # ids may have gaps
+    if tokens > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows: "
+            f"the tokenizer has {tokens} tokens but the model's embedding only {rows} rows: "
             "give the model's own tokenizer (model_arch.tokenizer), or train that size with from_scratch"
         )
 

@@ -1,13 +1,14 @@
 """Legacy `.pt` state dicts: loaded strictly, and without unpickling anything but tensors."""
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from model.language_model import ModelError
+from model.torch_files import NotPlainError, TorchFileError, load_torch_file
 
+LONGEST_NAME = 1000
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 # Causal masks and rotary tables that old versions of the library kept as buffers: the model makes them itself.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -27,12 +28,12 @@ def load_legacy_weights(model: nn.Module, path: str | Path) -> None:
     state = cut_pad_row(state, model)
     tied = tied_keys(model)
     for key, source in tied.items():
-        if key in state and source in state and not torch.equal(state[key], state[source]):
-            raise ModelError(f"{path}: {key} differs from {source}, but this architecture ties them: wrong model_name?")
-        state.setdefault(key, state.get(source))
-        if state[key] is None:
-            del state[key]
+        if key not in state and source in state:
+            state[key] = state[source]
     check_fit(path, state, model)
+    for key, source in tied.items():
+        if not torch.equal(state[key], state[source]):
+            raise ModelError(f"{path}: {key} differs from {source}, but this architecture ties them: wrong model_name?")
     with torch.no_grad():
         model.load_state_dict(state, strict=True)
     model.tie_weights()
@@ -40,27 +41,32 @@ def load_legacy_weights(model: nn.Module, path: str | Path) -> None:
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of the file, by name; optimizer states and the like beside a nested state dict are left out."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ModelError(f"{path} does not exist: expected a .pt file with a state dict")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content = load_torch_file(path)
+    except NotPlainError as error:
         raise ModelError(
-            f"{path} holds more than tensors, or is damaged, and is not unpickled, since that could run code: "
-            "write it again with torch.save(model.state_dict(), path)"
+            f"{path} holds more than tensors, or is damaged, and is not unpickled, since that could run code "
+            f"({error}): write it again with torch.save(model.state_dict(), path)"
         ) from error
-    except Exception as error:  # damaged bytes make torch raise almost anything
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
-        raise ModelError(f"{path} is damaged or cut off ({reason}): copy it again from where it was written") from error
+    except TorchFileError as error:
+        raise ModelError(f"{path} is damaged or cut off ({error}): copy it again from where it was written") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}): expected a .pt file with a state dict") from error
     for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+        if isinstance(content, dict) and isinstance(inner := dict.get(content, wrapper), dict):
+            content = inner
             break
-    if not isinstance(content, dict) or not content or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
+    # dict's own methods: a pickle may put others into an OrderedDict.
+    entries = list(dict.items(content)) if isinstance(content, dict) else []
+    if not entries or not all(is_entry(*each) for each in entries):
         raise ModelError(f"{path} is not a state dict: expected parameter names with tensors")
-    return content
+    return dict(entries)
+
+
+def is_entry(name, value) -> bool:
+    return isinstance(name, str) and len(name) <= LONGEST_NAME and isinstance(value, Tensor)
 
 
 def strip_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
@@ -102,10 +108,14 @@ def check_fit(path: str | Path, state: dict[str, Tensor], model: nn.Module) -> N
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    of_type = [key for key in own if key in state
+               and own[key].dtype.is_floating_point != state[key].dtype.is_floating_point]
     found = {"missing": missing, "unexpected": unexpected}
     complaints = [f"{len(keys)} {what} ({keys[0]})" for what, keys in found.items() if keys]
     if wrong:
         shapes = f"{wrong[0]} is {list(state[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}"
         complaints.append(f"{len(wrong)} of another shape ({shapes})")
+    if of_type:
+        complaints.append(f"{len(of_type)} of another type ({of_type[0]} is {state[of_type[0]].dtype})")
     if complaints:
         raise ModelError(f"{path} does not fit {type(model).__name__}: {', '.join(complaints)}: wrong model name?")

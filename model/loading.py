@@ -3,19 +3,21 @@
 import difflib
 import http.client
 import os
-import pickle
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants as hub
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers.utils import cached_file
 
+from model.claims import MOST_TENSORS, Amount, check_amount, stored_in
 from model.language_model import LanguageModel, ModelError
 from model.legacy import load_legacy_weights
+from model.model_folder import check_config_file, check_folder, check_numbers, check_text_file, weight_files
 
 # Radford et al. (2019), "Language Models are Unsupervised Multitask Learners", table 2; distilgpt2: Sanh et al. (2019).
 GPT2_SHAPES = {
@@ -31,15 +33,9 @@ DEMO_SHAPES = {
     "demo-student": {"n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
 }
 DEMO_TOKENIZER = Path("data/demo/tokenizer")
-WEIGHT_FILES = (
-    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
-)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# What the libraries raise for a file or a value that is wrong.
-LIBRARY_ERRORS = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError,
-    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
-)
+TEXTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+NO_CODE = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # other implementations may be fetched from the hub
 
 
 def load_language_model(
@@ -74,10 +70,13 @@ def load_language_model(
         apply_architecture(config, architecture or {}, the_tokenizer)
     if dropout is not None:
         set_dropout(config, dropout)
-    build = build_model if random_weights or weights is not None else pretrained_model
-    model = build(name, config)
     if weights is not None:
+        size = Path(weights).stat().st_size if Path(weights).is_file() else 0
+        model = build_model(name, config, Amount(size, MOST_TENSORS))
         load_legacy_weights(model, weights)
+    else:
+        model = build_model(name, config) if random_weights else pretrained_model(name, config)
+    check_can_be_saved(name, model.config)
     model.train()
     return LanguageModel(model, the_tokenizer)
 
@@ -90,10 +89,22 @@ def model_config(name: str, without_hub: bool = False):
     if Path(name).is_dir():
         if not Path(name, "config.json").is_file() or Path(name, "model_checkpoints").is_dir():
             raise ModelError(no_config_message(Path(name)))
-        return from_source(AutoConfig, name, "config.json")
-    if without_hub and family in GPT2_SHAPES:
+    elif without_hub and family in GPT2_SHAPES:
         return GPT2Config(**GPT2_SHAPES[family])
-    return from_source(AutoConfig, name, "config.json")
+    config = from_source(AutoConfig, name, "config.json", TEXTS[:1])
+    use_own_code(config)
+    return config
+
+
+def use_own_code(config) -> None:
+    """Attention and experts as the library itself computes them: a config may name code on the hub for that."""
+    for key in ("_attn_implementation", "_experts_implementation"):
+        value = getattr(config, key, None)
+        if not isinstance(value, str | None) or value not in NO_CODE:
+            setattr(config, key, None)
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None:
+            use_own_code(part)
 
 
 def no_config_message(folder: Path) -> str:
@@ -116,19 +127,23 @@ def load_tokenizer(source: str):
             f"{source} has no tokenizer (tokenizer.json): name another, in model_arch.tokenizer (train.py) or by "
             "--model_name (validate_model.py)"
         )
-    return from_source(AutoTokenizer, source, "tokenizer.json")
+    return from_source(AutoTokenizer, source, "tokenizer.json", TEXTS)
 
 
 def has_tokenizer(folder: str) -> bool:
     return any(Path(folder, file).is_file() for file in TOKENIZER_FILES)
 
 
+def check_can_be_saved(name: str, config) -> None:
+    """Before hours of training: what the library checks only when it saves a config."""
+    with told(f"the config.json of {name} cannot be saved again"):
+        if hasattr(config, "validate"):
+            config.validate()
+
+
 def pretrained_model(name: str, config):
-    if Path(name).is_dir() and not any(Path(name, file).is_file() for file in WEIGHT_FILES):
-        raise ModelError(
-            f"{name} has no weights (model.safetensors): give a folder that save_pretrained wrote, or train that "
-            "architecture from random weights with from_scratch"
-        )
+    with told(f"{name} cannot be loaded"):
+        check_amount(name, config, stored_in(weight_files(Path(name))) if Path(name).is_dir() else None)
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below with their name
@@ -139,26 +154,41 @@ def pretrained_model(name: str, config):
     return model
 
 
-def build_model(name: str, config):
-    try:
+def build_model(name: str, config, stored: Amount | None = None):
+    """A model with random weights; stored: what will replace them."""
+    with told(f"'{name}' cannot be built with this architecture"):
+        check_amount(name, config, stored)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except LIBRARY_ERRORS as error:
-        raise ModelError(f"'{name}' cannot be built with this architecture: {one_line(error)}") from error
+
+
+@contextmanager
+def told(text: str, why: bool = True) -> Iterator[None]:
+    """What a library raises for a file or a value that is wrong (almost anything) becomes one line for the user.
+
+    why: with the library's own words.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
+        raise ModelError(f"{text}: {one_line(error)}" if why else text) from error
 
 
 def apply_architecture(config, overrides: dict, tokenizer) -> None:
     """Overrides on a config whose weights will be random; vocabulary and end-of-text are the tokenizer's."""
     known = {**config.to_dict(), **dict.fromkeys(config.attribute_map)}
+    check_numbers(overrides, "architecture.")
     for key, value in overrides.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{config.model_type} has no such value"
             raise ModelError(f"architecture.{key} is unknown: {hint}")
         check_size(key, value, getattr(config, key, None))
-        try:
+        with told(f"architecture.{key} is {value!r}"):
             setattr(config, key, value)
-        except LIBRARY_ERRORS as error:
-            raise ModelError(f"architecture.{key} is {value!r}: {one_line(error)}") from error
     if "vocab_size" not in overrides:
         config.vocab_size = len(tokenizer)
     config.bos_token_id = tokenizer.bos_token_id
@@ -192,25 +222,39 @@ def check_same_architecture(config, name: str) -> None:
 # -- hub -------------------------------------------------------------------------------------------------------
 
 
-def from_source(library_class, name: str, file: str, **arguments):
-    """`library_class.from_pretrained`, with one line for the user where that fails."""
+def from_source(library_class, name: str, file: str, texts: tuple[str, ...] = (), **arguments):
+    """`library_class.from_pretrained`, with one line for the user where that fails.
+
+    file: what a hub is asked for. texts: files that are looked at first.
+    """
     local = Path(name).is_dir()
-    if Path(name).is_file():
+    if Path(name).exists() and not local:
         raise ModelError(f"{name} is a file: expected a model folder or a hub id; only a .pt state dict is one file")
     if not local and looks_like_path(name):
         raise ModelError(f"{name} does not exist: expected a model folder or a hub id such as gpt2")
-    try:
+    out_of_reach = (
+        f"cannot get '{name}' from the hub, and it is not in this machine's cache: download it once with "
+        f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
+    )
+    with told(f"{name} cannot be loaded" if local else out_of_reach, why=local):
         # trust_remote_code=False: never run, nor ask to run, code that lies beside a model.
-        return library_class.from_pretrained(
-            name, local_files_only=local or not hub_reachable(name, file), trust_remote_code=False, **arguments
-        )
-    except LIBRARY_ERRORS as error:
-        if local:
-            raise ModelError(f"{name} cannot be loaded: {one_line(error)}") from error
-        raise ModelError(
-            f"cannot get '{name}' from the hub, and it is not in this machine's cache: download it once with "
-            f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
-        ) from error
+        options = {"local_files_only": local or not hub_reachable(name, file)}
+        look_at(name, texts, **options)
+        return library_class.from_pretrained(name, trust_remote_code=False, **options, **arguments)
+
+
+def look_at(name: str, texts: tuple[str, ...], local_files_only: bool) -> None:
+    """Raises ModelError for files that no library should open. texts: names; of a hub they are fetched for that."""
+    if texts and Path(name).is_dir():
+        check_folder(Path(name))
+    for text in texts:
+        try:
+            path = Path(cached_file(name, text, local_files_only=local_files_only))
+        except (OSError, TypeError):  # not there, or out of reach: the library will say what it misses
+            continue
+        check_text_file(path)
+        if text == "config.json":
+            check_config_file(path)
 
 
 def looks_like_path(name: str) -> bool:
@@ -233,7 +277,5 @@ def hub_reachable(name: str, file: str) -> bool:
     return True
 
 
-def one_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # the library's text recommends to run what is in the file
-        return "its weights are not only tensors, or are damaged, and are not unpickled: save them as safetensors"
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

@@ -14,7 +14,7 @@ from model.penalties import unit_embeddings
 from model.policy_loss import Penalties, PolicyTokens, policy_loss
 from model.rollout_sets import RolloutBatch, RolloutSets, on_highlights
 from model.rollouts import RolloutOptions
-from model.teacher import Teacher
+from model.teacher import Teacher, are_finite
 from model.vocabulary import shared_vocabulary
 from model.vocabulary_loss import vocabulary_loss
 
@@ -122,6 +122,11 @@ class TeacherStudent(nn.Module):
             drawn = self.sets.of_step(table, own) if self.training else [None] * count
             yield iter([(*arguments_of(batch), rollout) for batch, rollout in zip(own, drawn, strict=True)])
 
+    def not_finite(self, input_ids, attention_mask, labels, rollout=None) -> str | None:
+        """Whether it is the teacher: what of its outputs is not finite, in words."""
+        given = self.teacher.outputs(input_ids, attention_mask, labels) if rollout is None else rollout.teacher
+        return None if are_finite(given) else self.teacher.name
+
     def resume_state(self) -> dict:
         return self.sets.resume_state()
 
@@ -139,15 +144,16 @@ class TeacherStudent(nn.Module):
 
         rollout: of `ahead`; None takes the highlights, with no advantage.
         """
-        model, head = self.language_model, self.language_model.output_head()
+        model = self.language_model
+        head, lookup = model.head_and_lookup()
         if rollout is None:
             rollout = on_highlights(self.teacher, input_ids, attention_mask, labels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
-            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
+            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, lookup)
             of_labels = vocabulary_loss(hidden, head, targets, vocabulary=self.vocabulary, factor=self.lm_weight,
                                         chunk_size=self.chunk_size)
         if rollout.input_ids is not input_ids or self.lm_weight == 0:
-            hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, head_follows=True)
+            hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
         drawn = PolicyTokens(*(each.to(hidden.device, non_blocking=True) if isinstance(each, Tensor) else each
                                for each in rollout.drawn))
         of_rollout = policy_loss(

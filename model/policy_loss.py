@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from model.divergences import reverse_terms
+from model.output_head import OutputHead
 from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty
-from model.vocabulary_loss import OutputHead, TeacherHidden, chunked_loss, even_parts
+from model.vocabulary_loss import TeacherHidden, chunked_loss, even_parts
 
 
 class PolicyTokens(NamedTuple):
@@ -82,7 +83,8 @@ def policy_loss(
         clip_epsilon=clip_epsilon, penalties=penalties, factor=factor,
     )
     loss, sums = chunked_loss(
-        hidden, head, parts, terms, vocabulary=vocabulary, teacher=teacher, temperature=temperature
+        hidden, head, parts, terms, vocabulary=vocabulary, teacher=teacher, temperature=temperature,
+        in_blocks=penalties is None,
     )
     return PolicyLoss(loss, *sums)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.decoding import make_voice
+from model.doing import ROLLOUTS, doing
 from model.language_model import LanguageModel, evaluating, label_positions
 from model.objective import ObjectiveError, arguments_of
 from model.policy_loss import PolicyTokens
@@ -48,6 +49,7 @@ class Totals(NamedTuple):
     at_limit: float
     entropy: float
     bad_rewards: float
+    bad_of_teacher: float
 
 
 class RolloutSets:
@@ -97,7 +99,9 @@ class RolloutSets:
             ObjectiveError: rewards that are not finite, or a policy that has collapsed.
         """
         rows = [int(row) for batch in batches for row in batch["rows"]]
-        changed = torch.tensor(float(rows != self.rows or not self.passes_left), device=self.student.device)
+        # A run that goes on with other micro-batches finds those of before.
+        others = [len(batch["rows"]) for batch in batches] != [len(batch.input_ids) for batch in self.kept]
+        changed = torch.tensor(float(rows != self.rows or not self.passes_left or others), device=self.student.device)
         if self.epochs > 1 and self.sum_over_group(changed) == 0:
             self.passes_left -= 1
             return self.kept
@@ -142,10 +146,15 @@ class RolloutSets:
 
     def draw(self, batches: list[dict], rows: list[int]):
         """((batch, teacher's hidden states) of each micro-batch, Rollouts) by sampling."""
-        options = self.options
         if not rows:
             return [], self.nothing()
         prompts = [self.shorten(prompt) for batch in batches for prompt in split_rows(batch)[0]]
+        longest = max(map(len, prompts)) + self.options.max_new_tokens
+        with doing(ROLLOUTS, "", min(self.options.slots, len(prompts)), longest):
+            return self.draw_from(prompts, batches, rows)
+
+    def draw_from(self, prompts: list[list[int]], batches: list[dict], rows: list[int]):
+        options = self.options
         uniforms = row_uniforms(options.seed, self.made, rows, options.max_new_tokens)
         student = make_voice(self.student, vocabulary=self.vocabulary)
         teacher, reads_along = None, options.sampling.alpha > 0
@@ -210,6 +219,7 @@ class RolloutSets:
             sum(each == [end_id] for each in tokens),
             sum(len(each) == most and each[-1] != end_id for each in tokens),
             float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
+            float((bad & ~(rollouts.log_p.abs() < ABSURD)).sum()),
         )
         summed = self.sum_over_group(torch.tensor(own, dtype=torch.float64, device=self.student.device))
         return Totals(*summed.tolist())
@@ -220,6 +230,8 @@ class RolloutSets:
             own = bad.any(1).nonzero()[:, 0].tolist()
             names = table.names([rows[index] for index in own[:8]]) if hasattr(table, "names") else own[:8]
             told = f"; rows: {', '.join(map(str, names))}" if own else ""
+            if totals.bad_of_teacher:
+                told = f", the teacher's log p of {totals.bad_of_teacher:.0f} of them{told}"
             raise ObjectiveError(
                 f"rewards (log p - log q) of {totals.bad_rewards:.0f} rollout tokens are not finite{told}: lower "
                 "optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "

@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from model.doing import TEACHER, doing
 from model.language_model import LanguageModel
 from model.objective import arguments_of
-from model.vocabulary_loss import OutputHead, TeacherHidden
+from model.output_head import OutputHead, autocast_type
+from model.vocabulary_loss import TeacherHidden, TeacherTopK
 
 
 class Teacher:
@@ -16,10 +19,13 @@ class Teacher:
 
     It is no `nn.Module`, so that a module which holds it neither lists its weights nor sets it to training mode.
 
-    language_model: on the teacher's device; it is changed (eval mode, requires_grad False).
+    language_model: on the teacher's device; it is changed (eval mode, requires_grad False, and under autocast the
+    weights of its products in autocast's type).
     student_device: where its outputs are used; the head is copied there once. None: the same device.
     autocast: context of its forward pass.
     """
+
+    name = "the teacher's outputs"  # in messages
 
     def __init__(
         self,
@@ -30,12 +36,15 @@ class Teacher:
         self.language_model = language_model.eval().requires_grad_(False)
         self.student_device = torch.device(language_model.device if student_device is None else student_device)
         self.autocast = autocast
-        self.head: OutputHead = move_head(language_model.output_head(), self.student_device)
+        with autocast():
+            dtype = autocast_type(language_model.model.get_input_embeddings().weight)
+        cast_products(language_model.model.base_model, dtype)
+        self.head: OutputHead = move_head(language_model.output_head(), self.student_device, dtype)
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Hidden states [N, Dt] at the label positions, on the teacher's device; nothing here waits for it."""
-        with self.autocast():
+        with doing(TEACHER, "", *input_ids.shape), self.autocast():
             return self.language_model.label_hidden(input_ids, attention_mask, labels)[0]
 
     def to_student(self, hidden: Tensor) -> TeacherHidden:
@@ -70,7 +79,22 @@ def one_ahead(batches: Iterable[dict], start: Callable, finish: Callable) -> Ite
         yield finish(*waiting)
 
 
-def move_head(head: OutputHead, device: torch.device) -> OutputHead:
-    """The head's tensors, detached, on a device."""
+def are_finite(outputs: TeacherHidden | TeacherTopK) -> bool:
+    """Whether a teacher's outputs can be learnt from. Log-probabilities may be -inf: those of what is impossible."""
+    if isinstance(outputs, TeacherTopK):
+        return all(bool((each < torch.inf).all()) for each in outputs[1:])
+    tensors = outputs.hidden, outputs.head.weight, outputs.head.bias
+    return all(bool(each.isfinite().all()) for each in tensors if each is not None)
+
+
+def cast_products(base_model: nn.Module, dtype: torch.dtype) -> None:
+    """Does once what autocast would do in each forward pass, with the same results: weights do not change here."""
+    for module in base_model.modules():
+        if type(module) in (nn.Linear, Conv1D):
+            module.to(dtype)
+
+
+def move_head(head: OutputHead, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
+    """The head's tensors, detached, on a device; dtype: of the weight, None is its own."""
     bias = None if head.bias is None else head.bias.detach().to(device)
-    return head._replace(weight=head.weight.detach().to(device), bias=bias)
+    return head._replace(weight=head.weight.detach().to(device, dtype), bias=bias)

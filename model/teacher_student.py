@@ -11,7 +11,7 @@ from model.divergences import choose_divergence
 from model.language_model import LanguageModel
 from model.objective import LossTerms, arguments_of, by_step
 from model.rollout_sets import RolloutBatch, RolloutSets
-from model.teacher import Teacher
+from model.teacher import Teacher, are_finite
 from model.vocabulary import shared_vocabulary
 from model.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
 
@@ -93,6 +93,12 @@ class TeacherStudent(nn.Module):
         draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
         return draw < self.on_policy_fraction
 
+    def not_finite(self, input_ids, attention_mask, labels, teacher_outputs=None, rollout=None) -> str | None:
+        """Whether it is the teacher: what of its outputs is not finite, in words."""
+        given = teacher_outputs if rollout is None else rollout.teacher
+        given = self.teacher.outputs(input_ids, attention_mask, labels) if given is None else given
+        return None if are_finite(given) else self.teacher.name
+
     def resume_state(self) -> dict:
         return {"steps": self.steps, "rollouts": self.rollouts.resume_state()} if self.rollouts else {}
 
@@ -118,23 +124,24 @@ class TeacherStudent(nn.Module):
             return self.on_policy(input_ids, attention_mask, labels, rollout)
         if teacher_outputs is None:
             teacher_outputs = self.teacher.outputs(input_ids, attention_mask, labels)
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
+        head, lookup = self.language_model.head_and_lookup()
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, lookup)
         loss = vocabulary_loss(
-            hidden, self.language_model.output_head(), targets, vocabulary=self.vocabulary, teacher=teacher_outputs,
-            divergence=self.divergence, temperature=self.temperature, kd_weight=self.kd_weight,
-            chunk_size=self.chunk_size,
+            hidden, head, targets, vocabulary=self.vocabulary, teacher=teacher_outputs, divergence=self.divergence,
+            temperature=self.temperature, kd_weight=self.kd_weight, chunk_size=self.chunk_size,
         )
         return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy,
                                                        "divergence": loss.divergence})
 
     def on_policy(self, input_ids, attention_mask, labels, rollout: RolloutBatch) -> LossTerms:
         """CE on the highlights; the divergence on the rollout, scaled so that the step's mean is over its tokens."""
-        model, head = self.language_model, self.language_model.output_head()
+        model = self.language_model
+        head, lookup = model.head_and_lookup()
         options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_weight < 1):
-            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, head_follows=True)
+            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, lookup)
             of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
-        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, head_follows=True)
+        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
         of_rollout = vocabulary_loss(
             hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,
             kd_weight=1.0, factor=self.kd_weight * rollout.token_scale, **options,

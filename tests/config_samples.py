@@ -29,7 +29,7 @@ USERS_CONFIG = {
         "loss_scaling_batch": 4096, "adaptive_loss_metric": "rougeL", "baseline_threshold": 0.11,
         "multi_gpu": True, "multi_gpu_ids": [1, 3, 4], "is_training": True, "use_cache": True,
         "seed": 1234, "precision": "auto", "compile": False, "log_every": 10, "max_steps": None, "keep_checkpoints": 2,
-        "resume_from": None,
+        "resume_from": None, "skip_nonfinite_steps": 3,
     },
     "optimizer_kwargs": {
         "type": "AdamW", "kwargs": {"weight_decay": 0.1, "amsgrad": True}, "lm_lr": 5e-5, "default_lr": 1e-4,
@@ -63,7 +63,7 @@ DEFAULTS = {
         "save_predictions": False, "n_batch_ckpt_save": None, "ckpt_training_batch": None,
         "adaptive_loss_scaling": False, "loss_scaling_batch": 1024, "adaptive_loss_metric": "rougeL",
         "baseline_threshold": 0.15, "multi_gpu": False, "multi_gpu_ids": [], "seed": 1234, "precision": "auto",
-        "compile": False, "log_every": 10, "max_steps": None, "keep_checkpoints": 2,
+        "compile": False, "log_every": 10, "max_steps": None, "keep_checkpoints": 2, "skip_nonfinite_steps": 0,
     },
     "optimizer_kwargs": {"type": "AdamW", "kwargs": {}, "lm_lr": 5e-5, "default_lr": None, "decay_all": False},
     "lr_scheduler_kwargs": {

@@ -35,7 +35,8 @@ def make_project(folder: Path, rows: int = 40, dropout: float = 0.0, width: int 
     write_rows(folder / "validation.csv", make_rows(6, seed=1))
     return {
         "model_arch": {"lang_model": str(folder / "model"), "generation_kwargs": {"max_generation_length": 8}},
-        "trainer_kwargs": {"output_dir": str(folder / "run"), "metrics": [], "device": "cpu", "log_every": 1},
+        "trainer_kwargs": {"output_dir": str(folder / "run"), "metrics": [], "device": "cpu", "log_every": 1,
+                           "precision": "float32"},
         "optimizer_kwargs": {"lm_lr": 0.01},
         "lr_scheduler_kwargs": {},
         "callbacks_kwargs": {"kwargs": {}},

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from utils import checkpoint
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, set_aside, verify
+from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
+from utils.earlier_runs import set_aside
 from utils.files import folder_lock
 from utils.random_state import random_state, seed_everything, set_random_state
 
@@ -127,12 +128,11 @@ def test_best_is_kept(root):
         save(checkpoints, step, best=step == 2)
     assert steps_of(root) == ["step-2", "step-4"] and checkpoints.best_step() == 2
     assert_of_step(root / "best", 2)
-    checkpoints.mark_best(4)
+    checkpoints.settle(4, 4)
     save(checkpoints, 5)
     assert steps_of(root) == ["step-4", "step-5"] and checkpoints.best_step() == 4
     assert Checkpoints(root, "run-b", 1).best_step() is None
-    with pytest.raises(CheckpointError, match=r"step-7.*missing"):
-        checkpoints.mark_best(7)
+    checkpoints.settle(5, 7)  # a step that is not there
     assert checkpoints.best_step() == 4
 
 

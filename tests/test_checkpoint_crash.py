@@ -46,8 +46,9 @@ def test_writer_fails_after_some_bytes(root, monkeypatch, number, length):
         raise full
 
     def broken_text(descriptor, mode):
-        calls.append(descriptor)
-        if len(calls) == number - 1:
+        if mode == "wb":
+            calls.append(descriptor)
+        if mode == "wb" and len(calls) == number - 1:
             os.write(descriptor, b"x" * length)
             os.close(descriptor)
             raise full
@@ -142,6 +143,36 @@ def test_crash_at_each_rename(tmp_path, monkeypatch, step, after):
         assert_of_step(root / "last", 3)
     monkeypatch.undo()
     assert number > 8 and steps_of(root) == [f"step-{step}"]
+
+
+@pytest.mark.parametrize("undone", ["last", "best", "retired"])
+def test_what_a_kill_left_undone_is_settled(root, monkeypatch, undone):
+    """Killed in its last save, a run that is started again is finished: `last` stays a step behind for ever."""
+    checkpoints = Checkpoints(root, "run-a", 1)
+    for step in (1, 2):
+        save(checkpoints, step, best=True)
+    original = Checkpoints._point
+
+    def crash(self, link, step):
+        if link == undone:
+            raise Crash
+        original(self, link, step)
+
+    monkeypatch.setattr(Checkpoints, "_retire", crash_always if undone == "retired" else Checkpoints._retire)
+    monkeypatch.setattr(Checkpoints, "_point", crash)
+    with pytest.raises(Crash):
+        save(checkpoints, 3, best=True)
+    monkeypatch.undo()
+    assert steps_of(root) == ["step-2", "step-3"]
+    Checkpoints(root, "run-b", 1).settle(3, 3)  # another run's: nothing of it is touched
+    assert steps_of(root) == ["step-2", "step-3"]
+    Checkpoints(root, "run-a", 1).settle(3, 3)
+    assert steps_of(root) == ["step-3"] and not leftovers(root)
+    assert [(root / link).readlink().name for link in ("last", "best")] == ["step-3", "step-3"]
+
+
+def crash_always(self, step):
+    raise Crash
 
 
 ENDLESS = """

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data import scratch
 from data.articles import read_articles
 from data.cnn_dailymail import length_bucket, main, stratified_subset
 
@@ -314,3 +315,33 @@ def test_lengthy_articles_pass(tmp_path):
     assert run("--from_csv", path, "--output_dir", tmp_path / "out", "--fraction", 1) == 0
     (article,), _ = read_articles(tmp_path / "out" / "long.csv")
     assert article.extra == {"article_length": "30000", "length_bucket": "30000-30099"}
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("number", range(1, 5))
+def test_killed_between_two_tables(tmp_path, monkeypatch, number):
+    """Fault: killed while the tables take their places, the same command refuses its own files or mixes two results."""
+    table, folder = write_csv(tmp_path / "in" / "news.csv", make_rows(20)), tmp_path / "out"
+    command = ("--from_csv", table, "--output_dir", folder)
+    assert run(*command, "--fraction", "0.2") == 0
+    calls, real = [], os.replace
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) >= number:
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        if number == 4:  # all files are in their places
+            patch.setattr(scratch.shutil, "rmtree", lambda *_, **__: replace(None, None))
+        with pytest.raises(Killed):
+            run(*command, "--fraction", "0.5")
+    assert run(*command, "--fraction", "0.5") == 0
+    found = contents(folder)
+    assert run("--from_csv", table, "--output_dir", tmp_path / "clean", "--fraction", "0.5") == 0
+    assert found == contents(tmp_path / "clean")

@@ -217,7 +217,7 @@ def test_all_errors_at_once_each_in_one_line(tmp_path):
         "dataset_kwargs": [],
     })
     assert [line.split(" is ")[0] for line in lines] == [
-        "config.json: trainer_kwargs.output_dir", "config.json: trainer_kwargs.epoch\\n",
+        "config.json: trainer_kwargs.output_dir", 'config.json: trainer_kwargs["epoch\\n"]',
         "config.json: optimizer_kwargs.lm_lr", "config.json: dataset_kwargs",
     ]
     assert all(len(line.splitlines()) == 1 and len(line) < 250 for line in lines)

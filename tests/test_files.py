@@ -129,6 +129,89 @@ def test_written_together_or_not_at_all(tmp_path, monkeypatch):
         files.write_together(tmp_path, {"sub/a": ""})
 
 
+RESULTS = {"predictions.json": "new p", "scores.json": "new s"}
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def die_at(monkeypatch, owner, name: str, number: int) -> None:
+    """At the `number`-th call of `owner.name` the process is dead: that and all later ones of it do nothing."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        if len(calls) >= number:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(("name", "number", "expected"), [
+    ("rename", 1, "old"), ("replace", 1, "new"), ("replace", 2, "new"),
+])
+def test_killed_between_files_that_belong_together(tmp_path, monkeypatch, name, number, expected):
+    """New predictions stand beside old scores after a kill between two renames, and nothing can tell or mend it."""
+    (tmp_path / "predictions.json").write_bytes(b"old p")
+    (tmp_path / "scores.json").write_bytes(b"old s")
+    with monkeypatch.context() as patch:
+        die_at(patch, os, name, number)
+        die_at(patch, files.shutil, "rmtree", 1)
+        with pytest.raises(Killed):
+            files.write_together(tmp_path, RESULTS)
+    files.finish_writing(tmp_path)
+    found = listing(tmp_path)
+    assert found == {"predictions.json": f"{expected} p".encode(), "scores.json": f"{expected} s".encode()}
+    files.write_together(tmp_path, dict.fromkeys(RESULTS, "newest"))
+    assert listing(tmp_path) == dict.fromkeys(RESULTS, b"newest")
+
+
+def test_what_was_cut_off_never_replaces_what_came_later(tmp_path, monkeypatch):
+    """The leftover of a killed writer is brought to its place over the newer result of the next one."""
+    with monkeypatch.context() as patch:
+        die_at(patch, os, "replace", 2)
+        with pytest.raises(Killed):
+            files.write_together(tmp_path, RESULTS)
+    assert len(listing_of_temporaries(tmp_path)) == 1
+    files.write_text(tmp_path / "scores.json", "newest")
+    assert listing(tmp_path) == {"predictions.json": b"new p", "scores.json": b"newest"}
+    files.finish_writing(tmp_path)
+    assert listing(tmp_path) == {"predictions.json": b"new p", "scores.json": b"newest"}
+
+
+def listing_of_temporaries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".tmp-"))
+
+
+def test_only_what_the_dead_left_is_cleared(tmp_path):
+    """Half-written files of killed runs stay for ever; those of a living run, or a user's own, are deleted."""
+    for name in (".tmp-12-0123abcd", ".tmp-together-abcd1234", ".tmp-mine", ".tmp-new-step-2-0123abcd"):
+        (tmp_path / name).mkdir() if "together" in name else (tmp_path / name).write_text("x")
+    path, descriptor = files._locked_temporary(tmp_path / "a")
+    files.write_text(tmp_path / "b", "new")
+    assert listing_of_temporaries(tmp_path) == sorted([path.name, ".tmp-mine", ".tmp-new-step-2-0123abcd"])
+    os.close(descriptor)
+    files.write_text(tmp_path / "b", "newer")
+    assert listing_of_temporaries(tmp_path) == [".tmp-mine", ".tmp-new-step-2-0123abcd"]
+
+
+def test_a_strangers_leftover_writes_nowhere_else(tmp_path):
+    """A prepared `.tmp-whole-` folder replaces files in other folders, or puts folders and links in place of files."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    whole = folder / ".tmp-whole-abcd1234"
+    (whole / "sub").mkdir(parents=True)
+    other.mkdir()
+    (other / "target").write_text("mine")
+    (folder / "link").symlink_to(other / "target")
+    (whole / "link").write_text("theirs")
+    (whole / "pointer").symlink_to(other / "target")
+    files.finish_writing(folder)
+    assert (other / "target").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == ["link"] and (folder / "link").read_text() == "theirs"
+
+
 def test_flushed_before_renamed(tmp_path, monkeypatch):
     """A rename that reaches the disk before the content leaves an empty file after a power cut."""
     order = []

@@ -1,5 +1,7 @@
 """A teacher that is only read, works one batch ahead and has its student's vocabulary: model/teacher.py."""
 
+from copy import deepcopy
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -10,6 +12,7 @@ from model.teacher import Teacher, one_ahead
 from model.teacher_student import TeacherStudent
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import random_rows
+from tests.test_families import FAMILIES, tiny_family
 from tests.test_teacher_student import (
     ROWS,
     assert_near,
@@ -48,6 +51,24 @@ def test_teacher_is_frozen_and_in_eval_mode():
     assert all(each.grad is None for each in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(part.training for part in student.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_cast_once_give_what_autocast_gives(family):
+    """Fault: the teacher's products run in bfloat16 on weights that are cast anew in each step, or its embedding and
+    norms are rounded with them."""
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    batch = random_rows([(20, [17, 18, 19]), (12, [10, 11])])
+    plain = tiny_family(family).eval()
+    teacher = Teacher(deepcopy(plain), autocast=bfloat16)
+    with torch.no_grad(), bfloat16():
+        expected = plain.label_hidden(*batch)[0]
+    hidden, head = teacher.outputs(*batch)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(head.weight, plain.output_head().weight.to(torch.bfloat16))
+    types = {name: value.dtype for name, value in teacher.language_model.model.base_model.named_parameters()}
+    rounded = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    assert rounded and not any(part in name for name in rounded for part in ("norm", "ln_", "wte", "wpe", "embed"))
 
 
 # -- one batch ahead ---------------------------------------------------------------------------------------------

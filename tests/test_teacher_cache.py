@@ -2,6 +2,7 @@
 
 import errno
 import json
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, folder, table, monkeypatch):
     """Fault: a traceback for a read-only folder, or an old cache that is lost when a new one cannot be made."""
     (tmp_path / "file").write_text("x")
     message = refusal(tmp_path / "file/cache", table, ARRAYS)
-    assert message.startswith(f"{KEY}: {tmp_path / 'file/cache'} cannot be written (")
+    assert message.startswith(f"{KEY}: {tmp_path / 'file/cache'}: ") and "name another folder" in message
 
     def read_only(*arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
@@ -260,9 +261,9 @@ def test_a_folder_that_cannot_be_written(tmp_path, folder, table, monkeypatch):
     cut(folder / "ids.bin")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(teacher_cache.tempfile, "mkdtemp", read_only)
+        patched.setattr(tempfile, "mkdtemp", read_only)
         assert refusal(folder, table, ARRAYS) == (
-            f"{KEY}: {folder} cannot be written (Permission denied): make room for it, or name another")
+            f"{KEY}: {folder}: Permission denied: change its rights, or choose another folder; or name another folder")
     assert "Permission denied" in refusal(folder, table, ARRAYS, read_only)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from data import token_cache
 from data.articles import DataError
 from data.prompts import PromptFormat
 from data.token_cache import CHUNK, open_token_table
-from tests.conftest import END, byte_tokenizer, write_rows
+from tests.conftest import END, ROOT, byte_tokenizer, write_rows
 
 FILES = ["boundaries.npy", "ids.json", "manifest.json", "numbers.npy", "offsets.npy", "skipped.json", "tokens.bin"]
 FORMAT = PromptFormat(byte_tokenizer(), max_length=64)
@@ -246,7 +249,7 @@ def test_a_full_or_forbidden_disk_is_an_error(csv_path, cache_dir, monkeypatch, 
     def refuse(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_cache.tempfile if call == "mkdtemp" else token_cache, call, refuse)
+    monkeypatch.setattr(tempfile if call == "mkdtemp" else token_cache, call, refuse)
     message = error_of(csv_path, FORMAT, cache_dir)
     assert message.startswith(f"dataset_kwargs.cache_dir: {cache_dir}")
     assert "No space left on device" in message
@@ -261,3 +264,18 @@ def test_a_cache_has_no_code_in_it(csv_path, cache_dir):
     assert set(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]) == set(FILES) - {
         "manifest.json"
     }
+
+
+def test_an_array_that_cannot_be_written_is_an_error(tmp_path):
+    """np.save loses the last bytes without a word where the disk is full, and the checksum is of what was left."""
+    script = (
+        "import resource, sys; import numpy as np; from pathlib import Path; from data import token_cache\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))\n"
+        "try:\n    token_cache.save_array(Path(sys.argv[1]), np.arange(20))\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.npy")], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout == "File too large\n"
+    token_cache.save_array(tmp_path / "b.npy", np.arange(20))
+    assert np.load(tmp_path / "b.npy", allow_pickle=False).tolist() == list(range(20))

@@ -62,7 +62,7 @@ def test_shipped_recipe_without_hub_names_the_way(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert train.main(["--config", str(ROOT / "config.json")]) == 2
     error = last_error(capsys)
-    assert error.startswith("train.py: error: cannot get 'gpt2-medium' from the hub")
+    assert error.startswith("train.py: error: model_arch.lang_model: cannot get 'gpt2-medium' from the hub")
     assert "hf download gpt2-medium" in error
     assert "./demo.sh" in error
 

@@ -63,6 +63,9 @@ class Distance(nn.Module):
     def resume_state(self):
         return {}
 
+    def not_finite(self, *arguments):
+        return None
+
     def forward(self, input_ids, attention_mask, labels):
         loss = ((self.w - input_ids[:, 0].double()) ** 2).sum()
         return LossTerms(loss, len(input_ids), {})
@@ -167,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
 
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]
-    with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2, 3;"):
+    with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2;"):
         trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0), [len(step)]), 0.1)
     assert objective.w.item() == 0.0
 

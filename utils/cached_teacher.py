@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.articles import DataError
+from data.os_errors import describe
+from data.scratch import clear_dead
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
 from data.token_cache import TokenTable
 from model.objective import arguments_of
-from model.teacher import Teacher, move_head, one_ahead
-from model.vocabulary_loss import OutputHead, TeacherHidden, TeacherTopK, cut_head, head_logits, top_k_of
+from model.output_head import OutputHead, autocast_type, cut_head, head_logits
+from model.teacher import Teacher, are_finite, move_head, one_ahead
+from model.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
 from utils.random_state import forked_random_state
@@ -28,7 +32,7 @@ class CachedTeacher:
     """What `TeacherStudent` asks of a teacher, from disk where it is there.
 
     load: gives the teacher. fingerprint: of its weights. width: of its hidden states. vocabulary: number of real
-    tokens. cache_dir: where the folders of the tables are. say: takes lines for the user.
+    tokens. cache_dir: where the folders of the tables are; None keeps nothing. say: takes lines for the user.
     """
 
     def __init__(
@@ -38,13 +42,14 @@ class CachedTeacher:
         width: int,
         vocabulary: int,
         options: DistillationKwargs,
-        cache_dir: str | Path,
+        cache_dir: str | Path | None,
         place: Place,
         say: Callable[[str], None],
     ):
         cache = options.teacher_cache
         self.load, self.vocabulary, self.temperature = load, vocabulary, options.temperature
-        self.chunk_size, self.cache_dir, self.place, self.say = options.chunk_size, Path(cache_dir), place, say
+        self.chunk_size, self.place, self.say = options.chunk_size, place, say
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.kind = cache.kind
         self.key = [fingerprint, cache.kind, place.precision, vocabulary]
         if cache.kind == "hidden":
@@ -60,6 +65,7 @@ class CachedTeacher:
         self.head: OutputHead | None = None
         self._teacher: Teacher | None = None
         self._caches: dict[str, TeacherCache] = {}
+        self._refused = False
 
     def open(self, table: TokenTable) -> TeacherCache:
         """The cache of a table; made empty, by the main process, where there is none that is whole.
@@ -71,6 +77,8 @@ class CachedTeacher:
         if name in self._caches:
             return self._caches[name]
         folder = cache_folder(self.cache_dir, table, self.key)
+        if self.place.is_main:
+            clear_dead(self.cache_dir)
         if self.place.is_main and not is_whole(folder, table, self.arrays):
             damaged = "a damaged one was there; " if folder.exists() else ""
             size = cache_bytes(table, self.arrays) / 1e9
@@ -80,7 +88,18 @@ class CachedTeacher:
         self.place.wait_for_all()
         self._caches[name] = cache = TeacherCache(folder, table, self.arrays)
         if self.kind == "hidden" and self.head is None:
-            self.head = move_head(read_head(folder / HEAD), self.place.device)
+            try:
+                head = move_head(read_head(folder / HEAD), self.place.device)
+            except (SafetensorError, LookupError, RuntimeError) as error:
+                remedy = f"delete {folder}, it is then made anew"
+                raise DataError(f"{folder / HEAD} is damaged ({error}): {remedy}") from error
+            if not fits(head, self.vocabulary, self.arrays["hidden"].width):
+                raise DataError(f"{folder / HEAD} is not of this teacher: delete {folder}, it is then made anew")
+            with self.place.autocast():
+                self.head = head._replace(weight=head.weight.to(autocast_type(head.weight)))
+            if not are_finite(TeacherHidden(head.weight[:0], head)):
+                raise DataError(f"{folder / HEAD}: the head of the teacher is not finite: delete {folder}, it is then "
+                                "made anew")
         missing = cache.missing()
         if missing and not cache.writable:
             raise DataError(f"distillation_kwargs.teacher_cache.dir: {folder} may only be read, and {missing:,} of its "
@@ -89,7 +108,17 @@ class CachedTeacher:
             self.say(f"teacher cache: {len(table) - missing:,} of {len(table):,} rows of {name} are there, in {folder}")
         return cache
 
+    def is_complete(self, table: TokenTable) -> bool:
+        """Whether all rows of a table are on disk already. Changes nothing."""
+        folder = cache_folder(self.cache_dir, table, self.key)
+        return is_whole(folder, table, self.arrays) and not TeacherCache(folder, table, self.arrays).missing()
+
     # -- what TeacherStudent asks --------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return f"the teacher's outputs, kept in {self.cache_dir} (delete that folder to have them made anew)"
 
     def outputs(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> TeacherHidden | TeacherTopK:
         """Of one batch that belongs to no table: computed now."""
@@ -97,6 +126,11 @@ class CachedTeacher:
 
     def ahead(self, table: TokenTable, batches: Iterable[dict]) -> Iterator[tuple]:
         """The arguments of `TeacherStudent.forward` for each collated batch of a table's rows."""
+        if self.cache_dir is None:
+            return one_ahead(
+                batches, lambda batch: self.teacher().hidden(*arguments_of(batch)),
+                lambda batch, hidden: (*arguments_of(batch), self.from_stored(self.stored(hidden))),
+            )
         cache = self.open(table)
 
         def start(batch: dict) -> dict[str, np.ndarray] | Tensor:
@@ -106,12 +140,23 @@ class CachedTeacher:
         def finish(batch: dict, found: dict[str, np.ndarray] | Tensor) -> tuple:
             if isinstance(found, Tensor):
                 computed = self.stored(found)
-                cache.write(batch["rows"], computed)
+                if found.isfinite().all():  # else the loss will not be, and no later run is to find it here
+                    self.keep(cache, batch["rows"], computed)
                 found = cache.read(batch["rows"]) or computed
                 self.let_go_when_done()
             return *arguments_of(batch), self.from_stored(found)
 
         return one_ahead(batches, start, finish)
+
+    def keep(self, cache: TeacherCache, rows: np.ndarray, computed: dict[str, np.ndarray]) -> None:
+        """A disk that refuses costs time later on, not the run."""
+        try:
+            cache.write(rows, computed)
+        except OSError as error:
+            if not self._refused:
+                self.say(f"teacher cache: {describe(error, cache.folder)}; the run goes on, and computes these rows "
+                         "again where it needs them again")
+            self._refused = True
 
     # -- the teacher ---------------------------------------------------------------------------------------------
 
@@ -119,6 +164,8 @@ class CachedTeacher:
         if self._teacher is None:
             with forked_random_state():  # loading may draw random weights first: training must not notice
                 self._teacher = self.load()
+            if self.cache_dir is None and self.kind == "hidden":
+                self.head = cut_head(self._teacher.head, self.vocabulary)
         return self._teacher
 
     def load_if_needed(self) -> None:
@@ -158,8 +205,7 @@ class CachedTeacher:
     @torch.no_grad()
     def top_k(self, hidden: Tensor) -> TeacherTopK:
         head = cut_head(self.teacher().head, self.vocabulary)
-        with self.place.autocast():
-            logits, _ = head_logits(hidden, head, torch.float32, with_slope=False)
+        logits, _ = head_logits(hidden.to(head.weight.dtype), head, torch.float32, with_slope=False)
         return top_k_of(torch.log_softmax(logits / self.temperature, -1), self.arrays["ids"].width)
 
     def from_stored(self, found: dict[str, np.ndarray]) -> TeacherHidden | TeacherTopK:
@@ -180,3 +226,8 @@ def read_head(path: Path) -> OutputHead:
     tensors = load_file(path)
     cap = tensors["cap"].item() if "cap" in tensors else None
     return OutputHead(tensors["weight"], tensors.get("bias"), tensors["scale"].item(), cap)
+
+
+def fits(head: OutputHead, vocabulary: int, width: int) -> bool:
+    """Whether a head is of that many tokens and of hidden states [N, width]."""
+    return head.weight.shape == (vocabulary, width) and (head.bias is None or head.bias.shape == (vocabulary,))

@@ -8,19 +8,22 @@ Only the main process of a run calls this module.
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
+from data.os_errors import refusal, remedy_of
+from model.torch_files import TorchFileError, load_torch_file, save_torch_file
+from untrusted.files import load_json
+from untrusted.text import shorten
 from utils.files import delete, folder_lock, json_text, sha256_of, sync_folder, sync_tree, write_json
+from utils.seal import is_broken, sealed
 
 FORMAT_VERSION = 1
 _STATE = "trainer_state/state.json"
@@ -28,8 +31,9 @@ _MANIFEST = "trainer_state/manifest.json"
 _STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"\.tmp-(new|old|gone)-(.+)-[0-9a-f]{8}")
 _LOCK_SECONDS = 60.0
+_MOST_FILES = 10_000  # of a checkpoint
 _ROOM = "free space on that disk (or lift the file size limit) or choose another trainer_kwargs.output_dir"
-_OTHER = "resume from another checkpoint (trainer_kwargs.resume_from) or start anew"
+OTHER = "resume from another checkpoint (trainer_kwargs.resume_from) or start anew"
 
 
 class CheckpointError(ValueError):
@@ -72,9 +76,9 @@ class Checkpoints:
             (new / "trainer_state").mkdir(parents=True)
             write_model(new)
             for name, value in tensors.items():
-                _save_tensors(value, new / "trainer_state" / f"{name}.pt")
+                save_torch_file(value, new / "trainer_state" / f"{name}.pt")
             write_json(new / _STATE, {**state, **added, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
-            write_json(new / _MANIFEST, {"format_version": FORMAT_VERSION, "files": _describe(new)})
+            write_json(new / _MANIFEST, sealed({"format_version": FORMAT_VERSION, "files": _describe(new)}))
             sync_tree(new)
             try:
                 verify(new)
@@ -103,16 +107,23 @@ class Checkpoints:
                 notices.append(f"passed over {folder.name}: {error}")
         return None, notices
 
-    def mark_best(self, step: int) -> None:
-        """Point `best` to `step-{step}`, which must be there (CheckpointError)."""
-        with self._writing(self.root / "best"):
-            read_state(self.root / f"step-{step}")
-            self._point("best", step)
+    def settle(self, step: int, best_step: int | None) -> None:
+        """What a kill in `save` left undone after `step-{step}` was in its place: `last` points to it, `best` to
+        `step-{best_step}` if that is there, and old steps are retired. Raises CheckpointError."""
+        own = set(self._own_steps())
+        with self._writing(self.root / "last"):
+            for link, aim in (("last", step), ("best", best_step)):
+                if aim in own and self._linked_step(link) != aim:
+                    self._point(link, aim)
+            self._retire(step)
 
     def best_step(self) -> int | None:
         """The step that `best` points to; None if there is none or it is another run's."""
+        return self._linked_step("best")
+
+    def _linked_step(self, link: str) -> int | None:
         with contextlib.suppress(CheckpointError):
-            state = read_state(self.root / "best")
+            state = read_state(self.root / link)
             if self.run_id in (None, state["run_id"]):
                 return state["step"]
         return None
@@ -138,7 +149,7 @@ class Checkpoints:
         if state["step"] != step:
             raise CheckpointError(f"{folder / _STATE}: says step {state['step']}; give the folder its right name")
         if self.run_id not in (None, state["run_id"]):
-            raise CheckpointError(f"{folder}: is of run {state['run_id']}, not {self.run_id}; {_OTHER}")
+            raise CheckpointError(f"{folder}: is of run {state['run_id']}, not {self.run_id}; {OTHER}")
 
     def _check_space(self, place: Path) -> None:
         previous = next(self._own_steps(), None)
@@ -165,8 +176,14 @@ class Checkpoints:
                     with contextlib.suppress(OSError):
                         self._repair()
                     raise
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{place}: not written ({error}); the earlier ones are unchanged; {_ROOM}") from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            refused = refusal(error) or (OSError(str(error)) if isinstance(error, SafetensorError) else None)
+            if refused is None:
+                raise
+            reason = f"{refused.strerror or error}); the earlier ones are unchanged; {remedy_of(refused) or _ROOM}"
+            raise CheckpointError(f"{place}: not written ({reason} (trainer_kwargs.output_dir)") from error
 
     def _temporary(self, kind: str, name: str) -> Path:
         return self.root / f".tmp-{kind}-{name}-{secrets.token_hex(4)}"
@@ -233,12 +250,15 @@ class Checkpoints:
                 self._discard(folder, folder.name)
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest, sizes first; CheckpointError names the first one that is not as written."""
+def verify(folder: Path, model_only: bool = False) -> None:
+    """Compare every file with the manifest, sizes first; CheckpointError names the first one that is not as written.
+
+    model_only: but for the files in trainer_state/, which a model does without.
+    """
     with _opened(folder) as folder:
-        for name, entry in _check_sizes(folder).items():
+        for name, entry in _check_sizes(folder, model_only).items():
             if sha256_of(folder / name) != entry["sha256"]:
-                raise CheckpointError(f"{folder / name}: changed since it was written (other SHA-256); {_OTHER}")
+                raise CheckpointError(f"{folder / name}: changed since it was written (other SHA-256); {OTHER}")
 
 
 def load_state(folder: Path) -> tuple[dict, dict]:
@@ -251,53 +271,36 @@ def load_state(folder: Path) -> tuple[dict, dict]:
         return read_state(folder), _load_tensors(folder)
 
 
-def set_aside(output_dir: Path, names: Iterable[str]) -> Path | None:
-    """Move those of `names` that are in `output_dir` to a new `earlier-run-N` in it; returns that folder or None."""
-    output_dir = Path(output_dir)
-    present = [name for name in dict.fromkeys(names) if os.path.lexists(output_dir / name)]
-    if not present:
-        return None
-    numbers = [re.fullmatch(r"earlier-run-([0-9]+)", path.name) for path in output_dir.iterdir()]
-    folder = output_dir / f"earlier-run-{1 + max((int(match[1]) for match in numbers if match), default=0)}"
-    try:
-        folder.mkdir()
-        for name in present:
-            (output_dir / name).rename(folder / name)
-        sync_folder(output_dir)
-    except OSError as error:
-        reason = f"{folder}: the earlier run's files cannot be moved there ({error}); choose another output_dir"
-        raise CheckpointError(reason) from error
-    return folder
-
-
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[Path]:
     """The real folder: links are followed once, so that all parts are of one step even if `last` moves meanwhile."""
     if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder; {_OTHER}")
+        raise CheckpointError(f"{folder}: no such checkpoint folder; {OTHER}")
     try:
         yield Path(folder).resolve()
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error}); {_OTHER}") from error
+        raise CheckpointError(f"{folder}: cannot be read ({error}); {OTHER}") from error
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise CheckpointError(f"{path}: missing, so this is no complete checkpoint of a run; {_OTHER}")
+        raise CheckpointError(f"{path}: missing, so this is no complete checkpoint of a run; {OTHER}")
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_OTHER}") from error
+        value = load_json(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read as JSON ({reason}); {OTHER}") from error
     version = value.get("format_version") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_OTHER}")
+        found = shorten(repr(version))
+        raise CheckpointError(f"{path}: format_version is {found}, this program reads {FORMAT_VERSION}; {OTHER}")
     return value
 
 
 def read_state(folder: Path) -> dict:
     state = _read_json(folder / _STATE)
     if type(state.get("step")) is not int or not isinstance(state.get("run_id"), str):
-        raise CheckpointError(f"{folder / _STATE}: has no step or no run_id; {_OTHER}")
+        raise CheckpointError(f"{folder / _STATE}: has no step or no run_id; {OTHER}")
     return state
 
 
@@ -306,34 +309,31 @@ def _describe(folder: Path) -> dict[str, dict]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
-def _check_sizes(folder: Path) -> dict[str, dict]:
+def _check_sizes(folder: Path, model_only: bool = False) -> dict[str, dict]:
     """The manifest's entries, each file of them there and as long as it was."""
-    files = _read_json(folder / _MANIFEST).get("files")
+    manifest = _read_json(folder / _MANIFEST)
+    if is_broken(manifest) or manifest.keys() - {"format_version", "files", "sha256"}:
+        raise CheckpointError(f"{folder / _MANIFEST}: changed since it was written (other SHA-256); {OTHER}")
+    files = manifest.get("files")
     entries = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in entries):
-        raise CheckpointError(f"{folder / _MANIFEST}: has no list of files; {_OTHER}")
+        raise CheckpointError(f"{folder / _MANIFEST}: has no list of files; {OTHER}")
+    if len(files) > _MOST_FILES:
+        raise CheckpointError(f"{folder / _MANIFEST}: lists {len(files):,} files, more than {_MOST_FILES:,}; {OTHER}")
+    for name in files:
+        # A folder of ours holds no links, and its files lie in it.
+        if (folder / name).is_file() and ((folder / name).resolve() != folder / name or Path(name).is_absolute()):
+            raise CheckpointError(f"{folder / _MANIFEST}: {shorten(name)} leads out of the folder; {OTHER}")
+    if model_only:
+        files = {name: entry for name, entry in files.items() if not name.startswith("trainer_state/")}
     for name, entry in files.items():
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: missing; {_OTHER}")
+            raise CheckpointError(f"{folder / name}: missing; {OTHER}")
         size, expected = (folder / name).stat().st_size, entry["bytes"]
         if size != expected:
             what = "cut short" if size < expected else "changed"
-            raise CheckpointError(f"{folder / name}: {what}, {size} bytes instead of {expected}; {_OTHER}")
+            raise CheckpointError(f"{folder / name}: {what}, {size} bytes instead of {expected}; {OTHER}")
     return files
-
-
-def _save_tensors(value: object, path: Path) -> None:
-    """`torch.save` whose failing to write is an OSError: torch hides it behind a RuntimeError of its zip writer."""
-    try:
-        with path.open("wb") as file:
-            torch.save(value, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        if cause is None:
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def _load_tensors(folder: Path, mmap: bool = False) -> dict[str, object]:
@@ -343,8 +343,7 @@ def _load_tensors(folder: Path, mmap: bool = False) -> dict[str, object]:
         if path.parent != folder / "trainer_state" or path.suffix != ".pt":
             continue
         try:
-            tensors[path.stem] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception as error:  # torch has no common class for what a damaged or unsafe file raises
-            reason = str(error).split(". ")[0]
-            raise CheckpointError(f"{path}: not readable with weights_only ({reason}); {_OTHER}") from error
+            tensors[path.stem] = load_torch_file(path, mmap=mmap)
+        except (TorchFileError, OSError) as error:
+            raise CheckpointError(f"{path}: not readable with weights_only ({error}); {OTHER}") from error
     return tensors

@@ -1,8 +1,8 @@
 """What the scripts share: arguments, quiet libraries, and errors told in one line."""
 
 import argparse
+import difflib
 import os
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -12,13 +12,18 @@ import torch
 import transformers
 
 from data.articles import DataError
+from data.console import CONSOLE, settle_output
+from data.os_errors import describe
 from model.language_model import ModelError
+from untrusted.text import one_line, printable, shorten
 from utils.checkpoint import CheckpointError
 from utils.config_files import ConfigError
 from utils.devices import DeviceError
+from utils.out_of_memory import OutOfMemory, memory_told
 from utils.signals import Stopped
 from utils.trainer import TrainingError
 
+LONGEST = 50  # signs of an unknown argument that are compared
 USER_ERRORS = (ConfigError, DataError, ModelError, DeviceError, CheckpointError)
 
 
@@ -26,7 +31,17 @@ class OneLineParser(argparse.ArgumentParser):
     """Usage errors in one line, with exit code 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        """For an unknown argument, names the flag that it resembles."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            wrong = next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0]
+            near = difflib.get_close_matches(wrong[:LONGEST], self._option_string_actions, n=1)
+            self.error(f"unknown argument {shorten(wrong) or repr(wrong)}"
+                       + (f": did you mean {near[0]}?" if near else ""))
+        return options
 
 
 def training_parser(name: str, description: str, examples: str, default_config: str) -> argparse.ArgumentParser:
@@ -39,6 +54,8 @@ def training_parser(name: str, description: str, examples: str, default_config: 
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one setting; may be given several times")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--find_batch_size", action="store_true",
+                        help="try steps on the longest rows, print the largest batch that fits into memory, and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -50,31 +67,42 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     """
     quiet_libraries()
     try:
-        return command()
+        with memory_told(lambda done: "end other programs, or take a smaller model or batch"):
+            return command()
     except Stopped as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
+        print(f"{name}: {stopped}", file=CONSOLE)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=CONSOLE)
         return 130
-    except USER_ERRORS as error:
-        return fail(name, str(error), 2, debug)
-    except torch.OutOfMemoryError:
-        remedy = ("make the batch smaller (training: dataset_kwargs.train_batch_size, with as much more "
-                  "gradient_accumulation_steps; validate_model.py: --batch_size)")
-        return fail(name, f"the GPU's memory is full: {remedy}", 1, debug)
-    except (TrainingError, OSError) as error:
+    except USER_ERRORS as error:  # only a config has several lines, one for each error
+        return fail(name, str(error) if isinstance(error, ConfigError) else printable(told(error)), 2, debug)
+    except (TrainingError, OutOfMemory) as error:
         return fail(name, str(error), 1, debug)
+    except OSError as error:
+        return fail(name, describe(error), 1, debug)
+    except Exception as error:  # no kind that is foreseen, so a fault of this program
+        what = f"unexpected {type(error).__name__}: {' '.join(told(error).split())}"
+        return fail(name, f"{what}; this is a fault of the program: --debug shows where it is", 1, debug)
     finally:
+        settle_output()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
+def told(error: Exception) -> str:
+    """Its message; of an error in a worker process without the traceback that torch puts before it."""
+    text = str(error)
+    if "\nOriginal Traceback" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def fail(name: str, message: str, code: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
-    for line in message.splitlines():
-        print(f"{name}: error: {line}", file=sys.stderr)
+        print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=CONSOLE)
+    for line in message.split("\n"):
+        print(f"{name}: error: {one_line(line)}", file=CONSOLE)
     return code
 
 

@@ -13,8 +13,10 @@ import os
 import sys
 from pathlib import Path
 
+from data.console import CONSOLE, put, settle_output
+from data.os_errors import describe
+from untrusted.text import in_spreadsheet, printable
 from utils.comparison import CompareError, compare, read_evaluation
-from utils.config_files import printable
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
 
@@ -49,13 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output is not None:
             write_text(options.output, text)
             text = f"written: {printable(str(options.output))}\n"
-        print(text, end="")
+        put(text, end="")
     except (ValueError, OSError) as error:
-        print(f"utils.compare: error: {printable(str(error))}", file=sys.stderr)
+        reason = describe(error) if isinstance(error, OSError) else str(error)
+        print(f"utils.compare: error: {printable(reason)}", file=CONSOLE)
         return 2
+    finally:
+        settle_output()
     if options.format != "text":
         for remark in remarks:
-            print(f"utils.compare: {remark}", file=sys.stderr)
+            print(f"utils.compare: {remark}", file=CONSOLE)
     return 0
 
 
@@ -188,13 +193,17 @@ def notes(rows: list[dict], settings: dict) -> list[str]:
 
 
 def csv_text(rows: list[dict]) -> str:
-    """A header and one line for each row: fractions of 1 in full precision, empty where absent."""
+    """A header and one line for each row: fractions of 1 in full precision, empty where absent.
+
+    A name that a spreadsheet program would run as a formula has an apostrophe in front.
+    """
     words = {None: "", True: "yes", False: "no"}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(rows[0])
     writer.writerows(
-        [words[value] if value is None or isinstance(value, bool) else value for value in row.values()] for row in rows
+        [words[value] if value is None or isinstance(value, bool) else in_spreadsheet(value) for value in row.values()]
+        for row in rows
     )
     return file.getvalue()
 

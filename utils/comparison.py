@@ -1,13 +1,19 @@
 """The numbers of a comparison: scores of several runs, share of the teacher-student gap, significance."""
 
+import hashlib
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config_files import parse, printable, shorten
+from untrusted.files import LARGE, check_json_size, read_limited
+from untrusted.text import printable, shorten
+from utils.files import finish_writing
 from utils.rouge import METRICS, paired_bootstrap
-from utils.run_log import read_metrics
+from utils.run_log import split_lines
+from utils.seal import is_broken
+from utils.strict_json import parse
 
 LEVEL = 0.05
 MOST = 1e300
@@ -23,7 +29,8 @@ class Evaluation:
     """One row of the table.
 
     scores: means, intervals and counts, checked. set_name: "validation" or "test" of a training run, the stem of the
-    CSV of validate_model.py (None where its scores.json does not say). predictions: where the scores of each row are.
+    CSV of validate_model.py (None where its scores.json does not say). predictions: where the scores of each row are;
+    predictions_sum: their SHA-256, None where scores.json does not say.
     metrics: the metrics.jsonl of the training, None where no run is known. remedy: what would write the folder anew.
     """
 
@@ -33,6 +40,7 @@ class Evaluation:
     predictions: Path
     metrics: Path | None
     remedy: str
+    predictions_sum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,12 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     """
     path = folder / "scores.json"
     remedy = f"validate_model.py --output_dir {folder}"
+    with suppress(OSError):  # a folder that may only be read is read as it is
+        finish_writing(folder)
     try:
-        content = parse(path.read_bytes().decode("utf-8-sig"))
+        content = parse(read_limited(path).decode("utf-8-sig"))
+        if is_broken(content):
+            raise CompareError(f"{path} was changed since it was written (other SHA-256): write it again with {remedy}")
         if "step" in content:
             step, set_name = whole(content["step"]), "test" if "test" in content else "validation"
             scores, metrics = content[set_name], folder / "metrics.jsonl"
@@ -66,7 +78,10 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
             scores, metrics = content, metrics_of(settings.get("model_path"))
             set_name = printable(Path(settings["csv_path"]).stem) if "csv_path" in settings else None
             predictions = folder / "predictions.json"
-        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy)
+        kept_sum = content.get("predictions_sha256", {}).get(predictions.relative_to(folder).as_posix())
+        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy, kept_sum)
+    except CompareError:
+        raise
     except OSError as error:
         raise CompareError(f"{path} cannot be read ({error.strerror}): write it with {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -94,8 +109,8 @@ def number(value: object) -> float:
 
 
 def whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 10**15:
+        raise TypeError("not a whole number, or too large")
     return value
 
 
@@ -114,8 +129,11 @@ def training_speed(metrics: Path | None) -> float | None:
     try:
         if metrics is None or not metrics.is_file():
             return None
-        lines = [line for line in read_metrics(metrics) if isinstance(line, dict) and line.get("split") == "train"]
-        speeds = [number(line["tokens_per_second"]) for line in lines if line.get("tokens_per_second") is not None]
+        lines, damaged = split_lines(read_limited(metrics, LARGE))
+        if damaged:
+            raise ValueError(f"line {damaged[0]} is damaged")
+        speeds = [number(line["tokens_per_second"]) for line in lines
+                  if line["split"] == "train" and line.get("tokens_per_second") is not None]
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CompareError(f"{metrics} cannot be read ({reason}): mend it, or move it away") from error
@@ -131,7 +149,12 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
     path, remedy = evaluation.predictions, f"write it again with {evaluation.remedy}"
     rows: dict[str, ScoredRow] = {}
     try:
-        records = parse(path.read_bytes().decode("utf-8-sig"))
+        text = read_limited(path, LARGE)
+        if evaluation.predictions_sum not in (None, hashlib.sha256(text).hexdigest()):
+            raise CompareError(f"{path} is not the file behind the scores.json of {evaluation.name} (other SHA-256): "
+                               f"{remedy}")
+        check_json_size(text)
+        records = parse(text.decode("utf-8-sig"))
         if not isinstance(records, list):
             raise TypeError
         for record in records:
@@ -139,6 +162,8 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
             if not isinstance(row_id, str) or not isinstance(target, str) or row_id in rows:
                 raise TypeError
             rows[row_id] = ScoredRow(target, score)
+    except CompareError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -147,7 +172,7 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
         reason = f"row {len(rows) + 1} lacks an id of its own, target_highlight or rouge"
         raise CompareError(f"{path} holds no predictions of this project ({reason}): {remedy}") from error
     except ValueError as error:
-        raise CompareError(f"{path} is not whole JSON: {remedy}") from error
+        raise CompareError(f"{path} is not whole JSON ({shorten(str(error))}): {remedy}") from error
     same = len(rows) == evaluation.scores["rows"]
     if not same or abs(statistics.fmean(row.score for row in rows.values()) - evaluation.scores[metric]) > 1e-6:
         raise CompareError(f"{path} does not hold the rows behind the scores.json of {evaluation.name}: {remedy}")

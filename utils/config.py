@@ -11,11 +11,25 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from utils.config_checks import contradictions, monitored_metric
+
 COLUMNS = ("id", "article", "highlights")
 NO_EFFECT = ("is_training", "use_cache")
 DEFAULT_SCALING_BATCH, DEFAULT_SCALING_METRIC, DEFAULT_BASELINE = 1024, "rougeL", 0.15
 
-Name = Annotated[str, Field(min_length=1)]
+
+def check_name(name: str) -> str:
+    """A path, file name or hub id."""
+    if any(sign < " " or sign == "\x7f" for sign in name):
+        raise PydanticCustomError("name", "expected a name without line ends, tabs and other control characters")
+    lengths = [len(part.encode("utf-8", "replace")) for part in name.split("/")]
+    if max(lengths) > 255 or sum(lengths) + len(lengths) > 4096:
+        raise PydanticCustomError("name", "expected a shorter name: file systems take 255 bytes, and 4095 with folders")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]
+ColumnName = Annotated[str, Field(min_length=1)]  # a header may hold line ends
 
 
 def check_template(template: str) -> str:
@@ -65,7 +79,7 @@ PruneLastBlock = Annotated[bool, Field(
 GpuNumber = Annotated[Annotated[int, Field(ge=0)] | None, Field(
     description="number of the GPU; null is 0; ignored with a notice where there is no GPU"
 )]
-Columns = Annotated[dict[Literal["id", "article", "highlights"], Name | None], AfterValidator(complete_columns)]
+Columns = Annotated[dict[Literal["id", "article", "highlights"], ColumnName | None], AfterValidator(complete_columns)]
 
 
 class ModelArch(Section):
@@ -98,6 +112,10 @@ class TrainerKwargs(Section):
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="of everything that is random")
     gradient_clipping: Annotated[float, Field(ge=0)] | None = Field(
         1.0, description="largest norm of the gradient of an optimizer step; null or 0 is off"
+    )
+    skip_nonfinite_steps: int = Field(
+        0, ge=0, description="most optimizer steps of a run that are left out, counted and told, because their loss or "
+        "gradient is NaN or infinite; one more stops the run, as the first does with 0"
     )
     gradient_accumulation_steps: Annotated[int, Field(ge=0)] | None = Field(
         1, description="micro-batches (of train_batch_size rows) in an optimizer step; null or 0 is 1"
@@ -264,7 +282,7 @@ class DatasetKwargs(Section):
     cache_dir: Name | None = Field(
         None, description="folder for tokenised rows, shared by runs; null is token_cache in output_dir"
     )
-    num_workers: int = Field(0, ge=0, description="processes that prepare batches; 0 is the main process")
+    num_workers: int = Field(0, ge=0, le=256, description="processes that prepare batches; 0 is the main process")
 
 
 class FineTuneConfig(Section):
@@ -287,64 +305,3 @@ class FineTuneConfig(Section):
         if lines := contradictions(self):
             raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
         return self
-
-
-def monitored_metric(stopping: StoppingKwargs) -> str:
-    return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
-
-
-def contradictions(config) -> list[str]:
-    """One line for each pair of keys that cannot both be meant, of the sections that both configs have."""
-    return [*dataset_contradictions(config), *stopping_contradictions(config), *scaling_contradictions(config)]
-
-
-def dataset_contradictions(config) -> list[str]:
-    trainer, data = config.trainer_kwargs, config.dataset_kwargs
-    lines = []
-    for monitor, dataset in (("monitor_val", "validation_dataset"), ("monitor_test", "test_dataset")):
-        if getattr(trainer, monitor) and getattr(data, dataset) is None:
-            lines.append(f"trainer_kwargs.{monitor} is true but dataset_kwargs.{dataset} is null: name its CSV, or set "
-                         f"{monitor} to false")
-    return lines
-
-
-def stopping_contradictions(config) -> list[str]:
-    trainer, stopping = config.trainer_kwargs, config.callbacks_kwargs.kwargs
-    metric, lines = monitored_metric(stopping), []
-    better = "max" if metric.startswith("rouge") else "min"
-    if stopping.mode != better:
-        direction, remedy = ("higher", "loss") if better == "max" else ("lower", "rougeL")
-        lines.append(f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is '
-                     f'"{metric}", which is better when {direction}: set mode to "{better}", or metric to "{remedy}"')
-    if stopping.patience is not None and not trainer.monitor_val:
-        lines.append(f"callbacks_kwargs.kwargs.patience is {stopping.patience} but trainer_kwargs.monitor_val is "
-                     "false: set monitor_val to true, or patience to null (no early stopping)")
-    if config.lr_scheduler_kwargs.increase_batch_size_on_plateau and not trainer.monitor_val:
-        lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau is true but trainer_kwargs.monitor_val is "
-                     "false: set monitor_val to true, or increase_batch_size_on_plateau to false")
-    if trainer.monitor_val and metric.startswith("rouge") and "rouge" not in trainer.metrics:
-        key = "metric" if stopping.metric else "mode"
-        lines.append(f'callbacks_kwargs.kwargs.{key} is "{stopping.metric or stopping.mode}" (so {metric} is '
-                     'monitored) but trainer_kwargs.metrics does not hold "rouge": add it, or set mode to "min" and '
-                     'metric to "loss"')
-    return lines
-
-
-def scaling_contradictions(config) -> list[str]:
-    trainer, data = config.trainer_kwargs, config.dataset_kwargs
-    if not trainer.adaptive_loss_scaling:
-        return []
-    start, end = "trainer_kwargs.adaptive_loss_scaling is true but", "or adaptive_loss_scaling to false"
-    if not trainer.monitor_val:
-        return [f"{start} trainer_kwargs.monitor_val is false: set monitor_val to true, {end}"]
-    if data.validation_dataset is None:
-        return [f"{start} dataset_kwargs.validation_dataset is null: set it to a CSV, {end}"]
-    lines, by_rouge = [], trainer.scaling_metric.startswith("rouge")
-    if by_rouge and "rouge" not in trainer.metrics:
-        lines.append(f'{start} trainer_kwargs.metrics does not hold "rouge": add it, set adaptive_loss_metric to '
-                     f'"perplexity", {end}')
-    if by_rouge and trainer.scaling_baseline > 1:
-        lines.append(f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
-                     f'trainer_kwargs.adaptive_loss_metric is "{trainer.scaling_metric}", a score from 0 to 1: write '
-                     "such as 0.15")
-    return lines

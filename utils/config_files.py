@@ -1,10 +1,10 @@
 """Config files: strict JSON, `--set section.key=value`, and errors of one line that name key, value and remedy."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from os import PathLike
-from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,17 +13,27 @@ from utils.config_kd import DistillConfig
 from utils.config_kd_checks import distillation_warnings
 from utils.config_reference import CLOSE, constants, expected, most_alike, nearest, node_at
 from utils.files import json_text
+from utils.strict_json import (
+    DEEPEST,
+    DIGITS,
+    TOO_DEEP,
+    ConfigError,
+    is_deep,
+    is_free_text,
+    kind,
+    parse,
+    read_json,
+    shorten,
+    show,
+    unusable,
+)
 
-DEEPEST = 50
+MOST_LINES = 20  # of an error: a file of something else would have thousands
 # Pydantic's errors about the value itself, and those raised here; all others are about its type.
 VALUE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
                 "string_too_short", "string_pattern_mismatch"}
-CUSTOM_ERRORS = {"template", "columns", "layers", "contradiction"}
+CUSTOM_ERRORS = {"name", "template", "columns", "layers", "contradiction"}
 WORDS = {"true": True, "false": False, "none": None, "null": None}
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used: one line for each error."""
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -37,7 +47,7 @@ def load_config(path: str | PathLike, overrides: Sequence[str] = (), model: type
     Raises:
         ConfigError: the file cannot be read, an override has no "=", or keys or values are wrong; all of them at once.
     """
-    values = read_json(path)
+    values, source = read_json(path), shorten(str(path), 200)
     changed, origins, wrong = deepcopy(values), {}, []
     for text in overrides:
         try:
@@ -55,77 +65,9 @@ def load_config(path: str | PathLike, overrides: Sequence[str] = (), model: type
         for target, name in reversed(origins.items()):
             if target == place[: len(target)] or (place == target[: len(place)] and not in_file):
                 return name
-        return str(path)
+        return source
 
-    return validate_model(model, changed, str(path), origin)
-
-
-def read_json(path: str | PathLike) -> dict:
-    """The object in a JSON file (UTF-8, with or without byte order mark).
-
-    Raises:
-        ConfigError: no such file, not UTF-8, wrong JSON (with line and column), or a key twice in one object.
-    """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        remedy = "name a config with --config FILE, or run ./demo.sh to see everything without one"
-        raise ConfigError(f"{path} does not exist: {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start + 1} is not UTF-8 text: save the file as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}: name a JSON file with --config FILE") from error
-    try:
-        values = parse(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}: line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{place}: {syntax_problem(text, error)}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {kind(values)}: expected an object, {{...}}")
-    return values
-
-
-def parse(text: str):
-    """JSON; ValueError for a key twice in one object, very long numbers and very deep nesting.
-
-    NaN and infinities pass, because the models refuse them and can say under which key.
-    """
-    try:
-        return json.loads(text, parse_int=whole, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError(f"nested deeper than {DEEPEST} levels: make it flatter") from error
-
-
-def whole(text: str) -> int:
-    if len(text) > 400:
-        raise ValueError(f"{shorten(text, 20)} is a number of {len(text)} digits: write a shorter one")
-    return int(text)
-
-
-def unique(pairs: list[tuple[str, object]]) -> dict:
-    names = [name for name, _ in pairs if not is_free_text(name)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the key {show(name)} stands twice in one object: keep one of them")
-    return dict(pairs)
-
-
-def syntax_problem(text: str, error: json.JSONDecodeError) -> str:
-    """json's message, or for what people often write in JSON, what to write."""
-    here, before = text[error.pos :].lstrip(), text[: error.pos].rstrip()
-    comma, after = before.endswith(",") or here.startswith(","), here.removeprefix(",").lstrip()
-    if comma and after.startswith(("}", "]")):
-        return "a comma before the closing bracket: remove it"
-    if here.startswith(("//", "/*", "#")):
-        return 'JSON has no comments: write a "_description" key instead'
-    if here.startswith("'"):
-        return 'single quotes: write "..."'
-    for word, value in (("True", "true"), ("False", "false"), ("None", "null")):
-        if here.startswith(word):
-            return f"{word}: write {value}"
-    return "the file is empty: write {} for the defaults" if not text.strip() else error.msg.lower()
+    return validate_model(model, changed, source, origin)
 
 
 def apply_override(values: dict, text: str) -> tuple:
@@ -133,6 +75,8 @@ def apply_override(values: dict, text: str) -> tuple:
     name, sign, raw = text.partition("=")
     if not sign or not all(path := tuple(name.split("."))):
         raise ConfigError(f"--set {shorten(text)}: expected section.key=value, such as trainer_kwargs.epochs=3")
+    if len(path) > DEEPEST:
+        raise ConfigError(f"--set {shorten(text)}: {TOO_DEEP}")
     node = values
     for depth, key in enumerate(path[:-1]):
         child = node.setdefault(key, {})
@@ -160,25 +104,26 @@ def validate_model(model: type[BaseModel], values: dict, source: str = "config.j
     Raises:
         ConfigError: one line for each key or value that is wrong.
     """
-    data = {key: value for key, value in without_free_text(values, source).items() if key != "$schema"}
+    origin = origin or (lambda path: source)
+    if is_deep(values):
+        raise ConfigError(f"{source}: {TOO_DEEP}")
+    data = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
+    found = [(path, f"{dotted(path) or 'the top level'} {problem}") for path, problem in unusable(data)]
     try:
-        return model.model_validate(data)
+        if not found:
+            return model.model_validate(data)
     except ValidationError as error:
-        lines = error_lines(model, data, error, origin or (lambda path: source))
-    raise ConfigError("\n".join(lines))
+        found = wrong_values(model, data, error)
+    lines = [f"{origin(path)}: {problem}" for path, problem in found[:MOST_LINES]]
+    more = [f"{source}: and {len(found) - MOST_LINES} problems more"] if len(found) > MOST_LINES else []
+    raise ConfigError("\n".join([*lines, *more]))
 
 
-def is_free_text(key: object) -> bool:
-    return isinstance(key, str) and key.startswith("_description")
-
-
-def without_free_text(value, source: str, depth: int = 0):
-    if depth > DEEPEST:
-        raise ConfigError(f"{source}: nested deeper than {DEEPEST} levels: make it flatter")
+def without_free_text(value):
     if isinstance(value, dict):
-        return {key: without_free_text(each, source, depth + 1) for key, each in value.items() if not is_free_text(key)}
+        return {key: without_free_text(each) for key, each in value.items() if not is_free_text(key)}
     if isinstance(value, list):
-        return [without_free_text(each, source, depth + 1) for each in value]
+        return [without_free_text(each) for each in value]
     return value
 
 
@@ -197,15 +142,21 @@ def value_at(data, path: tuple):
     return data
 
 
-def error_lines(model: type[BaseModel], data: dict, error: ValidationError, origin) -> list[str]:
-    """One line for each key or value that is wrong; pydantic has several where a value may be of several types."""
+def wrong_values(model: type[BaseModel], data: dict, error: ValidationError) -> list[tuple[tuple, str]]:
+    """(path, problem) of each key or value that is wrong; pydantic has several where a value may be of several types.
+
+    Behind MOST_LINES of them a problem is not told in words, only counted.
+    """
     schema = model.model_json_schema()
     found: dict[tuple, list[dict]] = {}
     for each in error.errors(include_url=False):
         path = each["loc"] if each["type"] == "missing" else reach(data, each["loc"])
         found.setdefault(path, []).append(each)
-    return [f"{origin(path)}: {problem}" for path, errors in found.items()
-            for problem in problems(model, schema, data, path, errors)]
+    told: list[tuple[tuple, str]] = []
+    for path, errors in found.items():
+        of_path = problems(model, schema, data, path, errors) if len(told) < MOST_LINES else [""]
+        told += [(path, problem) for problem in of_path]
+    return told
 
 
 def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -> list[str]:
@@ -256,7 +207,7 @@ def candidates(value, node: dict) -> Iterator:
     elif isinstance(value, int | float):
         if value in (0, 1):
             yield bool(value)
-        if value == value // 1:
+        if value == value // 1 and abs(value) < 10**DIGITS:
             yield int(value)
         yield json.dumps(value)
     yield from sections_with(value, node)
@@ -283,27 +234,9 @@ def accepted(model, data: dict, path: tuple) -> bool:
 
 
 def dotted(path: tuple) -> str:
-    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
-    return shorten(text.removeprefix("."))
-
-
-def show(value) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
-
-
-def shorten(text: str, most: int = 80) -> str:
-    return printable(text if len(text) <= most else f"{text[: most - 3]}...")
-
-
-def printable(text: str) -> str:
-    """One line that any UTF-8 console can show."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
-def kind(value) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object",
-             type(None): "null"}
-    return names.get(type(value), type(value).__name__)
+    """`section.key[0]`; keys that are no plain words in quotes, so that blanks and the like are seen."""
+    parts = [f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w$-]+", key) else f"[{show(key)}]" for key in path]
+    return shorten("".join(parts).removeprefix("."))
 
 
 # -- out ---------------------------------------------------------------------------------------------------------

@@ -23,9 +23,8 @@ from utils.config import (
     Section,
     TokenizerName,
     TrainerKwargs,
-    contradictions,
-    monitored_metric,
 )
+from utils.config_checks import contradictions, monitored_metric
 from utils.config_kd_checks import model_contradictions
 
 # Keys of config.json that stand for one model there: where they are here.

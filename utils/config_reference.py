@@ -24,6 +24,7 @@ from utils.files import json_text, write_text
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA_FILES, README = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": DistillConfig}, "README.md"
 OTHER_SCRIPT = {FineTuneConfig: ("train_kd.py", DistillConfig), DistillConfig: ("train.py", FineTuneConfig)}
+LONGEST = 200  # characters of a key that are compared: it takes as many steps as it has characters
 CLOSE = 0.6  # of SequenceMatcher.ratio, as difflib.get_close_matches has it
 START, END = "<!-- config reference: start -->", "<!-- config reference: end -->"
 TABLE_HEAD = ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
@@ -84,8 +85,10 @@ def leaves(schema: dict, node: dict | None = None, path: tuple = ()) -> Iterator
 def nearest(model: type[BaseModel], schema: dict, path: tuple) -> str:
     """Where an unknown key belongs, or the known key that it resembles most."""
     *parent, key = path
+    if not key.strip():
+        return "remove it"
     known = [other for other, _ in leaves(schema)]
-    if places := [other[:-1] for other in known if other[-1] == key]:
+    if places := places_of(key, schema):
         return f"{key} belongs in {' or '.join('.'.join(place) or 'the top level' for place in places)}"
     if hint := key_of_other_script(model, path):
         return hint
@@ -97,6 +100,15 @@ def nearest(model: type[BaseModel], schema: dict, path: tuple) -> str:
         far, likeness = most_alike(key, {".".join(other): other[-1] for other in known})
         best = far if likeness >= CLOSE + 0.1 else best
     return f"did you mean {best}?"
+
+
+def places_of(key: str, schema: dict) -> list[tuple]:
+    """The sections, and objects of fixed keys, that have such a key or section."""
+    found = {}  # an ordered set
+    for path, node in leaves(schema):
+        found |= {path[:depth]: None for depth, name in enumerate(path) if name == key}
+        found |= {path: None} if key in known_keys(node) else {}
+    return list(found)
 
 
 def key_of_other_script(model: type[BaseModel], path: tuple) -> str | None:
@@ -115,7 +127,7 @@ def key_of_other_script(model: type[BaseModel], path: tuple) -> str | None:
 
 def most_alike(key: str, names: dict[str, str]) -> tuple[str, float]:
     """(the name whose last part is most like `key`, how alike from 0 to 1)."""
-    plain = key.lower().replace("-", "_")
+    plain = key[:LONGEST].lower().replace("-", "_")
     alike = {name: SequenceMatcher(None, plain, last.lower()).ratio() for name, last in names.items()}
     best = max(alike, key=alike.get, default="")
     return best, alike.get(best, 0.0)

@@ -45,7 +45,7 @@ class Tables:
     def path(self, name: str) -> Path:
         """The CSV of a config's file name. Raises DataError where it is not there, naming the way to get it."""
         path = Path(self.data.data_dir) / name
-        if not path.is_file():
+        if not path.exists():
             raise DataError(f"{path} does not exist (dataset_kwargs.data_dir and the file names in it): {GET_DATA}")
         return path
 

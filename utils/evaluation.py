@@ -16,6 +16,7 @@ from data.batches import evaluation_batches, load_batches
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
 from model.decoding import beam_search, evaluating, greedy_decode
+from model.doing import DECODING, MEASURING, doing
 from model.language_model import LanguageModel
 from utils import rouge
 from utils.devices import Place
@@ -25,6 +26,14 @@ from utils.run_log import progress_bar
 
 class Interrupted(Exception):
     """A signal asked to stop in the middle of an evaluation."""
+
+
+class NotFinite(Exception):
+    """A loss that was measured is NaN or infinite. rows: of `table`, in this process's batches with such a loss."""
+
+    def __init__(self, name: str, loss: float, table: TokenTable, rows: list[int]):
+        super().__init__(f"the {name} is {loss}")
+        self.name, self.loss, self.table, self.rows = name, loss, table, rows
 
 
 @dataclass(frozen=True)
@@ -56,20 +65,30 @@ def measure_loss(
     interrupted: Callable[[], bool] = never,
     name: str = "validation loss",
 ) -> dict[str, float]:
-    """Means over all label tokens of the table: the loss, its parts, and perplexity = exp(cross-entropy)."""
+    """Means over all label tokens of the table: the loss, its parts, and perplexity = exp(cross-entropy).
+
+    Raises:
+        NotFinite: the loss; on every process of a group.
+        Interrupted: `interrupted` said so between two batches.
+    """
     batches = evaluation_batches(table.lengths, batch_size)[place.rank :: place.world_size]
     pad_id = objective.language_model.tokenizer.pad_token_id
     sums: dict[str, float] = {}
+    bad: list[int] = []
     bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
     with apart(objective), bar:
         steps = objective.ahead(table, load_batches(table, batches, pad_id), [1] * len(batches))
-        for arguments in chain.from_iterable(steps):
+        for rows, arguments in zip(batches, measured(steps, name), strict=True):
             if interrupted():
                 raise Interrupted
-            with place.autocast():
+            with doing(MEASURING, name, *arguments[0].shape), place.autocast():
                 terms = objective(*arguments)
-            for part, value in {"loss": terms.loss_sum, **terms.parts, "tokens": terms.token_count}.items():
-                sums[part] = sums.get(part, 0.0) + float(value)
+            values = {"loss": terms.loss_sum, **terms.parts, "tokens": terms.token_count}
+            for part, value in values.items():
+                values[part] = float(value)
+                sums[part] = sums.get(part, 0.0) + values[part]
+            if not math.isfinite(values["loss"]):
+                bad += map(int, rows)
             bar.update()
     totals: dict[str, float] = {}
     for of_process in place.gather(sums):
@@ -77,8 +96,16 @@ def measure_loss(
             totals[part] = totals.get(part, 0.0) + value
     tokens = totals.pop("tokens")
     means = {part: value / tokens for part, value in totals.items()}
+    if not math.isfinite(means["loss"]):
+        raise NotFinite(name, means["loss"], table, bad)
     nats = means.get("cross_entropy", means["loss"])
     return {**means, "perplexity": math.exp(nats) if nats < 700 else math.inf}
+
+
+def measured(steps: Iterator[Iterator[tuple]], name: str) -> Iterator[tuple]:
+    """The arguments of all steps; what comes before the objective, such as a teacher, belongs to the measuring too."""
+    with doing(MEASURING, name):
+        yield from chain.from_iterable(steps)
 
 
 def predict(
@@ -107,7 +134,9 @@ def predict(
 
     arguments = [language_model, [prompts[row] for row in own], generation.max_new_tokens]
     options = {"batch_size": generation.batch_size, "progress": progress}
-    with apart(language_model), bar, place.autocast():
+    longest = max((len(prompts[row]) for row in own), default=0) + generation.max_new_tokens
+    work = doing(DECODING, name, min(generation.batch_size, len(own)), longest)
+    with apart(language_model), bar, work, place.autocast():
         if generation.num_beams > 1:
             beams = {"num_beams": generation.num_beams, "early_stopping": generation.early_stopping}
             ids = beam_search(*arguments, **beams, **options)
@@ -155,10 +184,16 @@ def fact_share(texts: list[str], facts: list[str]) -> float | None:
     for text, listed in zip(texts, facts, strict=True):
         try:
             values = json.loads(listed)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             return None
         total += len(values)
-        found += sum(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None for value in values)
+        found += sum(holds_words(text, value) for value in values)
     return found / total if total else None
+
+
+def holds_words(text: str, words: str) -> bool:
+    """Whether the words stand in the text, not as a part of longer ones."""
+    # The first look keeps what a stranger wrote from becoming an expression that is larger than the text.
+    return words in text and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None

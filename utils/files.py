@@ -1,7 +1,9 @@
 """Files that are either the old one or the whole new one, whatever interrupts the writing.
 
 The order is the usual one (`man 2 rename`, `man 2 fsync`): write a temporary file in the same folder, flush it
-to the disk, rename it over its place, flush the folder.
+to the disk, rename it over its place, flush the folder. Several files that belong together are made in a folder
+`.tmp-together-...` and count from the moment when that is renamed to `.tmp-whole-...`: where a kill keeps them from
+coming to their places, the next writer or reader brings them there (`finish_writing`).
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,11 +19,18 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from data.scratch import WHOLE, dead, is_at, lock, move_out, scratch_folder, whole_name
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
+_TOGETHER = ".tmp-together-"
+_TEMPORARY = re.compile(r"\.tmp-([0-9]+-[0-9a-f]{8}|(together|whole)-[a-z0-9_]{8})")
+_INVISIBLE = re.compile(  # but for the joiners, which some scripts are written with
+    "[\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 # What file systems answer where flushing or locking does not exist for this kind of file.
 _NOT_SUPPORTED = {errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EISDIR, errno.ENOTSUP}
 
@@ -44,37 +54,63 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def json_text(value: object) -> str:
-    """Strict JSON, indented, with a final newline; ValueError for NaN, infinities and what JSON has no type for."""
+    """Strict JSON, indented, with a final newline; ValueError for NaN, infinities and what JSON has no type for.
+
+    Control characters, and those that have no width or turn the direction of text, are escapes in it: it can be shown.
+    """
     try:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+        return _INVISIBLE.sub(lambda sign: json.dumps(sign[0])[1:-1], text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"not written, no JSON for it: {error}; use null, numbers, text, lists and objects") from error
 
 
 def write_together(folder: str | os.PathLike, texts: Mapping[str, str]) -> None:
-    """Write several files of one folder: all to temporaries first, then each renamed to its name in turn.
+    """Write several files of one folder: all of them or none.
 
-    Until every text is on the disk no file of the folder changes. Errors as in `write_text`.
+    Until every text is on the disk no file of the folder changes. Errors as in `write_text`. Files that are links to
+    other folders are replaced one after the other. The caller sees to it that no other process writes them.
     """
     folder = Path(folder)
     contents = {_place(folder, name): _utf8(folder / name, text) for name, text in texts.items()}
     for target in contents:
         if target.is_dir():
-            raise OSError(errno.EISDIR, "is a folder (not written; choose another folder for it)", str(target))
+            raise OSError(errno.EISDIR, "not written (is a folder)", str(target))
+    parents = {target.parent for target in contents}
+    if len(contents) > 1 and len(parents) == 1:
+        _write_whole(parents.pop(), contents)
+        return
     temporaries: dict[Path, Path] = {}
-    try:
-        for target, content in contents.items():
-            temporaries[target] = target.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
-            _write_new(temporaries[target], content, target)
-        for target, temporary in temporaries.items():
-            with _names(target):
-                temporary.replace(target)
-    finally:
-        for temporary in temporaries.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-    for parent in {target.parent for target in contents}:
+    with contextlib.ExitStack() as held:
+        try:
+            for target, content in contents.items():
+                temporaries[target], descriptor = _locked_temporary(target)
+                held.callback(os.close, descriptor)
+                _fill(temporaries[target], descriptor, content, target)
+            for target, temporary in temporaries.items():
+                with _names(target):
+                    finish_writing(target.parent)
+                    temporary.replace(target)
+        finally:
+            for temporary in temporaries.values():
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+    for parent in parents:
         sync_folder(parent)
+
+
+def finish_writing(folder: str | os.PathLike) -> None:
+    """Mend what killed writers left in `folder`: files that were all written come to their places, others are deleted.
+
+    What a living process is writing is left alone. Raises OSError where files cannot be brought to their places.
+    """
+    for path in dead(Path(folder), _TEMPORARY):
+        if path.name.startswith(WHOLE):
+            move_out(path)
+            sync_folder(folder)
+        else:
+            with contextlib.suppress(OSError):
+                delete(path)
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -90,7 +126,7 @@ def sync_tree(folder: str | os.PathLike) -> None:
             path = Path(parent, name)
             if stat.S_ISREG(path.lstat().st_mode):
                 with path.open("rb") as file:
-                    _sync(file.fileno())
+                    sync_file(file.fileno(), path)
         sync_folder(parent)
 
 
@@ -98,7 +134,16 @@ def sync_folder(folder: str | os.PathLike) -> None:
     """Flush a folder's entries to the disk, where the file system can do that."""
     with _opened_folder(folder) as descriptor:
         if descriptor is not None:
-            _sync(descriptor)
+            sync_file(descriptor, folder)
+
+
+def sync_file(descriptor: int, path: str | os.PathLike) -> None:
+    """Flush an open file or folder to the disk, where the file system can do that. Raises OSError naming `path`."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def delete(path: str | os.PathLike) -> None:
@@ -118,7 +163,13 @@ def folder_lock(folder: str | os.PathLike, wait_seconds: float = 0.0) -> Iterato
     are not told apart.
     """
     with _opened_folder(folder) as descriptor:
-        yield descriptor is None or _lock(descriptor, time.monotonic() + wait_seconds)
+        held = descriptor is None or _lock(descriptor, time.monotonic() + wait_seconds)
+        try:
+            yield held
+        finally:
+            if held and descriptor is not None and fcntl is not None:
+                with contextlib.suppress(OSError):  # closing alone would leave it to worker processes that still run
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -140,29 +191,54 @@ def _names(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error} (not written; check the folder, its rights and free space)"
-        raise OSError(error.errno or errno.EIO, reason, str(target)) from error
+        raise OSError(error.errno or errno.EIO, f"not written ({error.strerror or error})", str(target)) from error
 
 
-def _write_new(temporary: Path, content: bytes, target: Path) -> None:
+def _write_whole(folder: Path, contents: Mapping[Path, bytes]) -> None:
+    with contextlib.ExitStack() as held:
+        with _names(next(iter(contents))):
+            scratch = held.enter_context(scratch_folder(folder, _TOGETHER))
+        for target, content in contents.items():
+            with _names(target):
+                descriptor = _new_file(scratch / target.name)
+            held.callback(os.close, descriptor)
+            _fill(scratch / target.name, descriptor, content, target)
+        sync_folder(scratch)
+        with _names(folder):
+            finish_writing(folder)
+            whole = scratch.rename(whole_name(scratch))
+            sync_folder(folder)
+            move_out(whole)
+            sync_folder(folder)
+
+
+def _locked_temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside `target`, and a descriptor that holds its lock until it is closed."""
     with _names(target):
-        # os.open follows the umask; the tempfile module would make files that only their owner can read.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
+        while True:
+            path = target.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            descriptor = _new_file(path)
+            lock(descriptor)
+            if is_at(descriptor, path):
+                return path, descriptor
+            os.close(descriptor)  # another writer took it for a dead one's
+
+
+def _new_file(path: Path) -> int:
+    # os.open follows the umask; the tempfile module would make files that only their owner can read.
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _fill(temporary: Path, descriptor: int, content: bytes, target: Path) -> None:
+    """Write and flush the new file `temporary`, open as `descriptor` (which stays open), for the place `target`."""
+    with _names(target):
+        with os.fdopen(os.dup(descriptor), "wb") as file:
             file.write(content)
             file.flush()
-            _sync(file.fileno())
+            sync_file(file.fileno(), target)
         # Only where they differ: some file systems know one mode and refuse every chmod.
         if target.exists() and (mode := target.stat().st_mode) != temporary.stat().st_mode:
             temporary.chmod(stat.S_IMODE(mode))
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
-            raise
 
 
 @contextlib.contextmanager

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.config_files import ConfigError
+from model.doing import LOADING, doing
+from untrusted.text import shorten
+from utils.checkpoint import CheckpointError
+from utils.strict_json import ConfigError, show
 
 
 def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay_all: bool = False):
@@ -44,9 +47,12 @@ def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay
     try:
         try_a_step(cls, lr, settings)
         return cls(groups, lr=lr, **settings)
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"optimizer_kwargs.kwargs: {kind} refuses them: {reason}") from error
+    except (
+        TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError
+    ) as error:
+        reason = shorten(" ".join(str(error).split()), 300)
+        raise ConfigError(f"optimizer_kwargs.kwargs is {show(kwargs)}: {kind} refuses them: {reason}; change them, or "
+                          "optimizer_kwargs.type") from error
 
 
 def try_a_step(cls, lr: float, settings: dict) -> None:
@@ -54,6 +60,33 @@ def try_a_step(cls, lr: float, settings: dict) -> None:
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.ones(2, 2)
     cls([parameter], lr=lr, **settings).step()
+
+
+@doing(LOADING, "the optimizer's state")
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """The moments that a checkpoint holds; the settings stay the config's, but the rate of the last step, which every
+    step sets anew, is the checkpoint's: saved again, it is the same.
+
+    Raises:
+        CheckpointError: a moment is not finite: the next step would ruin the weights.
+    """
+    settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
+                for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if name := state_not_finite(optimizer):
+        raise CheckpointError(f"the optimizer's {name} in the checkpoint is not finite: resume from another checkpoint "
+                              "(trainer_kwargs.resume_from) or start anew")
+
+
+def state_not_finite(optimizer: torch.optim.Optimizer) -> str | None:
+    """The name of the first tensor of the optimizer's state that is not finite, or None."""
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                return name
+    return None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from rouge_score import tokenizers
 from rouge_score.scoring import fmeasure
 
+LONGEST_LEAD = 100_000
 METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 _ENGLISH_WORD = re.compile("[a-z0-9]+")
@@ -255,7 +256,8 @@ def _percentiles(means: np.ndarray, level: float) -> np.ndarray:
 # A run of stops with the quotes and brackets that close behind it (also tokenised '' ), then a space or the end.
 _STOP = re.compile("(?<![.!?…])[.!?…]++(?: '')?[\"'”’»)\\]]*+(?= |$)|[।॥。！？]++[」』”’]*+")
 _OPENING = "\"'“‘«([`"
-_NEXT_WORD = re.compile(f"[ {re.escape(_OPENING)}]*([^ ]*)")  # tokenised text has spaces around quotes
+# Tokenised text has spaces around quotes; no longer word opens a sentence.
+_NEXT_WORD = re.compile(f"[ {re.escape(_OPENING)}]*([^ ]{{0,40}})")
 # A full stop after these never ends a sentence ...
 _TITLES = frozenset(
     "Mr Mrs Ms Messrs Dr Prof Gov Sen Rep Reps Sens Gen Lt Col Sgt Capt Cpl Maj Adm Cmdr Rev Hon Pres Supt Det "
@@ -281,14 +283,15 @@ def lead_sentences(article: str, n: int = 3) -> str:
     '"Why?" he said' hold no end, nor do titles ("Mr. Smith"); initials ("George W. Bush"), dotted letters
     ("the U.S. Army") and abbreviations ("Jr.") end a sentence only before a word that often opens one ("in the
     U.S. The"). Tokenised text ("resigned . Voters") is split the same way. White space is collapsed, and the
-    bylines of Daily Mail articles ("By . Daily Mail Reporter .") count as sentences.
+    bylines of Daily Mail articles ("By . Daily Mail Reporter .") count as sentences. Of a text without any sentence's
+    end no more than LONGEST_LEAD characters are taken.
 
     Raises:
         ValueError: `n` is below 1.
     """
     if n < 1:
         raise ValueError(f"n is {n}: expected at least 1 sentence")
-    return "\n".join(itertools.islice(_sentences(article), n))
+    return "\n".join(itertools.islice(_sentences(article), n))[:LONGEST_LEAD]
 
 
 def _sentences(article: str) -> Iterator[str]:

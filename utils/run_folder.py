@@ -1,6 +1,7 @@
 """The run folder `output_dir/`: resume what is in it, or set it aside and start anew."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,20 +11,30 @@ from pathlib import Path
 from platform import python_version
 from uuid import uuid4
 
+from data.os_errors import describe
 from data.token_cache import TokenTable
-from model.language_model import LanguageModel
+from model.doing import LOADING, doing
+from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, read_state, set_aside, verify
+from untrusted.files import load_json
+from untrusted.text import shorten
+from utils.batch_numbers import ACCUMULATION, BATCH, BOUND, TOKENS
+from utils.checkpoint import OTHER, CheckpointError, Checkpoints, load_state, read_state, verify
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError, config_json
-from utils.files import folder_lock, write_text
+from utils.earlier_runs import set_aside
+from utils.files import write_text
+from utils.own_checkpoints import check_model_folder, others
+from utils.result_folder import check_links
+from utils.run_lock import hold
 
-RUN_FILES = (
-    "config.json", "metrics.jsonl", "tensorboard", "model_checkpoints", "predictions", "scores.json",
+RUN_FILES = (  # the checkpoints first: once they are moved, no start goes on from them
+    "model_checkpoints", "config.json", "metrics.jsonl", "tensorboard", "predictions", "scores.json",
     "skipped_rows.json",
 )
 # What a checkpoint of train_kd.py meant that was written before these keys were kept.
 OLDER_KEYS = {"distillation_kwargs.method": "divergence", "distillation_kwargs.on_policy_fraction": 0.0}
+STEP = re.compile(r"step-[0-9]+")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
 
 
@@ -45,17 +56,24 @@ def find_start(config: FineTuneConfig) -> Start:
         CheckpointError: `resume_from` is no whole checkpoint.
     """
     options = config.trainer_kwargs
-    check_is_run_folder(Path(options.output_dir))
+    notices = check_is_run_folder(Path(options.output_dir))
     root = Path(options.output_dir) / "model_checkpoints"
-    notices: list[str] = []
     folder = None
     if options.resume_from is not None:
         folder = Path(options.resume_from)
-        verify(folder)
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"trainer_kwargs.resume_from: {error}{others(folder)}") from error
     elif options.load_from_checkpoint:
-        repaired = Checkpoints(root, None, options.keep_checkpoints)
-        run_id = run_of(root / "last")
-        folder, notices = (Checkpoints(root, run_id, options.keep_checkpoints) if run_id else repaired).newest()
+        Checkpoints(root, None, options.keep_checkpoints)  # brings back what an interrupted write moved aside
+        folder, passed_over = Checkpoints(root, newest_run(root), options.keep_checkpoints).newest()
+        notices += passed_over
+        if folder is None and passed_over:
+            raise CheckpointError(
+                f"{root}: none of its checkpoints is whole ({'; '.join(passed_over)}); to start anew set "
+                "trainer_kwargs.load_from_checkpoint to false (the earlier run is kept)"
+            )
     if folder is None:
         return Start(uuid4().hex, notices=notices)
     state, tensors = load_state(folder)
@@ -64,33 +82,37 @@ def find_start(config: FineTuneConfig) -> Start:
 
 
 @contextmanager
-def claimed(output_dir: Path, is_main: bool) -> Iterator[None]:
-    """Makes the run folder and holds it, so that no second run writes into it.
+def claimed(output_dir: Path, is_main: bool) -> Iterator[list[str]]:
+    """Makes the run folder and holds it, so that no second run writes into it; yields notices.
 
     Raises:
         ConfigError: it cannot be made, or another run is in it.
     """
     if not is_main:
-        yield
+        yield []
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"trainer_kwargs.output_dir: {output_dir} cannot be made: {error.strerror}") from error
-    with folder_lock(output_dir) as held:
-        if not held:
-            raise ConfigError(f"trainer_kwargs.output_dir: another run is writing to {output_dir}: choose another one")
-        yield
+        raise ConfigError(f"trainer_kwargs.output_dir: {describe(error, output_dir)}") from error
+    predictions = [f"predictions/{path.name}" for path in (output_dir / "predictions").glob("*")]
+    check_links(output_dir, (*RUN_FILES, *predictions), "trainer_kwargs.output_dir")
+    with hold(output_dir, "trainer_kwargs.output_dir") as notices:
+        yield notices
 
 
-def check_is_run_folder(output_dir: Path) -> None:
-    """Raises ConfigError for a folder with a config.json of something else, such as a model's."""
+def check_is_run_folder(output_dir: Path) -> list[str]:
+    """Notices. Raises ConfigError for a folder with a config.json of something else, such as a model's."""
     path = output_dir / "config.json"
     try:
-        if not path.exists() or "_description_environment" in json.loads(path.read_text(encoding="utf-8")):
-            return
-    except (OSError, ValueError):
+        if not path.exists() or "_description_environment" in load_json(path):
+            return []
+    except OSError as error:
+        raise ConfigError(f"trainer_kwargs.output_dir: {describe(error, path)}") from error
+    except (ValueError, TypeError):
         pass
+    if any(STEP.fullmatch(each.name) for each in (output_dir / "model_checkpoints").glob("step-*")):
+        return [f"{path} is damaged: it is not needed, and written anew"]
     raise ConfigError(f"trainer_kwargs.output_dir: {path} is not of a run, and would be moved: choose another folder")
 
 
@@ -102,41 +124,55 @@ def how_to_go_on(config: FineTuneConfig) -> str:
     return "to go on from there, set trainer_kwargs.load_from_checkpoint to true and resume_from to null"
 
 
-def restore_best(checkpoints: Checkpoints, best_step: int | None) -> None:
-    """Points `best` to the step that the state names, where a kill or a step back has left it behind."""
-    if best_step is not None and checkpoints.best_step() != best_step:
+def restore_links(checkpoints: Checkpoints, start: Start, best_step: int | None) -> None:
+    """Mends what a kill left undone after the newest checkpoint, from which the run goes on, was in its place."""
+    if is_own(start, checkpoints.root) and not later_checkpoints(checkpoints.root, start.state["step"]):
         with suppress(CheckpointError):
-            checkpoints.mark_best(best_step)
+            checkpoints.settle(start.state["step"], best_step)
 
 
-def run_of(folder: Path) -> str | None:
-    """The run of a checkpoint, so that steps of another run lying beside it are not taken for its own."""
-    try:
-        return read_state(folder)["run_id"]
-    except CheckpointError:
-        return None
+def is_own(start: Start, root: Path) -> bool:
+    """Whether a run goes on from a checkpoint in its own folder."""
+    return start.folder is not None and start.folder.resolve().parent == root.resolve()
+
+
+def newest_run(root: Path) -> str | None:
+    """The run of the checkpoint `last`, so that steps of another run lying beside it are not taken for its own; where
+    that one is damaged, of the one written last."""
+    states = []
+    for folder in (root / "last", *root.glob("step-*")):
+        with suppress(CheckpointError):
+            states.append(read_state(folder))
+        if folder.name == "last" and states:
+            break
+    return max(states, key=lambda state: str(state.get("saved_at")))["run_id"] if states else None
 
 
 def identity(config: FineTuneConfig, table: TokenTable, of_objective: dict | None = None) -> dict:
     """What must be the same for a checkpoint to be continued: the model, what decides which rows come next, and what
     the objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
-    name = "student_lang_model" if "student_lang_model" in type(arch).model_fields else "lang_model"
     return {
-        f"model_arch.{name}": arch.lang_model,
+        model_key(config): arch.lang_model,
         "model_arch.from_scratch": arch.from_scratch,
         "model_arch.architecture": arch.architecture,
         "optimizer_kwargs.type": config.optimizer_kwargs.type,
         "optimizer_kwargs.decay_all": config.optimizer_kwargs.decay_all,
         "the training rows (train_dataset, prompt_template, max_length, columns, on_bad_row, tokenizer)":
             table.folder.name,
-        "dataset_kwargs.train_batch_size": data.train_batch_size,
-        "dataset_kwargs.tokens_per_batch": data.tokens_per_batch,
-        "trainer_kwargs.gradient_accumulation_steps": options.accumulation_steps,
-        "trainer_kwargs.ckpt_training_batch": options.batches_per_epoch,
+        BATCH: data.train_batch_size,
+        TOKENS: data.tokens_per_batch,
+        ACCUMULATION: options.accumulation_steps,
+        BOUND: options.batches_per_epoch,
         "trainer_kwargs.seed": options.seed,
         **(of_objective or {}),
     }
+
+
+def model_key(config: FineTuneConfig) -> str:
+    """Where a config names the model that is trained."""
+    is_student = "student_lang_model" in type(config.model_arch).model_fields
+    return f"model_arch.{'student_' if is_student else ''}lang_model"
 
 
 def judged_by(config: FineTuneConfig) -> str:
@@ -145,26 +181,49 @@ def judged_by(config: FineTuneConfig) -> str:
     return f"{mode} {config.monitored_metric} on {data.validation_dataset}, {data.validation_subset}"
 
 
+@doing(LOADING, "the model")
 def load_model(config: FineTuneConfig, start: Start) -> LanguageModel:
     """The checkpoint's model where one is resumed, else what model_arch asks for."""
     arch = config.model_arch
     if start.folder is not None:
         return load_language_model(str(start.folder), dropout=arch.dropout)
-    return load_language_model(
-        arch.lang_model, tokenizer=arch.tokenizer, from_scratch=arch.from_scratch, architecture=arch.architecture,
-        dropout=arch.dropout,
-    )
+    check_model_folder(arch.lang_model, model_key(config))
+    check_model_folder(arch.tokenizer, "model_arch.tokenizer")
+    try:
+        return load_language_model(
+            arch.lang_model, tokenizer=arch.tokenizer, from_scratch=arch.from_scratch, architecture=arch.architecture,
+            dropout=arch.dropout,
+        )
+    except ModelError as error:
+        keys = [model_key(config), *(["model_arch.tokenizer"] if arch.tokenizer else [])]
+        raise ModelError(f"{' and '.join(keys)}: {error}") from error
+
+
+@contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """What is made of a checkpoint's state inside may find it to be something else: CheckpointError."""
+    try:
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "
+                              f"{OTHER}") from error
 
 
 def check_resumable(now: dict, state: dict) -> None:
     """Raises ConfigError where what decides the next rows is not what it was when the checkpoint was written."""
     before = state.get("identity", {})
+    if not isinstance(before, dict):
+        raise ConfigError("cannot resume: the checkpoint's state.json is not one of a run: resume from another one")
     if "distillation_kwargs.kl_div" in before:
         before = {**OLDER_KEYS, **before}
+    if has_same_steps(before, now):
+        before = {**before, **{key: now[key] for key in (BATCH, ACCUMULATION, TOKENS)}}
     # Keys of another script or method are there on one side alone: told only where nothing else says why.
     common = [key for key in now if key in before and before[key] != now[key]]
     keys = common or [*now, *(key for key in before if key not in now)]
-    changed = [f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys
+    changed = [f"{shorten(key)} was {shorten(repr(before.get(key)))} and is {now.get(key)!r}" for key in keys
                if before.get(key) != now.get(key)]
     if changed:
         raise ConfigError(
@@ -173,23 +232,33 @@ def check_resumable(now: dict, state: dict) -> None:
         )
 
 
-def open_run_folder(config: FineTuneConfig, start: Start) -> list[str]:
-    """Make the folder ready and write the resolved config into it; what is there of other runs is set aside."""
+def has_same_steps(before: dict, now: dict) -> bool:
+    """Whether the rows of all steps are the same, in micro-batches that may differ: the rows of a step depend on the
+    product, unless epochs are bounded by micro-batches."""
+    bounded = any(each.get(BOUND) is not None for each in (before, now))
+    products = [(each.get(BATCH) or 0) * (each.get(ACCUMULATION) or 0) for each in (before, now)]
+    return not bounded and products[0] == products[1] > 0
+
+
+def open_run_folder(config: FineTuneConfig, start: Start) -> Iterator[str]:
+    """Make the folder ready and write the resolved config into it; what is there of other runs is set aside. Yields
+    notices of what has been done."""
     output_dir = Path(config.trainer_kwargs.output_dir)
     root = output_dir / "model_checkpoints"
-    notices = []
-    if start.folder is None or start.folder.resolve().parent != root.resolve():
-        if earlier := set_aside(output_dir, RUN_FILES):
-            notices.append(f"an earlier run was in {output_dir}: moved to {earlier}")
-    elif later := later_checkpoints(root, start.state["step"]):
-        notices.append(f"checkpoints after step {start.state['step']}: moved to {set_aside(root, later)}")
+    own = is_own(start, root)
+    if earlier := set_aside(output_dir, () if own else RUN_FILES):
+        yield f"an earlier run was in {output_dir}: moved to {earlier}"
+    if own and (later := set_aside(root, later_checkpoints(root, start.state["step"]))):
+        yield f"checkpoints after step {start.state['step']}: moved to {later}"
+    if not own and (best := start.state.get("best_step")) is not None:
+        yield (f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; {root / 'best'} "
+               "will be the next that is better")
     write_text(output_dir / "config.json", with_environment(config))
-    return notices
 
 
 def later_checkpoints(root: Path, step: int) -> list[str]:
     """Names of the step folders after `step`, and of the links to them."""
-    steps = [path for path in root.glob("step-*") if path.name[5:].isdigit() and int(path.name[5:]) > step]
+    steps = [path for path in root.glob("step-*") if path.name[5:].isdecimal() and int(path.name[5:]) > step]
     links = [path for path in (root / "last", root / "best") if path.is_symlink() and path.resolve() in
              {folder.resolve() for folder in steps}]
     return [path.name for path in (*steps, *links)]

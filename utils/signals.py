@@ -1,7 +1,11 @@
-"""Ctrl-C and SIGTERM: end at the next safe place with a checkpoint, and say how to go on."""
+"""Ctrl-C, SIGTERM and a closed terminal: end at the next safe place with a checkpoint, and say how to go on."""
 
 import signal
-import sys
+
+from data.console import CONSOLE
+
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each is not None]
 
 
 class Stopped(Exception):
@@ -14,7 +18,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """While this context lasts, the first SIGINT or SIGTERM is noted in `requested`; a second one kills as usual."""
+    """While this context lasts, the first of SIGNALS is noted in `requested`; a second one kills as usual."""
 
     def __init__(self, how_to_go_on: str = "the same command goes on from there"):
         self.how_to_go_on = how_to_go_on
@@ -25,7 +29,9 @@ class StopRequest:
         return self.number is not None
 
     def __enter__(self) -> "StopRequest":
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        # nohup has it ignored.
+        heard = [number for number in SIGNALS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         return self
 
     def __exit__(self, *error) -> None:
@@ -35,8 +41,9 @@ class StopRequest:
     def note(self, number: int, frame) -> None:
         self.number = number
         for each, handler in self.before.items():
-            signal.signal(each, handler)
-        print(f"\n{signal.Signals(number).name}: stopping at the next step; once more to stop at once", file=sys.stderr)
+            # A terminal that closes may tell it twice, and does not mean to be quicker the second time.
+            signal.signal(each, signal.SIG_IGN if each == HANGUP else handler)
+        print(f"\n{signal.Signals(number).name}: stopping at the next step; once more to stop at once", file=CONSOLE)
 
     def leave(self, step: int) -> None:
         """Raises Stopped."""

@@ -9,22 +9,28 @@ from utils.devices import Place
 
 @dataclass
 class StepResult:
-    """Means over the label tokens of one optimizer step."""
+    """Means over the label tokens of one optimizer step, on all processes. skipped: its update was left out."""
 
     losses: dict[str, float]
     grad_norm: float
     learning_rate: float
     label_tokens: int
+    skipped: bool = False
 
 
-def mean_losses(sums: dict[str, torch.Tensor], tokens: int, place: Place) -> dict[str, float]:
-    """Sums over this process's micro-batches as means over the step's label tokens on all processes.
+def means_of_all(
+    sums: dict[str, torch.Tensor], norm: torch.Tensor, tokens: int, place: Place
+) -> tuple[dict[str, float], float]:
+    """(sums over this process's micro-batches as means over the step's label tokens on all processes, the same of the
+    gradient's norm), equal on every process.
 
-    One wait for the device a step. A process without micro-batches has no sums.
+    norm: of the gradients that are added up over processes. One wait for the device a step. A process without
+    micro-batches has no sums.
     """
-    values = torch.stack([value.float() for value in sums.values()]).tolist() if sums else []
+    *values, norm_here = torch.stack([value.float() for value in (*sums.values(), norm)]).tolist()
     totals: dict[str, float] = {}
-    for of_process in place.gather(dict(zip(sums, values, strict=True))):
+    of_processes = place.gather((dict(zip(sums, values, strict=True)), norm_here))
+    for of_process, _ in of_processes:
         for name, value in of_process.items():
             totals[name] = totals.get(name, 0.0) + value
-    return {name: value / tokens for name, value in totals.items()}
+    return {name: value / tokens for name, value in totals.items()}, of_processes[0][1] / tokens

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
     DEMO_SHAPES,
@@ -13,12 +14,14 @@ from model.loading import (
 )
 from model.student_init import copy_teacher_layers
 from utils.config_kd import DistillConfig
+from utils.own_checkpoints import check_model_folder
 from utils.run_folder import Start, load_model
 from utils.teacher_source import TeacherSource, check_weights_path
 
 KEY = "trainer_kwargs.student_ckpt_path"
 
 
+@doing(LOADING, "the student")
 def load_student(config: DistillConfig, start: Start, source: TeacherSource) -> LanguageModel:
     """The student on the CPU.
 
@@ -40,6 +43,7 @@ def from_checkpoint(config: DistillConfig, path: str) -> LanguageModel:
     try:
         otherwise = "or null, for the weights of student_lang_model"
         check_weights_path(path, config.trainer_kwargs.output_dir, otherwise)
+        check_model_folder(path)
         if path.endswith(".pt"):
             return load_language_model(
                 arch.lang_model, weights=path, tokenizer=arch.tokenizer, dropout=arch.dropout

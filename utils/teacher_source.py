@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
     DEMO_SHAPES,
@@ -22,6 +23,7 @@ from utils.config_files import ConfigError
 from utils.config_kd import DistillConfig
 from utils.devices import Place, choose_device
 from utils.files import sha256_of
+from utils.own_checkpoints import check_model_folder
 
 NOT_OF_THE_WEIGHTS = ("transformers_version", "_name_or_path", "dtype", "prompt_template", "prompt_max_length")
 KEY = "trainer_kwargs.teacher_ckpt_path"
@@ -82,6 +84,8 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
     try:
         if path is not None:
             check_weights_path(path, config.trainer_kwargs.output_dir, "train the teacher first, with train.py")
+        if not legacy:
+            check_model_folder(name)
         if not legacy and name in DEMO_SHAPES:
             raise ModelError(f"'{name}' has random weights, so it can teach nothing: train it (./demo.sh does), and "
                              f"name its checkpoint in {KEY}")
@@ -148,6 +152,7 @@ def layer_size(config: PreTrainedConfig) -> int:
     return config.num_hidden_layers * config.hidden_size**2
 
 
+@doing(LOADING, "the teacher")
 def load_teacher(source: TeacherSource, config: DistillConfig, place: Place) -> Teacher:
     """The teacher on its device, its head on the student's."""
     device, _ = teacher_device(config, place)

@@ -13,7 +13,8 @@ class TrainState:
     accumulation: micro-batches a step (doubled on a plateau). loss_scale, baseline: adaptive loss scaling.
     best_score, best_step: best validation; reference_score, evaluations_without_gain: early stopping.
     epoch_loss, epoch_tokens: sums of this epoch. evaluation_pending: the epoch's validation is still to be done;
-    scaling_pending: a score of adaptive loss scaling is.
+    scaling_pending: a score of adaptive loss scaling is. skipped_steps: steps that were left out because they were not
+    finite; they count as steps.
     """
 
     step: int = 0
@@ -32,21 +33,31 @@ class TrainState:
     evaluation_pending: bool = False
     scaling_pending: bool = False
     stopped_early: bool = False
+    skipped_steps: int = 0
 
     def to_json(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
-        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+        """Raises ValueError for a value that no run has."""
+        found = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        for field in fields(cls):
+            if not is_of_run(found.get(field.name, field.default), field.default, field.name):
+                raise ValueError(f"{field.name} is {str(found[field.name])[:80]!r}")
+        return cls(**found)
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
     def judge(self, score: float, mode: str, threshold: float) -> bool:
         """Take note of a validation score; True where it is the best so far.
 
-        mode: "max" or "min". A gain of `threshold` or less over the last real gain does not reset the patience.
+        mode: "max" or "min". A gain of `threshold` or less over the last real gain does not reset the patience. A score
+        that is not finite (a perplexity that overflows) is no gain.
         """
+        if not math.isfinite(score):
+            self.evaluations_without_gain += 1
+            return False
         sign = 1.0 if mode == "max" else -1.0
         if self.reference_score is None or sign * (score - self.reference_score) > threshold:
             self.reference_score, self.evaluations_without_gain = score, 0
@@ -80,3 +91,14 @@ class TrainState:
         self.loss_scale = 1.0 / (1.0 + math.exp(-min(difference, 700.0)))
         if metric != "perplexity":
             self.baseline = max(self.baseline, score)
+
+
+def is_of_run(value, default, name: str) -> bool:
+    """Whether a value can be that of the field `name`: counts, finite numbers, or yes and no."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if default is None and value is None:
+        return True
+    if isinstance(default, int) or name.endswith("_step"):
+        return type(value) is int and 0 <= value < 1 << 53
+    return type(value) in (int, float) and math.isfinite(value)

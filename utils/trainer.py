@@ -15,25 +15,25 @@ from torch import nn
 
 from data.batches import Step, load_batches, plan_epoch
 from data.token_cache import TokenTable
+from model.doing import TRAINING, doing
 from model.language_model import LanguageModel
 from model.objective import ObjectiveError
+from utils.batch_numbers import BATCH
 from utils.checkpoint import Checkpoints
 from utils.config import FineTuneConfig
 from utils.devices import Place
-from utils.evaluation import Interrupted, never
-from utils.gradients import divide_and_clip, gradient_norm, sum_gradients
-from utils.optimization import Schedule, make_schedule
+from utils.evaluation import Interrupted, NotFinite, never
+from utils.nonfinite import Guard, check_before_saving
+from utils.optimization import Schedule, make_schedule, restore_optimizer
+from utils.out_of_memory import memory_error
 from utils.random_state import random_state, seed_everything, set_random_state
 from utils.run_folder import judged_by
 from utils.run_log import RunLog, progress_bar
 from utils.signals import StopRequest
-from utils.step_result import StepResult, mean_losses
+from utils.step_result import StepResult
 from utils.train_state import TrainState
+from utils.train_step import TrainingError, add_gradients, add_up, is_finite, update
 from utils.validation import Validation
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: one line for the user."""
 
 
 class Trainer:
@@ -65,6 +65,8 @@ class Trainer:
             accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline
         )
         self.saved: dict | None = None
+        pad_id, most = language_model.tokenizer.pad_token_id, self.options.skip_nonfinite_steps
+        self.guard = Guard(objective, pad_id, place, log, most)
         seed_everything((self.options.seed + place.rank) % 2**32)  # dropout differs between processes
 
     # -- whole runs ----------------------------------------------------------------------------------------------
@@ -72,18 +74,16 @@ class Trainer:
     def restore(self, state: dict, tensors: dict) -> list[str]:
         """Go on from a checkpoint's state; returns notices."""
         self.state = TrainState.from_json(state)
+        # The rows of a step are what they were, in other micro-batches perhaps.
+        now = self.config.dataset_kwargs.train_batch_size
+        self.state.accumulation = self.state.accumulation * state["identity"].get(BATCH, now) // now
         self.saved = self.checkpoint_state()
         notices = []
         if state["judged_by"] != judged_by(self.config):
             self.state.best_score = self.state.best_step = self.state.reference_score = None
             self.state.evaluations_without_gain = 0
             notices.append(f"best was by {state['judged_by']}, now by {judged_by(self.config)}: judged anew")
-        # The moments are the checkpoint's; the settings are the config's.
-        settings = [{key: value for key, value in group.items() if key != "params"}
-                    for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(tensors["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
         generators = tensors["random"]
@@ -112,13 +112,16 @@ class Trainer:
         """Train to the end. The last weights are in `model_checkpoints/last`.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite; the weights are as before that step.
+            TrainingError: a loss or gradient that is not finite, and no such step may be left out (any more); the
+                weights are as before that step.
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
         while not self.finished():
             (self.finish_epoch if self.state.evaluation_pending else self.train_epoch)()
         if self.saved is None:
             self.save()
+        if refusal := self.log.settle():
+            raise TrainingError(f"{refusal}; the training is finished and saved, its last lines are missing there")
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
@@ -162,7 +165,8 @@ class Trainer:
                 self.count(step, result)
                 tokens += int(self.table.lengths[list(chain(*step))].sum())
                 bar.update()
-                if self.state.step == 1 or self.state.step % self.options.log_every == 0 or step is remaining[-1]:
+                logged = self.state.step == 1 or self.state.step % self.options.log_every == 0
+                if (logged or step is remaining[-1]) and not result.skipped:
                     now = time.perf_counter()
                     self.record(result, tokens / (now - clock))
                     bar.set_postfix_str(f"loss {result.losses['loss']:.3f}, lr {result.learning_rate:.2e}, "
@@ -185,36 +189,31 @@ class Trainer:
         self.state.step += 1
         self.state.step_in_epoch += 1
         self.state.micro_batches += len(step)
-        self.state.epoch_loss += result.losses["loss"] * result.label_tokens
-        self.state.epoch_tokens += result.label_tokens
+        if not result.skipped:
+            self.state.epoch_loss += result.losses["loss"] * result.label_tokens
+            self.state.epoch_tokens += result.label_tokens
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def train_step(self, step: Step, steps: Iterator[Iterator], learning_rate: float) -> StepResult:
-        """One optimizer step over the micro-batches of `step`; `steps` is what the objective's `ahead` gives."""
+        """One optimizer step over the micro-batches of `step`; `steps` is what the objective's `ahead` gives.
+
+        A step that is not finite is left out as often as the config allows it, else raises TrainingError; either way
+        weights and optimizer are as before.
+        """
         scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
-        sums: dict[str, torch.Tensor] = {}
-        micro_losses = []
         self.optimizer.zero_grad(set_to_none=True)
-        for arguments in self.arguments_of_step(steps):
-            with self.place.autocast():
-                terms = self.objective(*arguments)
-            loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
-            loss.backward()
-            micro_losses.append(loss.detach())
-            for name, value in {"loss": loss.detach(), **terms.parts}.items():
-                sums[name] = sums[name] + value if name in sums else value
-        sum_gradients(self.parameters, self.place)
-        tokens = int(self.table.label_counts[list(chain(*step))].sum())
-        means = mean_losses(sums, tokens, self.place)
-        norm = gradient_norm(self.parameters).item() / tokens
-        if not math.isfinite(norm) or not math.isfinite(means["loss"]):
-            self.refuse(step, micro_losses, means["loss"], norm)
-        divide_and_clip(self.parameters, tokens, norm, self.options.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        return StepResult(means, norm, learning_rate, tokens)
+        with doing(TRAINING, str(self.state.step + 1)):
+            losses, sums = add_gradients(self.objective, self.arguments_of_step(steps), self.place, scale)
+            tokens = int(self.table.label_counts[list(chain(*step))].sum())
+            result = add_up(self.parameters, sums, tokens, learning_rate, self.place)
+            if is_finite(result):
+                update(self.optimizer, self.parameters, result, self.options.clip_norm)
+            else:
+                own = zip(self.own_share(step), losses, strict=True)
+                bad = [rows for rows, loss in own if not math.isfinite(loss.item())]
+                self.guard.leave_out(self.state, result, self.table, step, bad)
+        return result
 
     def arguments_of_step(self, steps: Iterator[Iterator]) -> Iterator:
         """Raises TrainingError where the objective cannot go on; the weights of before are saved."""
@@ -224,19 +223,6 @@ class Trainer:
             self.save()
             raise TrainingError(f"optimizer step {self.state.step + 1}: {error}; the weights of before that step are "
                                 "in model_checkpoints/last") from error
-
-    def refuse(self, step: Step, micro_losses: list[torch.Tensor], loss: float, norm: float) -> None:
-        """Stop before the weights are touched, naming the rows of the micro-batches that are to blame."""
-        own = zip(self.own_share(step), micro_losses, strict=True)
-        bad = [rows for rows, micro_loss in own if not math.isfinite(micro_loss.item())]
-        of_all = [rows for of_process in self.place.gather(bad) for rows in of_process]
-        names = self.table.names(chain(*(of_all or step)))
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise TrainingError(
-            f"optimizer step {self.state.step + 1}: the loss is {loss} and the gradient norm {norm}; stopped before "
-            f"the weights were changed; rows: {', '.join(names[:8])}{more}; the last checkpoint is good: look at these "
-            "rows, lower optimizer_kwargs.lm_lr, or set trainer_kwargs.precision to float32"
-        )
 
     def record(self, result: StepResult, tokens_per_second: float) -> None:
         extra = {"loss_scale": self.state.loss_scale} if self.options.adaptive_loss_scaling else {}
@@ -261,6 +247,11 @@ class Trainer:
         except Interrupted:
             self.save()
             self.stop.leave(self.state.step)
+        except NotFinite as error:
+            self.guard.refuse(error, self.state.step)
+        except Exception as error:
+            self.keep_after(error)
+            raise
         self.state.scaling_pending = False
         if score is not None:
             self.state.scale_loss(score, self.options.scaling_metric)
@@ -272,6 +263,11 @@ class Trainer:
             self.save()
         if stopping:
             self.stop.leave(self.state.step)
+
+    def keep_after(self, error: Exception) -> None:
+        """Where an evaluation fills the memory, the weights are good, and so is the work since the last checkpoint."""
+        if memory_error(error) and self.place.world_size == 1:  # in a group the others wait elsewhere
+            self.save()
 
     def interruption(self):
         """Evaluations stop at once on a signal, but not in a group, where the others would wait for ever."""
@@ -287,23 +283,33 @@ class Trainer:
                 self.log.record("train_epoch", state.step, epoch=epoch, loss=state.epoch_loss / state.epoch_tokens)
             if epoch >= self.options.first_val_epoch:
                 metrics = self.validation.run(state.step, epoch, self.interruption())
+                self.check_written(self.validation.refusals)
                 score = metrics.get(self.config.monitored_metric)
-                if not math.isfinite(metrics.get("loss", 0.0)):
-                    raise TrainingError(
-                        f"the validation loss after step {state.step} is {metrics['loss']}: stopped, the checkpoints "
-                        "are those of before; lower optimizer_kwargs.lm_lr"
-                    )
                 if score is not None:
                     best = state.judge(score, callbacks.mode, callbacks.threshold)
                     self.decide(callbacks)
         except Interrupted:
             self.save()
             self.stop.leave(state.step)
+        except NotFinite as error:
+            self.guard.refuse(error, self.state.step)
+        except Exception as error:
+            self.keep_after(error)
+            raise
         state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
         if best or callbacks.save_final_model or state.best_step is None or not self.finished():
             self.save(best)
         if any(self.place.gather(self.stop.requested)) and not self.finished():
             self.stop.leave(state.step)
+
+    def check_written(self, refusals: list[str]) -> None:
+        """Results that could not be written end the run, but not before the weights that they are of are safe."""
+        if of_all := [each for of_process in self.place.gather(refusals) for each in of_process]:
+            self.save()
+            raise TrainingError(f"{of_all[0]}; {self.where_saved()}")
+
+    def where_saved(self) -> str:
+        return f"stopped at optimizer step {self.state.step}, checkpoint written; {self.stop.how_to_go_on}"
 
     def decide(self, callbacks) -> None:
         if self.state.step_in_epoch:  # max_steps ended the epoch early: its plan may still be gone on with
@@ -329,13 +335,12 @@ class Trainer:
         state = self.checkpoint_state()
         if state == self.saved and not best:
             return
-        if not all(parameter.isfinite().all() for parameter in self.parameters):
-            raise TrainingError(
-                f"after optimizer step {self.state.step} the weights are not finite: not saved, the checkpoints are "
-                "those of before; lower optimizer_kwargs.lm_lr, or look at optimizer_kwargs.kwargs"
-            )
+        check_before_saving(self.objective, self.optimizer, self.state.step)
         if self.place.is_main:
+            refusal = self.log.settle()  # first: no checkpoint is newer than its log
             tensors = {"optimizer": self.optimizer.state_dict(), "random": generators, "objective": of_objective}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
+            if refusal is not None:
+                raise TrainingError(f"{refusal}; {self.where_saved()}")
         self.saved = state
         self.place.wait_for_all()

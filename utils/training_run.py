@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
+from model.doing import LOADING, doing
 from model.language_model import LanguageModel
 from utils.checkpoint import Checkpoints
 from utils.config import FineTuneConfig
@@ -14,6 +16,7 @@ from utils.config_files import warnings_of
 from utils.datasets import Tables, make_validation
 from utils.devices import Place, find_place, launch_group
 from utils.optimization import build_optimizer
+from utils.out_of_memory import memory_told, training_remedy
 from utils.random_state import seed_everything
 from utils.run_folder import (
     Start,
@@ -23,30 +26,49 @@ from utils.run_folder import (
     how_to_go_on,
     identity,
     open_run_folder,
-    restore_best,
+    restore_links,
+    understood,
 )
 from utils.run_log import RunLog
 from utils.signals import StopRequest
 from utils.trainer import Trainer
 
 
-def in_run_folder(config: FineTuneConfig, run: Callable[..., int], gpu_key: str = "gpu_device_id") -> int:
-    """`run(place, config, stop, log, start)` while this process holds the run folder; seeded, notices told."""
+class Parts(NamedTuple):
+    """What a script makes for a run. identity: what of the objective must not change for a checkpoint to be gone on
+    from."""
+
+    objective: nn.Module
+    prompt_format: PromptFormat
+    tables: Tables
+    train_table: TokenTable
+    identity: dict
+
+
+# build(place, config, log, start, keep=True); keep=False: nothing is kept on the disk but tokenised rows.
+Build = Callable[..., Parts]
+
+
+def in_run_folder(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
+    """Trains what `build` gives while this process holds the run folder; seeded, notices told. The exit code."""
     arch, options = config.model_arch, config.trainer_kwargs
     launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
     place = find_place(
         options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
     )
     output_dir = Path(options.output_dir)
-    with claimed(output_dir, place.is_main), StopRequest(how_to_go_on(config)) as stop:
+    told = memory_told(training_remedy(config, place.precision))
+    with told, claimed(output_dir, place.is_main) as taken_over, StopRequest(how_to_go_on(config)) as stop:
         log = RunLog(output_dir, place.is_main)
-        start = place.from_main(find_start(config) if place.is_main else None)
-        for line in (*warnings_of(config), *place.notices, place.describe(), *start.notices):
+        with doing(LOADING, "the checkpoint"):
+            start = place.from_main(find_start(config) if place.is_main else None)
+        for line in (*warnings_of(config), *place.notices, place.describe(), *taken_over, *start.notices):
             log.say(line)
         seed_everything(options.seed)
-        return run(place, config, stop, log, start)
+        return train_objective(build(place, config, log, start), config, place, stop, log, start)
 
 
+@doing(LOADING, "the model")
 def set_up_model(language_model: LanguageModel, config: FineTuneConfig, place: Place) -> LanguageModel:
     """The model that is trained: on its device, checked, with the switches of its forward pass."""
     arch, compiled = config.model_arch, config.trainer_kwargs.compile
@@ -61,21 +83,10 @@ def set_up_model(language_model: LanguageModel, config: FineTuneConfig, place: P
 
 
 def train_objective(
-    objective: nn.Module,
-    config: FineTuneConfig,
-    place: Place,
-    stop: StopRequest,
-    log: RunLog,
-    start: Start,
-    prompt_format: PromptFormat,
-    tables: Tables,
-    train_table: TokenTable,
-    of_objective: dict | None = None,
+    parts: Parts, config: FineTuneConfig, place: Place, stop: StopRequest, log: RunLog, start: Start
 ) -> int:
-    """Optimizer, validation, checkpoints and loop around an objective, until the run is finished. The exit code.
-
-    of_objective: what of the objective must be the same for a checkpoint to be continued.
-    """
+    """Optimizer, validation, checkpoints and loop around an objective, until the run is finished. The exit code."""
+    objective, prompt_format, tables, train_table, of_objective = parts
     output_dir, optimizer_kwargs = Path(config.trainer_kwargs.output_dir), config.optimizer_kwargs
     optimizer = build_optimizer(
         objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
@@ -89,10 +100,11 @@ def train_objective(
     )
     if start.folder is not None:
         check_resumable(of_run, start.state)
-        for line in trainer.restore(start.state, start.tensors):
-            log.say(line)
+        with understood(start.folder):
+            for line in trainer.restore(start.state, start.tensors):
+                log.say(line)
     if place.is_main:
-        restore_best(checkpoints, trainer.state.best_step)
+        restore_links(checkpoints, start, trainer.state.best_step)
     if ended_by := trainer.what_ended():
         log.say(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
                 "anew, set trainer_kwargs.load_from_checkpoint to false")
@@ -100,7 +112,7 @@ def train_objective(
     if place.is_main:
         for line in open_run_folder(config, start):
             log.say(line)
-        restore_best(checkpoints, trainer.state.best_step)
+        restore_links(checkpoints, start, trainer.state.best_step)
         tables.write_skipped(output_dir)
     place.wait_for_all()
     log.open(trainer.state.step, trainer.state.evaluation_pending)
@@ -108,5 +120,7 @@ def train_objective(
         trainer.fit()
     finally:
         log.close()
-    log.say(f"finished at step {trainer.state.step}: {output_dir / 'model_checkpoints' / 'last'}")
+    skipped = trainer.state.skipped_steps
+    left_out = f" ({skipped} of its steps left out, they were not finite)" if skipped else ""
+    log.say(f"finished at step {trainer.state.step}{left_out}: {output_dir / 'model_checkpoints' / 'last'}")
     return 0

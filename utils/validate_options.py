@@ -1,15 +1,16 @@
 """Options of validate_model.py: flags, and the same names in a JSON file (`--config`; flags win)."""
 
 import argparse
-import difflib
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from untrusted.text import shorten
 from utils.command_line import OneLineParser
-from utils.config_files import ConfigError, read_json, validate_model
+from utils.config import ColumnName, Name, check_template
+from utils.config_files import validate_model
+from utils.strict_json import ConfigError, parse, read_json
 
 LEAD_3 = "lead-3"
 
@@ -26,24 +27,26 @@ class ValidateOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
-    csv_path: str = Field(description="CSV with id, article, highlights")
-    model_path: str = Field(
+    csv_path: Name = Field(description="CSV with id, article, highlights")
+    model_path: Name = Field(
         description="checkpoint folder, save_pretrained folder, hub id, legacy .pt file, or lead-3 (a baseline)"
     )
-    model_name: str | None = Field(
+    model_name: Name | None = Field(
         None, description="architecture and tokenizer, needed for a .pt file; otherwise checked against the model"
     )
     device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; default: a GPU if there is one")
-    output_dir: str = Field("predictions", description="folder for predictions.json and scores.json")
+    output_dir: Name = Field("predictions", description="folder for predictions.json and scores.json")
     max_generation_length: int = Field(100, ge=1, description="most tokens of a summary")
     batch_size: int = Field(8, ge=1, description="articles decoded together")
     num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the CSV stops, or is left out")
-    columns: dict[Literal["id", "article", "highlights"], str | None] | None = Field(
+    columns: dict[Literal["id", "article", "highlights"], ColumnName | None] | None = Field(
         None, description='other column names, as JSON: {"article": "text", "id": null} (null: rows are numbered)'
     )
-    prompt_template: str | None = Field(None, description="default: the one that the model was trained on")
+    prompt_template: Annotated[str, AfterValidator(check_template)] | None = Field(
+        None, description="default: the one that the model was trained on"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
 
     @property
@@ -79,22 +82,13 @@ def argument_kind(name: str, annotation) -> dict:
 
 def json_object(text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = parse(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f'{text} is not a JSON object: write such as \'{{"article": "text"}}\'')
+        like = '\'{"article": "text"}\''
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a JSON object: write such as {like}")
     return value
-
-
-def parse_arguments(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """`parser.parse_args`, which for an unknown flag names the nearest one."""
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        wrong = next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0]
-        near = difflib.get_close_matches(wrong, parser._option_string_actions, n=1)
-        parser.error(f"unknown argument {wrong}" + (f": did you mean {near[0]}?" if near else ""))
-    return options
 
 
 def read_options(arguments: argparse.Namespace) -> ValidateOptions:
@@ -104,9 +98,13 @@ def read_options(arguments: argparse.Namespace) -> ValidateOptions:
         ConfigError: the file cannot be read, an unknown name, a value of another type, or a name that is missing.
     """
     flags = {name: value for name, value in vars(arguments).items() if name in ValidateOptions.model_fields}
-    source = str(arguments.config) if arguments.config else "arguments"
+    source = shorten(str(arguments.config), 200) if arguments.config else "arguments"
     values = read_json(arguments.config) if arguments.config else {}
-    options = validate_model(ValidateOptions, {**values, **flags}, source)
+
+    def origin(path: tuple) -> str:
+        return f"--{path[0]}" if path and path[0] in flags else source
+
+    options = validate_model(ValidateOptions, {**values, **flags}, source, origin)
     if options.is_legacy_file and options.model_name is None:
         raise ConfigError(
             f"{options.model_path} is a state dict without its architecture: give --model_name, such as gpt2-medium, "

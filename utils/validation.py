@@ -1,19 +1,21 @@
 """What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
 from data.articles import Article
+from data.os_errors import describe
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
 from utils.devices import Place
 from utils.evaluation import Generation, measure_loss, never, predict, scored_predictions
-from utils.files import write_json
+from utils.files import json_text, write_text
 from utils.rouge import METRICS
 from utils.run_log import RunLog
+from utils.seal import sealed, sha256_of_text
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class EvaluationSet:
 
 @dataclass
 class Validation:
-    """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir."""
+    """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir.
+
+    refusals: one line for each file that the last `run` could not write.
+    """
 
     objective: nn.Module
     prompt_format: PromptFormat
@@ -41,22 +46,26 @@ class Validation:
     log: RunLog
     output_dir: Path
     save_predictions: bool = False
+    refusals: list[str] = field(default_factory=list)
 
     def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
         """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
-        results, scores = {}, {}
+        results, scores, texts = {}, {}, {}
+        self.refusals.clear()
         for each in self.sets:
             metrics = self.losses(each.table, each.name, interrupted)
             if each.articles:
                 records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
                 metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
-                self.keep_predictions(f"{each.name}-step-{step}.json", records)
+                if self.save_predictions:
+                    texts[f"predictions/{each.name}-step-{step}.json"] = json_text(records)
             self.log.record(each.name, step, epoch=epoch, **metrics)
             shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "cross_entropy")
             self.log.say(f"{each.name} after step {step}: {shown}")
             results[each.name] = metrics
         if scores and self.place.is_main:
-            write_json(self.output_dir / "scores.json", {"step": step, **scores})
+            sums = {"predictions_sha256": {name: sha256_of_text(text) for name, text in texts.items()}}
+            self.write({**texts, "scores.json": json_text(sealed({"step": step, **scores, **sums}))})
         return results.get("validation", {})
 
     def losses(self, table: TokenTable, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
@@ -69,11 +78,22 @@ class Validation:
             f"{each.name} ROUGE",
         )
 
-    def keep_predictions(self, name: str, records: list[dict]) -> None:
-        if self.save_predictions and self.place.is_main:
-            folder = self.output_dir / "predictions"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / name, records)
+    def write(self, texts: dict[str, str]) -> None:
+        """One file after the other, so that no scores are newer than their predictions.
+
+        Raises OSError where another folder is in the place of the run folder.
+        """
+        if refusal := self.log.settle():
+            self.refusals.append(refusal)
+            return
+        for name, text in texts.items():
+            path = self.output_dir / name
+            try:
+                path.parent.mkdir(exist_ok=True)  # not its parents: without them the run folder was removed
+                write_text(path, text)
+            except OSError as error:
+                self.refusals.append(describe(error, path))
+                return
 
     def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
         """One metric of the validation set, for adaptive loss scaling."""

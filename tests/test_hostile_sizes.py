@@ -1,0 +1,149 @@
+"""What is too large, too deep or endless ends in one line and little memory; what is not is read as before."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import articles, prompts
+from data.articles import DataError, read_articles
+from data.prompts import PromptFormat
+from tests.conftest import byte_tokenizer
+from tests.faults import hostile_sizes
+from tests.faults.hostile_confined import outcomes
+from untrusted.files import check_json_size, load_json, open_regular, read_limited
+from utils.evaluation import holds_words
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_attacks(tmp_path, slow):
+    """Fault: a stranger's CSV or JSON takes all memory, or for ever, or ends in a traceback."""
+    found = outcomes(hostile_sizes.__name__, tmp_path, slow)
+    assert list(found) == [attack.name for attack in hostile_sizes.ATTACKS if attack.slow == slow]
+    assert {name: outcome.text for name, outcome in found.items() if outcome.kind == "FAILED"} == {}
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+def test_limits_are_exact(tmp_path):
+    """Fault: a file of the largest size is refused, or a larger one is read."""
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_limited(path, 5) == b"12345"
+    with pytest.raises(OSError, match="larger than 0 MB"):
+        read_limited(path, 4)
+    check_json_size(b"[1,2]", 2)
+    with pytest.raises(ValueError, match="more than 1 values"):
+        check_json_size(b"[1,2]", 1)
+    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
+    assert load_json(path) == {"a": [1, "é"]}
+
+
+def test_only_files_are_opened(tmp_path):
+    """Fault: a folder, or a link to a device, is opened as a file; a link to a file is not."""
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"x"
+    for name, error in (("device", OSError), ("", IsADirectoryError), ("none", FileNotFoundError)):
+        with pytest.raises(error):
+            open_regular(tmp_path / name)
+
+
+# -- rows ------------------------------------------------------------------------------------------------------
+
+HEADER = "id,article,highlights\n"
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_longest_row(tmp_path, monkeypatch, quote, end):
+    """Fault: a row of just the largest size is refused, a longer one read, or the limit counts several rows."""
+    monkeypatch.setattr(articles, "LONGEST_ROW", 60)
+    path = tmp_path / "rows.csv"
+    for size, good in ((60, True), (61, False)):
+        start = f"1,{quote}"
+        rest = f"{quote},h{end}"
+        row = start + "a" * (size - len(start) - len(rest)) + rest
+        path.write_text(HEADER + "0,b,h\n" * 20 + row)
+        if good:
+            assert len(read_articles(path, {"id": None})[0]) == 21
+        else:
+            with pytest.raises(DataError, match=r"row 21 \(line 22\): longer than 60 characters"):
+                read_articles(path, {"id": None})
+
+
+def test_longest_row_of_several_lines(tmp_path, monkeypatch):
+    """Fault: a quote that is not closed takes in line after line, since each of them is short."""
+    monkeypatch.setattr(articles, "LONGEST_ROW", 60)
+    path = tmp_path / "rows.csv"
+    path.write_text(HEADER + '1,"' + "a\n" * 40 + '",h\n')
+    with pytest.raises(DataError, match=r"row 1 \(line 2\): longer than 60 characters: close its quote"):
+        read_articles(path)
+    path.write_text(HEADER + '1,"' + "a\n" * 20 + '",h\n')
+    assert read_articles(path)[0][0].article == "a\n" * 20
+
+
+@pytest.mark.parametrize(("limit", "column"), [("LONGEST_ID", 0), ("LONGEST_HIGHLIGHTS", 2)])
+def test_longest_cells(tmp_path, monkeypatch, limit, column):
+    """Fault: an id or highlights of just the largest size are a bad row, or longer ones a good one."""
+    monkeypatch.setattr(articles, limit, 10)
+    for size, good in ((10, 1), (11, 0)):
+        cells = ["1", "an article that is longer", "h"]
+        cells[column] = "x" * size
+        (tmp_path / "rows.csv").write_text(f"{HEADER}{','.join(cells)}\n2,a,h\n")
+        rows, bad_rows = read_articles(tmp_path / "rows.csv", on_bad_row="skip")
+        assert len(rows) == 1 + good and len(bad_rows) == 1 - good
+
+
+def test_most_columns(tmp_path, monkeypatch):
+    """Fault: a file of just the most columns is refused, or one of more is read."""
+    monkeypatch.setattr(articles, "MOST_COLUMNS", 5)
+    (tmp_path / "rows.csv").write_text("id,article,highlights,b,c\n1,a,h,,\n")
+    assert len(read_articles(tmp_path / "rows.csv")[0]) == 1
+    (tmp_path / "rows.csv").write_text("id,article,highlights,b,c,d\n1,a,h,,,\n")
+    with pytest.raises(DataError, match="6 columns: expected at most 5"):
+        read_articles(tmp_path / "rows.csv")
+
+
+# -- tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_what_no_row_can_hold_is_not_tokenised(monkeypatch):
+    """Fault: the tokens of a long article are not those of all of its text; or all of it is tokenised."""
+    format_ = PromptFormat(byte_tokenizer(), max_length=40)
+    text = "".join(f"word{number} " for number in range(1000))
+    seen = []
+    encode = format_.encode
+    monkeypatch.setattr(format_, "encode", lambda texts: seen.extend(texts) or encode(texts))
+    (ids, boundary), = format_.training_rows([text], ["the end"])
+    whole = list(text.encode())
+    assert ids[:20] == whole[:20] and len(ids) == 40
+    assert format_.prediction_prompts([text], 8) == [whole[: 40 - 8 - len(format_.suffix_ids)] + format_.suffix_ids]
+    assert boundary == 40 - len(" the end") - 1
+    assert max(map(len, seen)) < len(text)
+
+
+def test_groups_of_rows_change_nothing(monkeypatch):
+    """Fault: rows are lost, repeated or mixed up where tokenising goes on to the next group."""
+    format_ = PromptFormat(byte_tokenizer(), max_length=40)
+    texts = ["a" * number for number in range(1, 30)]
+    highlights = [str(number) for number in range(29)]
+    expected = format_.training_rows(texts, highlights), format_.prediction_prompts(texts, 8)
+    for size in (1, 7, 50, 100_000):
+        monkeypatch.setattr(prompts, "GROUP", size)
+        assert (format_.training_rows(texts, highlights), format_.prediction_prompts(texts, 8)) == expected
+    assert format_.training_rows([], []) == [] and format_.prediction_prompts([], 8) == []
+
+
+# -- facts -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab .é", max_size=12), st.text("ab .é", max_size=4))
+def test_facts_as_whole_words(text, words):
+    """Fault: the quick look changes which facts a text holds."""
+    assert holds_words(text, words) == bool(re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text))

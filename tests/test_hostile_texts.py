@@ -1,0 +1,60 @@
+"""What strangers wrote is escaped wherever it is shown: terminals, JSON, tables, spreadsheets."""
+
+import json
+import sys
+
+import pytest
+
+from tests.faults import hostile_texts
+from tests.faults.hostile_attack import carry_out
+from untrusted.text import in_spreadsheet, one_line, printable, shorten
+from utils.files import json_text
+
+
+@pytest.mark.parametrize("attack", hostile_texts.ATTACKS, ids=lambda attack: attack.name)
+def test_attack(attack, tmp_path):
+    """Fault: a stranger's text moves the cursor, hides what stands there, or is run by a spreadsheet program."""
+    outcome = carry_out(attack, tmp_path)
+    assert outcome.kind != "FAILED", outcome.text
+
+
+def test_every_sign_is_shown_or_escaped():
+    """Fault: a control character, a change of direction or a sign without width reaches the terminal."""
+    for number in range(sys.maxunicode + 1):
+        sign = chr(number)
+        text = printable(sign)
+        assert text.isprintable()
+        assert text == sign if sign.isprintable() else text.isascii()
+    dangerous = [0x00, 0x07, 0x08, 0x0A, 0x0D, 0x1B, 0x7F, 0x9B, 0xAD, 0x61C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xE0041]
+    for number in (*dangerous, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)):
+        assert printable(chr(number)) == chr(number).encode("unicode_escape").decode()
+    assert printable("café 東京 हिन्दी 😀 [31m") == "café 東京 हिन्दी 😀 [31m"
+    assert printable("\udcff") == "\\udcff"
+
+
+def test_long_texts():
+    """Fault: an error message of a gigabyte, or one whose end, which says what to do, is cut off."""
+    assert shorten("x" * 100) == "x" * 77 + "..." and shorten("x" * 80) == "x" * 80
+    assert one_line("a" * 10_000 + "remedy") == f"{'a' * 600} ... {'a' * 294}remedy"
+    assert one_line("a\nb") == "a\\nb"
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [("=1+1", "'=1+1"), ("+1", "'+1"), ("-x", "'-x"), ("@SUM(A1)", "'@SUM(A1)"), (" \t=1", "' \t=1"), ("＝1", "'＝1"),
+     ("plain", "plain"), ("a=b", "a=b"), ("", ""), (-1.5, -1.5), (0, 0), (True, True), (None, None)],
+)
+def test_spreadsheet_cells(cell, expected):
+    """Fault: a name is run as a formula; or a negative number becomes text."""
+    assert in_spreadsheet(cell) == expected and type(in_spreadsheet(cell)) is type(expected)
+
+
+def test_json_can_be_shown_and_means_the_same():
+    """Fault: predictions.json turns the direction of a terminal's text; or escapes change the values."""
+    others = [0x7F, 0x9B, 0xAD, 0x200B, 0x200C, 0x200D, 0x202E, 0x2066, 0x2028, 0xFEFF, 0xE0041]
+    signs = "".join(map(chr, [*range(0x20), *others]))
+    value = {signs: [signs, 1.5, None], "é 東京": "\\u202e \" \\"}
+    text = json_text(value)
+    assert json.loads(text) == value
+    assert {sign for sign in text if not sign.isprintable()} == {"\n", "\u200c", "\u200d"}  # some scripts need joiners
+    assert "é 東京" in text

@@ -1,0 +1,108 @@
+"""Predictions, scores and a log that find no room: the training that they are of is kept, and they are made later."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import flat_array
+from tests.small_kd_runs import make_kd_project, run_kd
+from tests.small_runs import assert_equal_weights, changed, largest_difference, make_project, run, weights
+from tests.test_damaged_files import error_line
+from utils import validation
+from utils.checkpoint import verify
+from utils.run_log import RunLog
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def failing(error: OSError, target: str) -> Callable:
+    real = validation.write_text
+
+    def write(path: Path, text: str) -> None:
+        if target in str(path):
+            raise error
+        real(path, text)
+
+    return write
+
+
+@pytest.mark.parametrize("target", ["predictions/validation-step-2.json", "scores.json"])
+def test_results_that_cannot_be_written_cost_no_training(tmp_path, monkeypatch, capsys, target):
+    """An epoch of training is lost because the predictions after it find no room; or its results are never made."""
+    config = changed(make_project(tmp_path, rows=4, dropout=0.1), trainer_kwargs={
+        "metrics": ["rouge"], "save_predictions": True, "epochs": 2, "precision": "float32"})
+    assert run(tmp_path, config) == 0
+    whole = tmp_path / "whole"
+    (tmp_path / "run").rename(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "write_text", failing(OSError(28, "No space left on device"), target))
+        assert run(tmp_path, config) == 1
+    line = error_line(capsys)
+    assert f"run/{target}: No space left on device: free space" in line
+    assert "stopped at optimizer step 2, checkpoint written; the same command goes on from there" in line
+    verify(tmp_path / "run/model_checkpoints/last")
+    assert run(tmp_path, config) == 0
+    assert "resuming from" in capsys.readouterr().err
+    assert_equal_weights(weights(whole / "model_checkpoints/last"), weights(tmp_path / "run/model_checkpoints/last"))
+    for name in ("predictions/validation-step-2.json", "predictions/validation-step-4.json", "scores.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_at_its_next_checkpoint(tmp_path, monkeypatch, capsys):
+    """A run ends in the middle for a line of its log, loses lines without a word, or trains on without a log."""
+    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"n_batch_ckpt_save": 2, "keep_checkpoints": 9})
+    assert run(tmp_path, config) == 0
+    (tmp_path / "run").rename(tmp_path / "whole")
+    opened = RunLog.open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def open_full(log, *arguments):
+        opened(log, *arguments)
+        log._file = Full(log._file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "open", open_full)
+        assert run(tmp_path, config) == 1
+    told = capsys.readouterr().err
+    assert told.count("its lines wait and are tried again") == 1
+    assert f"train.py: error: {tmp_path / 'run/metrics.jsonl'}: No space left on device: free space" in told
+    assert "stopped at optimizer step 2, checkpoint written" in told
+    assert [path.name for path in (tmp_path / "run/model_checkpoints").glob("step-*")] == ["step-2"]
+    assert run(tmp_path, config) == 0
+    assert_equal_weights(weights(tmp_path / "whole/model_checkpoints/last"),
+                         weights(tmp_path / "run/model_checkpoints/last"))
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+def test_a_teacher_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, capsys, kind):
+    """A disk that fails under the teacher's outputs, which can be computed again, ends the distillation."""
+    cache = {"kind": kind, **({"top_k": 8} if kind == "top_k" else {})}
+    config = changed(make_kd_project(tmp_path, rows=6, kl_div="JS", teacher_cache=cache),
+                     trainer_kwargs={"monitor_val": False})
+
+    def last(name: str, epochs: int) -> dict:
+        output_dir = tmp_path / f"{name}-{epochs}"
+        assert run_kd(tmp_path, changed(config, trainer_kwargs={"output_dir": str(output_dir), "epochs": epochs})) == 0
+        return weights(output_dir / "model_checkpoints/last")
+
+    def refuse(*arguments):
+        raise OSError(5, "Input/output error")
+
+    expected = [last("good", epochs) for epochs in (1, 2)]
+    monkeypatch.setattr(flat_array, "write_at", refuse)
+    capsys.readouterr()
+    assert_equal_weights(expected[0], last("bad", 1))
+    told = capsys.readouterr().err
+    assert told.count("Input/output error") == 1 and "the run goes on, and computes these rows again" in told
+    # Computed again in another batch, they may differ in the last bit.
+    assert largest_difference(expected[1], last("bad", 2)) < 1e-4

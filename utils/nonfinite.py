@@ -1,0 +1,143 @@
+"""What is done where a loss, a gradient, a weight or a learning rate is not finite: the rows to blame are found, the
+step is left out or the run stopped, and nothing of it is ever saved."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.batches import Step, load_batches
+from data.token_cache import TokenTable
+from utils.devices import Place
+from utils.evaluation import NotFinite, apart
+from utils.optimization import state_not_finite
+from utils.run_log import RunLog
+from utils.step_result import StepResult
+from utils.train_state import TrainState
+from utils.train_step import TrainingError, is_finite_rate
+
+SHOWN = 8  # rows in a message
+KEY = "trainer_kwargs.skip_nonfinite_steps"
+
+
+class Blame(NamedTuple):
+    """rows: of a table, by number. cause: what of their arguments, or which weight, is not finite, in words, or None.
+    of_weights: whether it is a weight, so that every other step would be alike."""
+
+    rows: list[int]
+    cause: str | None
+    of_weights: bool
+
+    def told(self, table: TokenTable) -> str:
+        """`rows: id (row 3), ...`, with the cause behind."""
+        more = f" and {len(self.rows) - SHOWN} more" if len(self.rows) > SHOWN else ""
+        cause = f"; {self.cause}" if self.cause else ""
+        return f"rows: {', '.join(table.names(self.rows[:SHOWN]))}{more}{cause}"
+
+
+class Guard:
+    """Watches over the steps of a training. All processes of a group ask it alike, and it answers them alike.
+
+    most: steps in a run that may be left out.
+    """
+
+    def __init__(self, objective: nn.Module, pad_id: int, place: Place, log: RunLog, most: int):
+        self.objective, self.pad_id, self.place, self.log, self.most = objective, pad_id, place, log, most
+
+    def leave_out(self, state: TrainState, result: StepResult, table: TokenTable, step: Step, bad: Step) -> None:
+        """Count and tell a step that is left out; weights and optimizer stay as they are.
+
+        step: its micro-batches; bad: those of this process whose loss is not finite.
+
+        Raises:
+            TrainingError: no (further) step may be left out, or it would help nothing.
+        """
+        number, found = state.step + 1, self.blame(table, chain(*bad), chain(*step))
+        what = f"the loss is {result.losses['loss']} and the gradient norm {result.grad_norm}"
+        if not is_finite_rate(result.learning_rate):
+            what, remedy = f"the learning rate is {result.learning_rate}", "lower optimizer_kwargs.lm_lr"
+        elif found.of_weights:
+            remedy = "start anew, with a lower optimizer_kwargs.lm_lr, or resume from an earlier checkpoint"
+        elif state.skipped_steps < self.most:
+            state.skipped_steps += 1
+            result.skipped = True
+            self.log.record("skipped_step", number, epoch=state.epoch, skipped_steps=state.skipped_steps)
+            self.log.say(f"optimizer step {number} is left out, {state.skipped_steps} of at most {self.most} ({KEY}): "
+                         f"{what}; {found.told(table)}")
+            return
+        else:
+            remedy = ("look at these rows, lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or "
+                      f"{'raise' if self.most else 'set'} {KEY} to leave such steps out")
+        before = f"{state.skipped_steps} steps were left out before ({KEY} is {self.most}); " if self.most else ""
+        raise TrainingError(f"optimizer step {number}: {what}; stopped before the weights were changed; "
+                            f"{found.told(table)}; {before}the last checkpoint is good: {remedy}")
+
+    def refuse(self, error: NotFinite, step: int) -> None:
+        """Raises TrainingError for a loss that was measured. Nothing is saved: it would push out good checkpoints."""
+        found = self.blame(error.table, error.rows, ())
+        raise TrainingError(
+            f"the {error.name} after optimizer step {step} is {error.loss}; stopped, the checkpoints are those of "
+            f"before; {found.told(error.table)}: look at these rows, or lower optimizer_kwargs.lm_lr"
+        ) from error
+
+    def blame(self, table: TokenTable, bad: Iterable[int], otherwise: Iterable[int]) -> Blame:
+        """The same on every process. Nothing of the training is changed.
+
+        bad: this process's rows whose loss, of all of them or of a batch together, is not finite. They are computed
+        alone, once more, without dropout; those with such a loss are named, or all of `bad` where none has.
+        otherwise: the rows to name where no process has any (the gradient alone is not finite).
+        """
+        together, of_weights = [int(row) for row in bad], weights_to_blame(self.objective)
+        alone, of_rows = rows_to_blame(self.objective, table, together, self.place, self.pad_id)
+        *rows, weights, arguments = zip(*self.place.gather((alone, together, of_weights, of_rows)), strict=True)
+        alone, together = (list(chain(*each)) for each in rows)
+        of_weights, of_rows = (next(filter(None, each), None) for each in (weights, arguments))
+        named = alone or together or [int(row) for row in otherwise]
+        return Blame(named, of_weights or of_rows, of_weights is not None)
+
+
+def check_before_saving(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises TrainingError where the weights or the optimizer's state are not finite: good checkpoints stay."""
+    start, end = f"after optimizer step {step} the", "is not finite: not saved, the checkpoints are those of before;"
+    if weights_to_blame(module):
+        raise TrainingError(f"{start} weights are not finite: not saved, the checkpoints are those of before; lower "
+                            "optimizer_kwargs.lm_lr, or look at optimizer_kwargs.kwargs")
+    if name := state_not_finite(optimizer):
+        raise TrainingError(f"{start} optimizer's {name} {end} resume from one of them, with a lower "
+                            "optimizer_kwargs.lm_lr if it happens again")
+
+
+def weights_to_blame(module: nn.Module) -> str | None:
+    """The first weight that is not finite, in words, or None."""
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weights themselves are not finite, such as {name.removeprefix('language_model.model.')}"
+    return None
+
+
+def rows_to_blame(
+    objective: nn.Module, table: TokenTable, rows: list[int], place: Place, pad_id: int
+) -> tuple[list[int], str | None]:
+    """(those of `rows` whose loss alone is not finite, what of their arguments is not); nothing is drawn for it."""
+    found, cause = [], None
+    with apart(objective):
+        for row, arguments in one_by_one(objective, table, rows, pad_id):
+            with place.autocast():
+                loss = float(objective(*arguments).loss_sum)
+            if not math.isfinite(loss):
+                found.append(row)
+                cause = cause or objective.not_finite(*arguments)
+    return found, None if cause is None else f"{cause} are not finite"
+
+
+def one_by_one(
+    objective: nn.Module, table: TokenTable, rows: list[int], pad_id: int
+) -> Iterator[tuple[int, tuple]]:
+    """(row, arguments of the objective) of each row as a batch of its own."""
+    batches = [np.array([row]) for row in rows]
+    steps = objective.ahead(table, load_batches(table, batches, pad_id), [1] * len(batches))
+    return zip(rows, chain.from_iterable(steps), strict=True)
