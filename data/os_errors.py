@@ -23,6 +23,7 @@ REMEDIES = {
     errno.ESTALE: "the network folder was replaced: mount it again",
 }
 
+OF_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # what nothing but another disk, or room, helps against
 # How libraries in Rust (tokenizers, safetensors) tell it, in classes of their own or in none.
 OF_RUST = re.compile(r"(.*)\(os error ([0-9]+)\)", re.DOTALL)
 

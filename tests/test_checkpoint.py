@@ -215,6 +215,24 @@ def test_random_state_goes_on_after_a_resume(root):
     assert resumed == expected
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_fails_is_no_file_system_without_links(root, monkeypatch, number):
+    """One failing call turns `last` into a copy for ever, which takes the room of a checkpoint."""
+    checkpoints = Checkpoints(root, "run-a", 1)
+    save(checkpoints, 1)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuse)
+        with pytest.raises(CheckpointError, match=os.strerror(number)):
+            save(checkpoints, 2)
+    assert str((root / "last").readlink()) == "step-1" and not leftovers(root)
+    save(checkpoints, 3)
+    assert str((root / "last").readlink()) == "step-3"
+
+
 def test_file_system_without_links(root, monkeypatch):
     """`last` and `best` are absent, or half a copy, where symbolic links cannot be made."""
 

@@ -3,12 +3,9 @@
 import errno
 import functools
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -173,41 +170,6 @@ def test_what_a_kill_left_undone_is_settled(root, monkeypatch, undone):
 
 def crash_always(self, step):
     raise Crash
-
-
-ENDLESS = """
-import sys
-from pathlib import Path
-sys.path.insert(0, ".")
-from tests.test_checkpoint import Checkpoints, save
-checkpoints = Checkpoints(Path(sys.argv[1]), "run-a", 2)
-step = int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    save(checkpoints, step, best=step % 3 == 0)
-    step += step % 2 or len(list(checkpoints.root.glob(".tmp-*"))) + 1
-    save(checkpoints, step)
-"""
-
-
-@pytest.mark.slow
-def test_killed_while_saving(root):
-    """SIGKILL at a random moment of endless saving leaves no checkpoint that verifies, or parts of two steps."""
-    root.mkdir(parents=True)
-    step, moments = 1, random.Random(20)
-    for _ in range(10):
-        command = [sys.executable, "-c", ENDLESS, str(root), str(step)]
-        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(0.1 + moments.random() * 0.4)
-            process.send_signal(signal.SIGKILL)
-        newest, notices = Checkpoints(root, "run-a", 2).newest()
-        assert newest is not None and notices == [] and not leftovers(root)
-        step = int(newest.name[5:])
-        assert_of_step(newest, step)
-        verify(root / "last")
-        assert step - load_state(root / "last")[0]["step"] in (0, 1)
-        assert len(steps_of(root)) <= 4
 
 
 def test_no_room_for_another(root, monkeypatch):

@@ -38,14 +38,8 @@ def library(tmp_path) -> Path:
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param("last checkpoint", marks=pytest.mark.slow),
-    pytest.param("predictions", marks=pytest.mark.slow),
-    pytest.param("predictions in training", marks=pytest.mark.slow),
-    pytest.param("token cache", marks=pytest.mark.slow),
-    pytest.param("teacher's hidden states", marks=pytest.mark.slow),
-    pytest.param("earlier run set aside", marks=pytest.mark.slow),
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["last checkpoint", "predictions", "token cache"])
 def test_killed_at_every_operation(run, library, folder, name):
     """Fault: a kill between two file operations loses or mixes results, changes the end or leaves temporary files."""
     write = WRITES[name]

@@ -10,7 +10,7 @@ from model.model_folder import numbers_in, weight_files
 from tests.conftest import tiny_gpt2
 from tests.faults import hostile_claims, hostile_models, hostile_mutations
 from tests.faults.hostile_attack import carry_out
-from tests.faults.hostile_confined import outcomes
+from tests.faults.hostile_confined import CAN_CONFINE, outcomes
 from tests.faults.hostile_pickles import model_folder
 
 
@@ -21,6 +21,7 @@ def test_attack(attack, tmp_path):
     assert outcome.kind != "FAILED", outcome.text
 
 
+@pytest.mark.skipif(not CAN_CONFINE, reason="memory is bounded through Linux's /proc")
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_claims_take_no_memory(tmp_path, slow):
     """Fault: a model folder or checkpoint that claims much, or is endless, takes all memory or for ever."""

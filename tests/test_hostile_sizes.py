@@ -11,11 +11,12 @@ from data.articles import DataError, read_articles
 from data.prompts import PromptFormat
 from tests.conftest import byte_tokenizer
 from tests.faults import hostile_sizes
-from tests.faults.hostile_confined import outcomes
+from tests.faults.hostile_confined import CAN_CONFINE, outcomes
 from untrusted.files import check_json_size, load_json, open_regular, read_limited
 from utils.evaluation import holds_words
 
 
+@pytest.mark.skipif(not CAN_CONFINE, reason="memory is bounded through Linux's /proc")
 @pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_attacks(tmp_path, slow):
     """Fault: a stranger's CSV or JSON takes all memory, or for ever, or ends in a traceback."""

@@ -16,7 +16,7 @@ from tests.faults.mutations_child import LEFT_THE_FOLDER, Outcome, run_in_child
 from tests.faults.mutations_judge import judge, kind_of, snapshot
 from tests.faults.mutations_strategy import MODELS
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are made in forked children")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="children are watched in /proc")
 
 
 def search(examples: int, seed: int) -> str:
@@ -48,7 +48,7 @@ def test_a_thousand_mutations():
     """Fault: as above, in rarer combinations."""
     found = counts(search(examples=1000, seed=2))
     assert sum(found.values()) == 1000
-    assert found["ran"] > 150 and found["code 2"] > 400 and found["code 1"] > 0
+    assert found["ran"] > 150 and found["code 2"] > 400
 
 
 # -- what the search would find ----------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_a_change_outside_is_prevented_and_told(child, tmp_path, change):
 
 def test_a_hanging_child_is_stopped(child):
     """Fault: the search waits for ever for a run that hangs, or takes it for one that ended."""
-    outcome = child(lambda arguments: time.sleep(60), seconds=0.2)
+    outcome = child(lambda arguments: time.sleep(60), seconds=0.05)
     assert outcome.stopped and not outcome.killed and outcome.code == 143
 
 
@@ -106,7 +106,7 @@ def test_a_child_that_heeds_no_signal_is_killed(child):
         mutations_child.signal.signal(mutations_child.signal.SIGTERM, mutations_child.signal.SIG_IGN)
         time.sleep(60)
 
-    outcome = child(main, seconds=0.3)
+    outcome = child(main, seconds=0.05)
     assert outcome.killed and outcome.code == 137
 
 

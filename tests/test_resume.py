@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -239,39 +238,3 @@ def test_signals_end_with_a_checkpoint_and_say_how_to_go_on(tmp_path, number, co
     assert "Traceback" not in errors
     state = json.loads((tmp_path / "run/model_checkpoints/last/trainer_state/state.json").read_text())
     assert state["step"] == metrics(tmp_path / "run")[-1]["step"]
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_resumed(tmp_path):
-    """Fault: SIGKILL at a bad moment (in a step, an evaluation, a checkpoint) changes the result (cases A20, A21)."""
-    config = eventful(tmp_path)
-    config = changed(config, trainer_kwargs={"epochs": 3, "keep_checkpoints": 2})
-    whole = changed(config, trainer_kwargs={"output_dir": str(tmp_path / "whole")})
-    process = start(write_config(tmp_path, whole))
-    begun = time.monotonic()
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, errors
-    duration = time.monotonic() - begun
-    expected = weights(tmp_path / "whole/model_checkpoints/last")
-    logs = {split: metrics(tmp_path / "whole", split) for split in SPLITS}
-    rng = random.Random(1)
-    kills = 0
-    attempt = 0
-    while kills < 20:
-        attempt += 1
-        assert attempt < 60
-        output = tmp_path / f"killed-{attempt}"
-        path = write_config(tmp_path, changed(config, trainer_kwargs={"output_dir": str(output)}))
-        while True:  # kill, resume, kill, ... until the run ends before its random moment
-            process = start(path)
-            try:
-                process.communicate(timeout=rng.uniform(0.55, 1.2) * duration)
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                kills += 1
-        assert process.returncode == 0
-        assert_equal_weights(expected, weights(output / "model_checkpoints/last"))
-        assert {split: metrics(output, split) for split in SPLITS} == logs
-        shutil.rmtree(output)

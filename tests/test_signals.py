@@ -14,6 +14,7 @@ from utils.trainer import Trainer
 def handlers():
     """The handlers of before, whatever a test does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may ignore it, as nohup does
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from data.os_errors import refusal, remedy_of
+from data.os_errors import OF_DISK, refusal, remedy_of
 from model.torch_files import TorchFileError, load_torch_file, save_torch_file
 from untrusted.files import load_json
 from untrusted.text import shorten
@@ -202,7 +202,9 @@ class Checkpoints:
         new, place = self._temporary("new", link), self.root / link
         try:
             new.symlink_to(f"step-{step}", target_is_directory=True)
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", None) in OF_DISK:
+                raise
             shutil.copytree(self.root / f"step-{step}", new)
             sync_tree(new)
         if new.is_symlink() and (place.is_symlink() or not place.exists()):
@@ -252,9 +254,7 @@ class Checkpoints:
 
 def verify(folder: Path, model_only: bool = False) -> None:
     """Compare every file with the manifest, sizes first; CheckpointError names the first one that is not as written.
-
-    model_only: but for the files in trainer_state/, which a model does without.
-    """
+    model_only: but for the files in trainer_state/, which a model does without."""
     with _opened(folder) as folder:
         for name, entry in _check_sizes(folder, model_only).items():
             if sha256_of(folder / name) != entry["sha256"]:

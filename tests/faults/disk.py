@@ -12,12 +12,14 @@ weights of an undisturbed run, and the same command, started again, must bring w
 import argparse
 import errno
 import os
+import random
 import re
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,14 +181,16 @@ def elsewhere(run: Run, known: Known, checkpoint: Path, folder: Path) -> list[st
 
 
 def sweep(
-    run: Run, library: Path, case: Case, folder: Path, errors: list[str], every: bool = False,
-    progress=lambda faults: faults, tell=lambda line: None,
+    run: Run, library: Path, case: Case, folder: Path, errors: Sequence[str], every: bool = False,
+    sample: int | None = None, seed: int = 1, progress=lambda faults: faults, tell=lambda line: None,
 ) -> tuple[Known, Tally]:
-    """All faults of a case. tell: takes what is wrong, as soon as it is found."""
+    """All faults of a case, or so many of them. tell: takes what is wrong, as soon as it is found."""
     folder.mkdir(parents=True)
     known, total = watch(run, library, case, folder), Tally()
     faults = [(number, error, action) for number in chosen(known, every) for error in errors
               for action in FAULTS[error]]
+    if sample is not None and sample < len(faults):
+        faults = sorted(random.Random(f"{case.name}/{seed}").sample(faults, sample))
     for number, error, action in progress(faults):
         tally = fail(run, library, known, number, error, action, folder)
         total.runs += tally.runs
@@ -201,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.faults.disk", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every operation, not one of each kind at each place")
+    parser.add_argument("--sample", type=int, help="only so many of the faults of each program")
+    parser.add_argument("--seed", type=int, default=1, help="of the sample (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", help="some of the programs (default: all)")
     parser.add_argument("--errors", nargs="+", choices=list(FAULTS), default=USUAL,
                         help=f"default: {' '.join(USUAL)}")
@@ -215,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
         cases = make_cases(folder / "cases")
         for name in options.cases or cases:
             known, tally = sweep(
-                run, library, cases[name], folder / name, options.errors, options.all, bar(name),
-                lambda line: print(f"wrong: {line}", flush=True),
+                run, library, cases[name], folder / name, options.errors, options.all, options.sample, options.seed,
+                bar(name), lambda line: print(f"wrong: {line}", flush=True),
             )
             codes = ", ".join(f"{count} with exit code {code}" for code, count in sorted(tally.runs.items()))
             print(f"{name}: {len(known.done)} operations; {tally.runs.total()} runs with a fault ({codes}), "

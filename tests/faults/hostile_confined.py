@@ -19,6 +19,7 @@ from tests.faults.hostile_attack import Attack, Outcome, carry_out
 
 ROOM = 1 << 30  # bytes that an attack may take beyond what the program has taken by then
 SECONDS = 300  # after which it counts as endless; most take less than one
+CAN_CONFINE = Path("/proc/self/statm").exists()
 ROOT = Path(__file__).resolve().parents[2]
 
 

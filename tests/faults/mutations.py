@@ -21,7 +21,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from torch.utils.tensorboard import SummaryWriter  # noqa: F401 (what every run imports, once)
+from hypothesis.errors import Flaky
+from tensorboard.compat.proto import event_pb2, summary_pb2  # noqa: F401 (what every run imports: here, once for all)
+from tensorboard.summary.writer import record_writer  # noqa: F401
 
 from tests.faults.mutations_apply import prepare
 from tests.faults.mutations_cases import CASES, write_project
@@ -57,6 +59,7 @@ class Workshop:
         return self.projects[case]
 
     def attempt(self, example: Example, seconds: float = 20.0) -> tuple[Verdict, Outcome]:
+        """How the example ends."""
         script = CASES[example.case].script
         around = self.root / "around"
         folder, temporary = around / "place", around / "temporary"
@@ -134,7 +137,7 @@ def search(workshop: Workshop, count: int, seed_number: int, say=print) -> Tally
         trial = seed(seed_number + round_number)(options(given(examples())(attempt)))
         try:
             trial()
-        except Failed:
+        except (Failed, Flaky):  # Flaky: it did not fail again
             known.update(fresh)
             say(f"failure: {fresh[0]}")
         round_number += 1

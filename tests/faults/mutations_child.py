@@ -23,6 +23,7 @@ MAINS = {"train.py": train.main, "train_kd.py": train_kd.main, "validate_model.p
 LEFT_THE_FOLDER = 97
 MEMORY = 12 << 30  # bytes of address space
 FILE_SIZE = 1 << 30
+PATIENCE = 10
 # Where a program may open files to write that are none.
 DEVICES = ("/dev/null", "/dev/full", "/dev/tty", "/proc", "/sys")
 CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2,
@@ -41,6 +42,8 @@ class Outcome(NamedTuple):
 
 def run_in_child(script: str, arguments: list[str], folder: Path, temporary: Path, seconds: float = 20.0) -> Outcome:
     """main() of `script` with `folder` as working folder; stopped by SIGTERM after `seconds`, killed after as many.
+
+    Seconds of computing; of waiting (for a lock, or for a processor that others take) it may be PATIENCE times as many.
 
     Where it changes a file outside of the folder around `folder` it ends with LEFT_THE_FOLDER. The process that calls
     must have no threads that the child would wait for.
@@ -132,14 +135,23 @@ def call(script: str, arguments: list[str]) -> int:
 
 
 def wait(child: int, seconds: float | None) -> int | None:
-    """The child's exit code (minus the signal that killed it); None where it still runs after `seconds`."""
-    end = None if seconds is None else time.monotonic() + seconds
-    pause = 0.001
+    """The child's exit code (minus the signal that killed it); None where it still runs after `seconds` of computing,
+    or PATIENCE times as long in all."""
+    started, before, pause = time.monotonic(), computed(child), 0.001
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if end is not None and time.monotonic() > end:
+        passed = time.monotonic() - started
+        if seconds is not None and (
+            passed > PATIENCE * seconds or (passed > seconds and computed(child) - before > seconds)
+        ):
             return None
         time.sleep(pause)
         pause = min(0.02, pause * 1.5)
+
+
+def computed(child: int) -> float:
+    """Processor seconds that the child has used."""
+    fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
