@@ -1,9 +1,10 @@
 """Greedy decoding: ours against the library's `generate`, batched in given order, sorted by length, and one by one.
 
     python -m benchmarks.decode [--size demo|small|real] [--prompts 32] [--shortest 200] [--longest 500] [--new 100]
-                                [--batch 8] [--threads 1] [--variants ours sorted ...] [--rounds 6]
+                                [--batch 8] [--device cpu|cuda] [--precision float32|bfloat16] [--threads 1]
+                                [--variants ours sorted ...] [--rounds 6]
 
-A random GPT-2 (real: of gpt2's size), the same weights, prompts and threads everywhere, float32:
+A random GPT-2 (real: of gpt2's size), the same weights, prompts and threads everywhere:
   ours        greedy_decode with --batch slots
   batched     `generate` on left-padded batches of --batch prompts in the given order
   sorted      the same, sorted by length
@@ -13,15 +14,19 @@ the model's own continuations, so that the lengths lie evenly between 1 and --ne
 a head like any other, with a bias, and all variants use it. The lengths that result are printed; at size demo, too
 narrow for many rows, some differ from those that were wanted.
 
-All variants must give the same tokens. Then they take turns, so that a busy machine slows all of them; the first round
-is dropped. Large temporaries are mapped anew at each step by glibc's default allocator; so that this does not slow
-`generate`, time with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
+--precision bfloat16: ours under autocast, as validate_model.py runs it, the others with weights in bfloat16.
+
+All variants must give the same tokens, in float32, but for ties; in bfloat16, where rounding decides more, it is told
+how many rows differ. Then they take turns, so that a busy machine slows all of them; the first round is dropped. Large
+temporaries are mapped anew at each step by glibc's default allocator; so that this does not slow `generate`, time with
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
 import argparse
 import random
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -30,7 +35,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from benchmarks.interleaved import Target, conditions, print_time_ratio, print_times, take_turns
+from benchmarks.interleaved import (
+    Target,
+    add_device_option,
+    check_device,
+    conditions,
+    print_time_ratio,
+    print_times,
+    take_turns,
+)
 from model.decoding import greedy_decode, left_padded
 from model.language_model import LanguageModel
 from utils.command_line import OneLineParser, quiet_libraries
@@ -45,7 +58,9 @@ END = 0
 CONTEXT = 1024
 LABELS = {"batched": "generate, batched", "sorted": "generate, batched, sorted", "one_by_one": "generate, one by one"}
 TARGETS = {"batched": Target(2.4, 3.0), "sorted": Target(1.9, 2.4)}
+TARGETS_ON_GPU = {"batched": Target(5.0, 5.0)}
 VARIANTS = ("ours", *LABELS)
+TIE = 1e-5  # difference of two logits, of the largest one, that rounding in float32 decides
 
 Rows = list[list[int]]  # token ids
 
@@ -53,7 +68,7 @@ Rows = list[list[int]]  # token ids
 # -- model and prompts ---------------------------------------------------------------------------------------------
 
 
-def make_model(size: str) -> LanguageModel:
+def make_model(size: str, device: str = "cpu") -> LanguageModel:
     """Random weights, wide enough and with a head of its own, so that its text does not repeat itself; it never ends.
 
     The head has a bias, 0 but for the end-of-text.
@@ -70,7 +85,8 @@ def make_model(size: str) -> LanguageModel:
         head.bias.zero_()[END] = -1e4
     gpt2.set_output_embeddings(head)
     words = Tokenizer(models.WordLevel({"<|endoftext|>": END}, unk_token="<|endoftext|>"))
-    return LanguageModel(gpt2.eval(), PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
+    return LanguageModel(gpt2.eval().to(device), tokenizer)
 
 
 def spread(lowest: int, highest: int, count: int, seed: int) -> list[int]:
@@ -91,7 +107,9 @@ def states_of_continuations(language_model: LanguageModel, prompts: Rows, new: i
     """For each prompt the hidden states [new, D] that predict its tokens, as long as it does not end."""
     states = []
     for prompt, ids in zip(prompts, greedy_decode(language_model, prompts, new, batch), strict=True):
-        states.append(language_model.hidden_states(torch.tensor([prompt + ids[:-1]]))[0, len(prompt) - 1 :])
+        row = torch.tensor([prompt + ids[:-1]], device=language_model.device)
+        hidden = language_model.hidden_states(row)
+        states.append(hidden[0, len(prompt) - 1 :].cpu())
     return states
 
 
@@ -147,29 +165,56 @@ def generate_in_batches(language_model: LanguageModel, prompts: Rows, new: int, 
     return results
 
 
-def make_variant(name: str, language_model: LanguageModel, prompts: Rows, new: int, batch: int) -> Callable[[], Rows]:
+def make_variant(name: str, language_model: LanguageModel, prompts: Rows, new: int, batch: int,
+                 precision: str = "float32") -> Callable[[], Rows]:
     given = list(range(len(prompts)))
     if name == "ours":
-        return partial(greedy_decode, language_model, prompts, new, batch)
+        kind, enabled = language_model.device.type, precision == "bfloat16"
+        return torch.autocast(kind, torch.bfloat16, enabled)(
+            partial(greedy_decode, language_model, prompts, new, batch))
+    if precision == "bfloat16":
+        language_model = LanguageModel(deepcopy(language_model.model).bfloat16(), language_model.tokenizer)
     order = sorted(given, key=lambda row: -len(prompts[row])) if name == "sorted" else given
     return partial(generate_in_batches, language_model, prompts, new, order, 1 if name == "one_by_one" else batch)
 
 
-def check_equal(made: dict[str, Rows]) -> None:
-    """Raises SystemExit for the first variant whose tokens are not those of the first one."""
+@torch.inference_mode()
+def apart(language_model: LanguageModel, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """How far the logits of the first different tokens of two continuations are apart, as a share of the largest."""
+    one, other = [*one, END], [*other, END]
+    place = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    row = torch.tensor([prompt + one[:place]], device=language_model.device)
+    logits = language_model.model(row).logits[0, -1].double()
+    return float((logits[one[place]] - logits[other[place]]).abs() / logits.abs().max())
+
+
+def check_equal(made: dict[str, Rows], language_model: LanguageModel, prompts: Rows, precision: str) -> None:
+    """Tells which rows of the variants are not those of the first one.
+
+    Raises:
+        SystemExit: in float32, where their first different token is no tie up to rounding.
+    """
     first, *others = made
     for name in others:
         different = [row for row, ids in enumerate(made[name]) if ids != made[first][row]]
-        if different:
-            raise SystemExit(f"{name}: other tokens than {first} in {len(different)} rows, the first is {different[0]}")
+        for row in different if precision == "float32" else ():
+            gap = apart(language_model, prompts[row], made[name][row], made[first][row])
+            if not gap <= TIE:
+                raise SystemExit(f"{name}: other tokens than {first} in {len(different)} rows, in row {row} with "
+                                 f"logits {gap:.1e} apart")
+        told = f"{len(different)} rows differ from a tie on" if precision == "float32" else f"{len(different)} differ"
+        print(f"{name}: {sum(map(len, made[name]))} new tokens, {first} {sum(map(len, made[first]))}; "
+              f"{told if different else 'the same'}")
 
 
 # -- the program ---------------------------------------------------------------------------------------------------
 
 
-def target(size: str, variant: str) -> Target | None:
+def target(options: argparse.Namespace, variant: str) -> Target | None:
     """What ours should reach against a variant; ratios of small models are no evidence."""
-    return TARGETS.get(variant) if size == "real" else None
+    if options.size != "real":
+        return None
+    return TARGETS_ON_GPU.get(variant) if options.device == "cuda" else TARGETS.get(variant)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -182,8 +227,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("threads", torch.get_num_threads(), "of the CPU"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default: %(default)s)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    add_device_option(parser)
     options = parser.parse_args(argv)
+    check_device(parser, options.device)
     for name, least in (("prompts", 1), ("shortest", 1), ("new", 1), ("batch", 1), ("threads", 1), ("rounds", 2),
                         ("longest", options.shortest)):
         if getattr(options, name) < least:
@@ -199,22 +247,23 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     torch.set_num_threads(options.threads)
-    language_model, prompts = make_model(options.size), make_prompts(options)
+    language_model, prompts = make_model(options.size, options.device), make_prompts(options)
     states = states_of_continuations(language_model, prompts, options.new, options.batch)
     end_after(language_model, states, spread(1, options.new, options.prompts, seed=3))
-    runs = {name: make_variant(name, language_model, prompts, options.new, options.batch) for name in options.variants}
+    runs = {name: make_variant(name, language_model, prompts, options.new, options.batch, options.precision)
+            for name in options.variants}
     made = {name: run() for name, run in runs.items()}
-    check_equal(made)
     lengths = sorted(map(len, made[options.variants[0]]))
     print(f"{options.size}: {language_model.parameter_count() / 1e6:.1f} M parameters, {options.prompts} prompts of "
           f"{options.shortest} to {options.longest} tokens, {options.batch} at a time, at most {options.new} new ones")
-    print(f"float32, {conditions(options.threads)}")
-    print(f"same tokens in all variants; new tokens of the rows, sorted: {' '.join(map(str, lengths))}")
-    seconds = take_turns(runs, options.rounds)
+    print(f"{options.precision}, {conditions(options.threads, options.device)}")
+    print(f"new tokens of the rows, sorted: {' '.join(map(str, lengths))}")
+    check_equal(made, language_model, prompts, options.precision)
+    seconds = take_turns(runs, options.rounds, options.device)
     print_times(seconds, {})
     for name in options.variants:
         if "ours" in seconds and name != "ours":
-            print_time_ratio(f"{LABELS[name]} / ours", seconds[name], seconds["ours"], target(options.size, name))
+            print_time_ratio(f"{LABELS[name]} / ours", seconds[name], seconds["ours"], target(options, name))
 
 
 if __name__ == "__main__":

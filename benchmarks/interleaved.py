@@ -38,7 +38,25 @@ def add_common_options(parser: argparse.ArgumentParser, variants: Sequence[str])
     parser.add_argument("--rounds", type=int, default=6, help="the first is dropped (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--skip_memory", action="store_true", help="measure time alone")
+    add_device_option(parser)
     parser.add_argument("--memory_of", choices=variants, help=argparse.SUPPRESS)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends with a usage error where there is no such device; products in float32 are in float32 on all."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda: there is no GPU here")
+    torch.set_float32_matmul_precision("highest")
+
+
+def wait_for(device: str) -> None:
+    """Until all that a device was given is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def choose_variants(parser: argparse.ArgumentParser, asked: list[str] | None, packages: dict[str, str | None]) -> list:
@@ -50,7 +68,9 @@ def choose_variants(parser: argparse.ArgumentParser, asked: list[str] | None, pa
     return [name for name in packages if name not in missing and (not asked or name in asked)]
 
 
-def conditions(threads: int) -> str:
+def conditions(threads: int, device: str = "cpu") -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     allocator = " ".join(f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ)
     return f"{threads} threads, torch {torch.__version__}, allocator: {allocator or 'default'}"
 
@@ -81,13 +101,14 @@ def compare(name: str, result: tuple, reference: tuple, precision: str) -> None:
 # -- time ----------------------------------------------------------------------------------------------------------
 
 
-def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def take_turns(steps: dict[str, Step], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each variant by round, without the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
+            wait_for(device)
             seconds[name].append(time.perf_counter() - started)
     return {name: times[1:] for name, times in seconds.items()}
 
@@ -139,6 +160,25 @@ def peak_above_rest(step: Step) -> float:
         raise SystemExit(f"peak memory is told by Linux's /proc alone: give --skip_memory ({error})") from None
     step()
     return (high_water() - rest) / 1024
+
+
+def cuda_peak_of_each(steps: dict[str, Step], parameters: Sequence[Tensor]) -> dict[str, float]:
+    """MiB of a GPU's memory that one step of each variant allocates at its peak, above what is held before it.
+
+    parameters: all those that get gradients, which count as memory of the step.
+    """
+    peaks = {}
+    for name, step in steps.items():
+        for each in parameters:
+            each.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        rest = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        peaks[name] = (torch.cuda.max_memory_allocated() - rest) / 2**20
+    return peaks
 
 
 def high_water() -> int:

@@ -1,7 +1,7 @@
 """The distillation loss head alone: hidden states and heads to loss and gradients, ours against the peers.
 
-    python -m benchmarks.loss_head [--size small|real] [--positions 90] [--chunk_size 128] [--threads 1]
-                                   [--variants plain ours ...] [--rounds 6] [--skip_memory]
+    python -m benchmarks.loss_head [--size small|real] [--positions 90] [--chunk_size 128] [--device cpu|cuda]
+                                   [--threads 1] [--variants plain ours ...] [--rounds 6] [--skip_memory]
 
 Jensen-Shannon divergence (beta 1/2, temperature 1, no cross-entropy) per label token, forward and backward, with the
 gradients of the student's hidden states and head; random weights, float32. A batch has --total positions, of which
@@ -13,8 +13,9 @@ gradients of the student's hidden states and head; random weights, float32. A ba
   liger_compiled  the same with torch.compile, which is its default; compiling is not timed
   ours            model/vocabulary_loss.py on the gathered label positions
 Loss and gradients are compared first. Variants take turns, the first round is dropped. Peak memory is measured in a
-process of its own for each variant, with the default allocator, gradients included. Large temporaries are mapped anew
-in each step by glibc's default allocator; so that this does not slow the peers, time with
+process of its own for each variant, with the default allocator, gradients included; on a GPU it is
+what torch allocates. Large temporaries are mapped anew in each step by glibc's default allocator; so that this does not
+slow the peers, time with
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
@@ -31,9 +32,11 @@ from benchmarks.interleaved import (
     Step,
     Target,
     add_common_options,
+    check_device,
     choose_variants,
     compare,
     conditions,
+    cuda_peak_of_each,
     memory_of_each,
     peak_above_rest,
     print_memory_ratio,
@@ -67,7 +70,7 @@ class Inputs(NamedTuple):
     labels: Tensor
 
 
-def make_inputs(size: str, total: int, positions: int) -> Inputs:
+def make_inputs(size: str, total: int, positions: int, device: str = "cpu") -> Inputs:
     """Hidden states as a final layer norm leaves them, weights as GPT-2's are drawn; random label positions."""
     width, teacher_width, vocabulary = SIZES[size]
     draw = torch.Generator().manual_seed(0)
@@ -76,7 +79,10 @@ def make_inputs(size: str, total: int, positions: int) -> Inputs:
     index = torch.randperm(total, generator=draw)[:positions].sort().values
     labels = torch.full((total,), IGNORED)
     labels[index] = torch.randint(vocabulary, (positions,), generator=draw)
-    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden, teacher_weight, index, labels)
+    inputs = Inputs(*(each.to(device) for each in (hidden, weight, teacher_hidden, teacher_weight, index, labels)))
+    inputs.hidden.requires_grad_()
+    inputs.weight.requires_grad_()
+    return inputs
 
 
 # -- variants: the mean divergence over the label positions --------------------------------------------------------
@@ -153,6 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     add_common_options(parser, list(PACKAGES))
     options = parser.parse_args(argv)
+    check_device(parser, options.device)
     if not 1 <= options.positions <= options.total:
         parser.error(f"--positions is {options.positions}: expected 1 to {options.total} (--total)")
     if options.chunk_size < 1 or options.rounds < 2 or options.threads < 1:
@@ -172,22 +179,25 @@ def main(argv: list[str] | None = None) -> None:
         print(peak_above_rest(make_step(variant, make_inputs(options.size, options.total, options.positions),
                                         options.chunk_size)))
         return
-    measured = () if options.skip_memory else options.variants
+    on_cpu = options.device == "cpu"
+    measured = options.variants if on_cpu and not options.skip_memory else ()
     memory = memory_of_each("benchmarks.loss_head", argv, measured)
-    inputs = make_inputs(options.size, options.total, options.positions)
+    inputs = make_inputs(options.size, options.total, options.positions, options.device)
     print(f"{options.size}: {options.positions} of {options.total} positions, widths and vocabulary "
-          f"{SIZES[options.size]}, chunks of {options.chunk_size}, {conditions(options.threads)}")
+          f"{SIZES[options.size]}, chunks of {options.chunk_size}, {conditions(options.threads, options.device)}")
     steps = {variant: make_step(variant, inputs, options.chunk_size) for variant in options.variants}
     reference = make_step("plain", inputs, options.chunk_size)()
     for variant, step in steps.items():
         compare(variant, step(), reference, "float32")
-    seconds = take_turns(steps, options.rounds)
+    if not on_cpu and not options.skip_memory:
+        memory = cuda_peak_of_each(steps, [inputs.hidden, inputs.weight])
+    seconds = take_turns(steps, options.rounds, options.device)
     print_times(seconds, memory)
     if "ours" not in seconds:
         return
     for variant in options.variants:
         if variant != "ours":
-            target = TARGETS.get(variant) if options.size == "real" else None
+            target = TARGETS.get(variant) if options.size == "real" and on_cpu else None
             print_time_ratio(f"{variant} / ours", seconds[variant], seconds["ours"], target)
             if memory:
                 print_memory_ratio(f"ours / {variant}", memory["ours"], memory[variant])

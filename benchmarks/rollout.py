@@ -1,7 +1,8 @@
 """Rollouts drawn by student and teacher together, and on-policy divergence steps: ours against what others do.
 
     python -m benchmarks.rollout [--step] [--size tiny|small|real] [--batch 8] [--shortest 100] [--longest 300]
-                                 [--new 64] [--alpha 0.2] [--threads 1] [--variants ours processor ...] [--rounds 6]
+                                 [--new 64] [--alpha 0.2] [--device cpu|cuda] [--threads 1] [--rounds 6]
+                                 [--variants ours processor ...]
 
 Random GPT-2s (real: gpt2-medium teaches gpt2), no dropout, float32, the same weights, prompts and threads everywhere.
 No row ends early: the end-of-text has probability 0 in both models, so that all variants draw --batch rows of --new
@@ -40,7 +41,8 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from benchmarks import interleaved
 from benchmarks.decode import CONTEXT, END, Rows, make_prompts
 from benchmarks.interleaved import Target, choose_variants, compare, take_turns
-from benchmarks.kd_step import SIZES, Work, collate, make_models, plain_step
+from benchmarks.kd_step import plain_step
+from benchmarks.kd_work import SIZES, Work, collate, make_models
 from model.decoding import left_padded, make_voice
 from model.language_model import IGNORED, LanguageModel
 from model.rollout_sets import RolloutSets
@@ -61,7 +63,7 @@ SEED = 5
 Step = Callable[[], tuple]  # one step: (mean loss per token drawn, gradients, the batch [B, T] with these as labels)
 
 
-def make_pair(size: str) -> tuple[LanguageModel, LanguageModel]:
+def make_pair(size: str, device: str = "cpu") -> tuple[LanguageModel, LanguageModel]:
     """(teacher, student), the same weights at each call, in eval mode; text of token ids and spaces is their language.
 
     The end-of-text never comes: the first hidden feature is always 1, its weight for the end-of-text far below 0. The
@@ -69,7 +71,7 @@ def make_pair(size: str) -> tuple[LanguageModel, LanguageModel]:
     """
     words = {"<|endoftext|>": END, **{str(token): token for token in range(END + 1, SIZES[size][2])}}
     pair = []
-    for made in make_models(size):
+    for made in make_models(size, device):
         with torch.no_grad():
             final = made.model.base_model.ln_f
             final.weight[0], final.bias[0] = 0, 1
@@ -165,7 +167,7 @@ ROLLOUTS = {"ours": our_rollouts, "processor": processor_rollouts, "minillm": mi
 def expected(pair: tuple, prompts: Rows, tokens: Rows, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """log q, log p and log p~ after each prompt, [B, new, V] each, of forward passes over each row alone."""
     log_p, log_q = (torch.stack([
-        each.model(torch.tensor([prompt + drawn])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        each.model(torch.tensor([prompt + drawn], device=each.device)).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         for prompt, drawn in zip(prompts, tokens, strict=True)
     ]) for each in pair)
     return log_q, log_p, (alpha * log_p.double().exp() + (1 - alpha) * log_q.double().exp()).log()
@@ -173,7 +175,7 @@ def expected(pair: tuple, prompts: Rows, tokens: Rows, alpha: float) -> tuple[Te
 
 def of_drawn(log_probs: Tensor, tokens: Rows) -> Tensor:
     """The entries [B, new] of log-probabilities [B, new, V] at the tokens."""
-    return log_probs.gather(-1, torch.tensor(tokens)[..., None])[..., 0]
+    return log_probs.gather(-1, torch.tensor(tokens, device=log_probs.device)[..., None])[..., 0]
 
 
 def check_close(told: str, values: Tensor, right: Tensor) -> None:
@@ -246,17 +248,17 @@ def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
     return step
 
 
-def trl_step(size: str, prompts: Rows, new: int, _pair: tuple) -> Step:
+def trl_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
     """On models of its own, since it changes their settings."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    teacher, student = make_pair(size)
+    teacher, student = make_pair(size, pair[1].device.type)
     texts = [{"prompt": " ".join(map(str, prompt))} for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder:
         settings = DistillationConfig(
             output_dir=folder, beta=0.5, max_completion_length=new, per_device_train_batch_size=len(prompts), seed=SEED,
-            bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
+            bf16=False, use_cpu=pair[1].device.type == "cpu", gradient_checkpointing=False, report_to="none",
         )
         trainer = DistillationTrainer(student.model, teacher.model, settings, train_dataset=Dataset.from_list(texts),
                                       processing_class=student.tokenizer)
@@ -285,7 +287,7 @@ def check_step(name: str, step: Step, pair: tuple, new: int) -> None:
     """Compares loss and gradients with full logits on the tokens that were drawn; raises SystemExit."""
     loss, gradients, batch = step()
     check_length(name, [row[row != IGNORED].tolist() for row in batch["labels"]], new)
-    rows = [{key: each[row : row + 1] for key, each in batch.items()} for row in range(len(batch["labels"]))]
+    rows = [{key: each[row : row + 1].cpu() for key, each in batch.items()} for row in range(len(batch["labels"]))]
     compare(name, (loss, gradients), plain_step(*pair, Work(rows, [], len(rows) * new), "float32"), "float32")
 
 
@@ -302,7 +304,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.2, help="the teacher's share (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=list(PACKAGES | STEP_PACKAGES), help="default: all here")
+    interleaved.add_device_option(parser)
     options = parser.parse_args(argv)
+    interleaved.check_device(parser, options.device)
     for name, (_, least, _) in numbers.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} is {getattr(options, name)}: expected at least {least}")
@@ -324,11 +328,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     torch.set_num_threads(options.threads)
-    prompts, pair, new = make_prompts(options), make_pair(options.size), options.new
+    prompts, pair, new = make_prompts(options), make_pair(options.size, options.device), options.new
     source = "the student" if options.step else f"{options.alpha} p + {1 - options.alpha:.3g} q"
     print(f"{options.size}: {options.batch} prompts of {options.shortest} to {options.longest} tokens, {new} tokens "
           f"each drawn from {source}; {'on-policy divergence steps' if options.step else 'rollouts'}")
-    print(f"float32, {interleaved.conditions(options.threads)}")
+    print(f"float32, {interleaved.conditions(options.threads, options.device)}")
     runs: dict[str, Callable] = {}
     for name in options.variants:
         if options.step:
@@ -337,11 +341,12 @@ def main(argv: list[str] | None = None) -> None:
         else:
             runs[name] = partial(ROLLOUTS[name], *pair, prompts, new, options.alpha)
             check_rollouts(name, pair, prompts, new, options.alpha)
-    seconds = take_turns(runs, options.rounds)
+    seconds = take_turns(runs, options.rounds, options.device)
     interleaved.print_times(seconds, {})
+    is_evidence = options.size == "real" and options.device == "cpu"  # small models are none
     for name in options.variants:
         if "ours" in seconds and name != "ours":
-            target = TARGETS[name] if options.size == "real" else None  # small models are no evidence
+            target = TARGETS[name] if is_evidence else None
             interleaved.print_time_ratio(f"{LABELS[name]} / ours", seconds[name], seconds["ours"], target)
 
 

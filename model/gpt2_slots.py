@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from model.output_head import autocast_type
 from model.packed_gpt2 import activation_of, packed_hidden_states, plan_packing
-from model.slot_lengths import SlotLengths
+from model.slot_lengths import SlotLengths, additive, seen_keys
+from model.step_graph import StepGraphs, rounded
 
 PREFILL_TOKENS = 8192  # of prompts that are read together: bounds the memory of their activations
 
@@ -25,12 +26,15 @@ class GPT2Slots:
         self.base = base = language_model.model.base_model
         self.prune_last_block = language_model.prune_last_block
         dtype, device, attn = autocast_type(base.wte.weight), base.wte.weight.device, base.h[0].attn
+        self.room, on_gpu = room, device.type == "cuda"
         # Zeros, because what is not written yet is multiplied by 0, and must be finite.
-        shape = len(base.h), 2, count, attn.num_heads, room, attn.head_dim
+        shape = len(base.h), 2, count, attn.num_heads, rounded(room) if on_gpu else room, attn.head_dim
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.blocks = [block_weights(block, dtype) for block in base.h]
         self.rows = torch.arange(count, device=device)
         self.lengths = SlotLengths(count, device)
+        # There the launches of a step take longer than its work.
+        self.graphs = StepGraphs(self.step_of_all, count, device) if on_gpu else None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         return torch.cat([self._prefill(group) for group in groups(prompts)])
@@ -53,8 +57,22 @@ class GPT2Slots:
         return hidden
 
     def step(self, tokens: Tensor) -> Tensor:
-        count, places, longest = len(tokens), self.lengths.places, self.lengths.longest + 1
-        rows, mask = self.rows[:count], self._mask()
+        longest = self.lengths.longest + 1
+        if self.graphs is not None:
+            hidden = self.graphs.run(tokens, longest)
+        else:
+            hidden = self._step(tokens, self.lengths.places, longest, self._mask())
+        self.lengths.advance()
+        return hidden
+
+    def step_of_all(self, tokens: Tensor, keys: int) -> Tensor:
+        """Hidden states [count, D] of a token in each slot, in use or not, looking at the first `keys` places."""
+        places = self.lengths.of_all.clamp(max=self.room - 1)  # in a free slot a row may have used all its room
+        return self._step(tokens, places, keys, additive(seen_keys(places, keys), self.cache.dtype))
+
+    def _step(self, tokens: Tensor, places: Tensor, longest: int, mask: Tensor | None) -> Tensor:
+        count = len(tokens)
+        rows = self.rows[:count]
         hidden = self.base.wte.weight[tokens] + self.base.wpe.weight[places]
         for layer, block in enumerate(self.blocks):
             keys, values = self.cache[layer, 0, :count], self.cache[layer, 1, :count]
@@ -65,7 +83,6 @@ class GPT2Slots:
             )
             hidden = hidden + linear(mixed.reshape(count, -1), block.c_proj)
             hidden = hidden + linear(block.activation(linear(block.ln_2(hidden), block.c_fc)), block.mlp_proj)
-        self.lengths.advance()
         return self.base.ln_f(hidden)
 
     def _mask(self) -> Tensor | None:

@@ -184,7 +184,7 @@ class TeacherStudent(nn.Module):
             measured = zip(self.penalties, ("frequency_penalty", "diversity_penalty", "entropy_penalty"), strict=False)
             of_tokens |= {name: getattr(loss, name) for weight, name in measured if weight}
         of_sequences = {"sequence_reverse_kl": -drawn.rewards.sum(),
-                        "rollout_length": torch.tensor(float(sum(drawn.counts)), device=drawn.rewards.device)}
+                        "rollout_length": torch.full((), float(sum(drawn.counts)), device=drawn.rewards.device)}
         return {**{name: value * rollout.token_scale for name, value in of_tokens.items()},
                 **{name: value * rollout.sequence_scale for name, value in of_sequences.items()}}
 

@@ -79,7 +79,7 @@ def policy_loss(
     sequences = torch.repeat_interleave(torch.arange(len(drawn.counts)), torch.tensor(drawn.counts, dtype=torch.int64))
     parts = even_parts(len(hidden), chunk_size) if penalties is None else whole_sequences(drawn.counts, chunk_size)
     terms = partial(
-        policy_terms, drawn=drawn, sequences=sequences.to(hidden.device), temperature=temperature,
+        policy_terms, drawn=drawn, sequences=sequences, temperature=temperature,
         clip_epsilon=clip_epsilon, penalties=penalties, factor=factor,
     )
     loss, sums = chunked_loss(
@@ -149,7 +149,9 @@ def penalty_terms(log_q: Tensor, q: Tensor, sequences: Tensor, penalties: Penalt
     nothing = log_q.new_zeros(())
     if penalties is None or not len(log_q):
         return nothing, [nothing] * 3, None
-    rows, counts = torch.unique_consecutive(sequences, return_inverse=True, return_counts=True)[1:]
+    # Counted on the CPU: how many sequences there are decides shapes, and asking the device would mean waiting.
+    rows, counts = (each.to(log_q.device, non_blocking=True) for each in torch.unique_consecutive(
+        sequences, return_inverse=True, return_counts=True)[1:])
     frequency, diversity, entropy, floor, embeddings = penalties
     measures: list[tuple[float, Callable[[Tensor], Tensor]]] = [
         (frequency, lambda each: frequency_penalty(each, rows, counts)),

@@ -20,18 +20,17 @@ class SlotLengths:
     def longest(self) -> int:
         return max(self.sizes)
 
-    def visible(self, window: int | None = None) -> Tensor:
-        """Which keys each row's next token sees, bool [n, 1, 1, longest + 1]: its own and earlier, within a window."""
-        keys, own = torch.arange(self.longest + 1, device=self._all.device), self.places[:, None]
-        seen = keys <= own
-        if window is not None:
-            seen &= keys > own - window
-        return seen[:, None, None]
+    @property
+    def of_all(self) -> Tensor:
+        """`places` of all slots, int64 [count]; those of the free ones are what they were."""
+        return self._all
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
-        """`visible` as what is added to the scores: 0 or -inf. Unlike bool, right for eager attention, which adds."""
-        seen = self.visible(window)
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        """Which keys each row's next token sees, [n, 1, 1, longest + 1]: its own and earlier, within a window.
+
+        It is to be added to the scores: 0 or -inf. Unlike bool, right for eager attention, which adds.
+        """
+        return additive(seen_keys(self.places, self.longest + 1, window), dtype)
 
     def add(self, sizes: list[int]) -> None:
         start = len(self.sizes)
@@ -48,3 +47,17 @@ class SlotLengths:
 
     def drop(self) -> None:
         self.sizes.pop()
+
+
+def seen_keys(places: Tensor, count: int, window: int | None = None) -> Tensor:
+    """Which of the first `count` keys tokens at places [n] see: bool [n, 1, 1, count]."""
+    keys, own = torch.arange(count, device=places.device), places[:, None]
+    seen = keys <= own
+    if window is not None:
+        seen &= keys > own - window
+    return seen[:, None, None]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a key is seen, else -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)

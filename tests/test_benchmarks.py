@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, interleaved, kd_step, loss_head
+from benchmarks import decode, interleaved, kd_step, kd_work, loss_head
 from model.divergences import choose_divergence
 from model.teacher_student import TeacherStudent
 
@@ -62,7 +62,7 @@ def test_gradients_are_compared_too():
 def test_rows_of_different_length(batch):
     """Fault: The peers' batches hold another share of padding than told, or ours other rows than theirs."""
     options = kd_step.parse(["--size", "tiny", "--lengths", "real", "--batch", str(batch)])
-    work = kd_step.make_work(options)
+    work = kd_work.make_work(options)
     attended = sum(batch["attention_mask"].sum().item() for batch in work.of_peers)
     places = sum(batch["attention_mask"].numel() for batch in work.of_peers)
     assert abs(1 - attended / places - 0.25) < 0.005
@@ -79,9 +79,12 @@ def test_rows_of_different_length(batch):
 def test_targets_belong_to_real_sizes():
     """Fault: A ratio of a small model, or of another precision, is held against a target for real sizes."""
 
-    def target(size, lengths, precision, peer_precision):
+    def target(size, lengths, precision, peer_precision, device="cpu"):
         return kd_step.step_target(argparse.Namespace(
-            size=size, lengths=lengths, precision=precision, peer_precision=peer_precision))
+            size=size, lengths=lengths, precision=precision, peer_precision=peer_precision, device=device))
+
+    def of_decoding(size, variant, device="cpu"):
+        return decode.target(argparse.Namespace(size=size, device=device), variant)
 
     assert str(target("real", "full", "float32", "float32")) == "; reach at least 1.35, goal 1.45"
     assert str(target("real", "full", "bfloat16", "bfloat16")) == "; reach at least 1.35, goal 1.6"
@@ -89,9 +92,13 @@ def test_targets_belong_to_real_sizes():
     assert str(kd_step.MOST_MEMORY) == "; reach at most 0.2, goal 0.167"
     assert target("small", "full", "float32", "float32") is None
     assert target("real", "full", "float32", "bfloat16") is None
-    assert str(decode.target("real", "batched")) == "; reach at least 2.4, goal 3"
-    assert str(decode.target("real", "sorted")) == "; reach at least 1.9, goal 2.4"
-    assert decode.target("small", "sorted") is None and decode.target("real", "one_by_one") is None
+    assert str(target("real", "full", "bfloat16", "bfloat16", "cuda")) == "; reach at least 2.5, goal 3"
+    assert str(target("real", "real", "bfloat16", "bfloat16", "cuda")) == "; reach at least 3.5, goal 4"
+    assert target("real", "full", "float32", "float32", "cuda") is None
+    assert str(of_decoding("real", "batched")) == "; reach at least 2.4, goal 3"
+    assert str(of_decoding("real", "sorted")) == "; reach at least 1.9, goal 2.4"
+    assert str(of_decoding("real", "batched", "cuda")) == "; reach at least 5, goal 5"
+    assert of_decoding("small", "sorted") is None and of_decoding("real", "one_by_one") is None
 
 
 def test_decoding_variants_take_turns(capsys):
@@ -99,10 +106,11 @@ def test_decoding_variants_take_turns(capsys):
     decode.main(DECODE)
     lines = capsys.readouterr().out.splitlines()
     lengths = [int(each) for each in lines[2].partition("sorted: ")[2].split()]
-    assert lines[2].startswith("same tokens") and len(lengths) == 9 and len(set(lengths)) >= 6
+    assert lines[2].startswith("new tokens of the rows") and len(lengths) == 9 and len(set(lengths)) >= 6
     assert min(lengths) <= 5 and max(lengths) >= 15
-    assert [line.split()[0] for line in lines[3:7]] == list(decode.VARIANTS)
-    assert [line.partition(" / ours: ")[0] for line in lines[7:]] == [
+    assert [line.split("; ")[-1] for line in lines[3:6]] == ["the same"] * 3
+    assert [line.split()[0] for line in lines[6:10]] == list(decode.VARIANTS)
+    assert [line.partition(" / ours: ")[0] for line in lines[10:]] == [
         "time generate, batched", "time generate, batched, sorted", "time generate, one by one"]
 
 
@@ -132,6 +140,18 @@ def test_batches_of_generate(monkeypatch):
         shapes.clear()
         assert decode.make_variant(name, None, prompts, 5, 2)() == prompts
         assert shapes == expected
+
+
+def test_a_tie_is_no_other_token():
+    """Fault: A row that rounding turns off at a tie counts as wrong, or a wrong row as a tie."""
+    model, prompt = decode.make_model("tiny"), [5, 9, 3]
+    with torch.inference_mode():
+        logits = model.model(torch.tensor([[*prompt, 7]])).logits[0, -1]
+    best, second = logits.topk(2).indices.tolist()
+    gap = decode.apart(model, prompt, [7, best, 4], [7, second])
+    assert gap == pytest.approx(float((logits[best] - logits[second]) / logits.abs().max()), rel=1e-4)
+    assert gap > decode.TIE
+    assert decode.apart(model, prompt, [7, best], [7, best, 4]) > decode.TIE  # one has ended
 
 
 def test_other_tokens_are_refused(monkeypatch, capsys):

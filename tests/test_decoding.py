@@ -17,7 +17,7 @@ from tests.test_fine_tuning import gpt2_with_constant_logits
 
 def generated(model: LanguageModel, prompt: list[int], max_new_tokens: int, **settings) -> list[int]:
     """New ids of the library's `generate` for one prompt, without end-of-text."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     network = model.model.eval()
     output = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=END,

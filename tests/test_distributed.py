@@ -1,7 +1,7 @@
 """Two processes of torch's launcher on the CPU (gloo) train what one process trains."""
 
-
 import pytest
+import torch
 
 from tests.small_runs import (
     assert_equal_weights,
@@ -12,6 +12,7 @@ from tests.small_runs import (
     metrics,
     weights,
 )
+from utils.devices import DeviceError, find_place
 
 
 @pytest.mark.slow
@@ -50,3 +51,22 @@ def test_two_processes_resume_exactly(tmp_path):
     launch("train.py", tmp_path, parts, 2)
     assert "resuming from" in launch("train.py", tmp_path, changed(parts, trainer_kwargs={"max_steps": None}), 2)
     assert_equal_weights(*(weights(tmp_path / name / "model_checkpoints/last") for name in ("whole", "parts")))
+
+
+@pytest.mark.parametrize(("ids", "expected"), [((2,), "cuda:2"), ((), "cuda:1")])
+def test_a_group_of_one(monkeypatch, ids, expected):
+    """Fault: multi_gpu with one GPU trains on another than the one it names, or says nothing of it."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in (("is_available", True), ("device_count", 4), ("set_device", None), ("get_device_name", "A"),
+                        ("get_device_capability", (8, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    place = find_place("auto", 1, "auto", True, ids)
+    assert (str(place.device), place.precision, place.world_size) == (expected, "bfloat16", 1)
+    assert place.notices == ["multi_gpu: there is one GPU to use, so one process trains"]
+    assert find_place("auto", 1, "float32").notices == []
+    with pytest.raises(DeviceError, match=r"^gpu_device_id is 5: expected one of the GPUs present: 0 \(A\), 1 \(A\), "):
+        find_place("auto", 5, "auto")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(DeviceError, match="process 1 of the launcher has no GPU"):
+        find_place("auto", 1, "auto", True, (3,))

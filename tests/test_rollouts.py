@@ -33,8 +33,8 @@ def teacher() -> LanguageModel:
 def forward(model: LanguageModel, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """(hidden states [T, D], logits [T, V]) of one row, float64: one forward pass of the library, without cache."""
     with torch.no_grad():
-        output = model.model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
-    return output.hidden_states[-1][0].double().numpy(), output.logits[0].double().numpy()
+        output = model.model(torch.tensor([ids], device=model.device), output_hidden_states=True, use_cache=False)
+    return output.hidden_states[-1][0].double().cpu().numpy(), output.logits[0].double().cpu().numpy()
 
 
 def log_softmax(logits: np.ndarray, temperature: float) -> np.ndarray:

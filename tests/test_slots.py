@@ -2,16 +2,19 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model.gpt2_slots
+import model.step_graph
 from model.decoding import decode, make_voice
 from model.gpt2_slots import GPT2Slots
 from model.language_model import LanguageModel, evaluating
 from model.slots import LibrarySlots, SeparateSlots, make_slots
+from model.step_graph import StepGraphs, rounded
 from tests.conftest import END, byte_tokenizer
 from tests.test_decoding import ending_model, random_prompts
 from tests.test_families import tiny_family
@@ -119,6 +122,35 @@ def test_variants_of_gpt2(changes, prune):
     rows.prefill([4], 1e-10)
     for _ in range(3):
         rows.step(1e-10)
+
+
+class Recomputed(StepGraphs):
+    """On a CPU: a replay computes again, into the same place."""
+
+    def capture(self, keys: int):
+        hidden = self.step(self.tokens, keys).clone()
+        return SimpleNamespace(replay=lambda: hidden.copy_(self.step(self.tokens, keys))), hidden
+
+
+def replayed(model: LanguageModel, count: int, room: int) -> GPT2Slots:
+    slots = GPT2Slots(model, count, rounded(room))
+    slots.room, slots.graphs = room, Recomputed(slots.step_of_all, count, model.device)
+    return slots
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_replayed_steps_equal_rows_alone(seed, monkeypatch):
+    """Fault: a recorded step sees the tokens, lengths or keys of when it was recorded, or of a free slot."""
+    monkeypatch.setattr(model.step_graph, "KEYS", 8)
+    language_model = gpt2(seed).double()
+    long_run(language_model, replayed, 1e-10, seed)
+    slots = replayed(language_model, 2, 8)
+    slots.prefill([[1, 2, 3], [4, 5, 6, 7]])
+    first = slots.step(torch.tensor([8, 9]))
+    kept = first.clone()
+    slots.step(torch.tensor([10, 11]))
+    assert torch.equal(first, kept)  # a replay must not change what was handed out
 
 
 @torch.no_grad()
