@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 def validate(options: ValidateOptions) -> int:
     output_dir = Path(options.output_dir)
     place = find_place("auto" if options.device_id is None or options.device_id >= 0 else "cpu", options.device_id,
-                       options.precision)
+                       options.precision, key="--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
     make_folder(output_dir)

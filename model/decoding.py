@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from model.language_model import LanguageModel, ModelError, evaluating
 from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.slots import make_slots
+from model.transfer import to_device
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
 # (row numbers [n], places of the next token in each row's continuation [n], hidden states [n, D] of each voice)
@@ -33,7 +34,7 @@ class Voice(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] in float32 at least."""
         precision = torch.promote_types(hidden.dtype, torch.float32)
-        states = hidden.to(self.head.weight.device, self.head.weight.dtype, non_blocking=True)
+        states = to_device(hidden, self.head.weight.device, self.head.weight.dtype)
         return head_logits(states, self.head, precision, with_slope=False)[0]
 
 
@@ -105,7 +106,7 @@ def decode(
     while waiting or live:
         fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
         new = [prompts[row] for row in fresh]
-        hidden = [read(cache, tokens.to(voice.language_model.device, non_blocking=True), new)
+        hidden = [read(cache, to_device(tokens, voice.language_model.device), new)
                   for voice, cache in zip(voices, caches, strict=True)]
         live += fresh
         rows = torch.tensor(live, device=device)
@@ -114,7 +115,7 @@ def decode(
         chosen = [choose(rows, places, hidden)]
         for _ in range(until_look - 1):
             places = places + 1
-            hidden = [cache.step(chosen[-1].to(voice.language_model.device, non_blocking=True))
+            hidden = [cache.step(to_device(chosen[-1], voice.language_model.device))
                       for voice, cache in zip(voices, caches, strict=True)]
             chosen.append(choose(rows, places, hidden))
         ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_id, max_new_tokens)

@@ -11,6 +11,7 @@ from model.output_head import autocast_type
 from model.packed_gpt2 import activation_of, packed_hidden_states, plan_packing
 from model.slot_lengths import SlotLengths, additive, seen_keys
 from model.step_graph import StepGraphs, rounded
+from model.transfer import to_device
 
 PREFILL_TOKENS = 8192  # of prompts that are read together: bounds the memory of their activations
 
@@ -45,14 +46,15 @@ class GPT2Slots:
         padded = torch.arange(len(sizes)) * max(sizes) + torch.tensor(sizes) - 1  # the ends, as if rows were padded
         packing = plan_packing(padded, (len(sizes), max(sizes)), cut=True)
         packing = packing._replace(tokens=torch.arange(len(tokens), device=device),
-                                   positions=packing.positions.to(device), selected=packing.selected.to(device))
+                                   positions=to_device(packing.positions, device),
+                                   selected=to_device(packing.selected, device))
 
         def keep(layer: int, key: Tensor, value: Tensor) -> None:
             for kind, each in enumerate((key, value)):
                 for slot, part in enumerate(each.split(sizes), first):
                     self.cache[layer, kind, slot, :, : len(part)] = part.transpose(0, 1)
 
-        hidden = packed_hidden_states(self.base, tokens.to(device), packing, self.prune_last_block, keep)
+        hidden = packed_hidden_states(self.base, to_device(tokens, device), packing, self.prune_last_block, keep)
         self.lengths.add(sizes)
         return hidden
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from model.output_head import OutputHead
 from model.packed_gpt2 import can_pack, packed_hidden_states, plan_packing
 from model.tied_weight import tied
+from model.transfer import to_device
 
 IGNORED = -100  # label of a position that takes no loss
 
@@ -119,7 +120,7 @@ class LanguageModel(nn.Module):
         """
         arguments = {}
         if attention_mask is not None and not is_right_padded(attention_mask):
-            attention_mask = attention_mask.to(input_ids.device, non_blocking=True)
+            attention_mask = to_device(attention_mask, input_ids.device)
             arguments["attention_mask"] = attention_mask
             if self._takes_positions:
                 arguments["position_ids"] = position_ids(attention_mask)
@@ -137,14 +138,14 @@ class LanguageModel(nn.Module):
         lookup: of `head_and_lookup`, where the hidden states go through that head.
         """
         index, targets = label_positions(labels)
-        targets, input_ids = (each.to(self.device, non_blocking=True) for each in (targets, input_ids))
+        targets, input_ids = (to_device(each, self.device) for each in (targets, input_ids))
         padded_left = attention_mask is not None and not is_right_padded(attention_mask.cpu())
         switched_off = not (self.pack_rows or self.prune_last_block)
         if padded_left or switched_off or not len(index) or not can_pack(self.model):
             hidden = self.hidden_states(input_ids, attention_mask).flatten(0, 1)
-            return hidden[index.to(self.device, non_blocking=True)], targets
+            return hidden[to_device(index, self.device)], targets
         packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)
-        packing = packing._replace(**{name: getattr(packing, name).to(self.device, non_blocking=True)
+        packing = packing._replace(**{name: to_device(getattr(packing, name), self.device)
                                       for name in ("tokens", "positions", "selected")})
         hidden = packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup)
         return hidden, targets

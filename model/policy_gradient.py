@@ -15,6 +15,7 @@ from model.policy_loss import Penalties, PolicyTokens, policy_loss
 from model.rollout_sets import RolloutBatch, RolloutSets, on_highlights
 from model.rollouts import RolloutOptions
 from model.teacher import Teacher, are_finite
+from model.transfer import to_device
 from model.vocabulary import shared_vocabulary
 from model.vocabulary_loss import vocabulary_loss
 
@@ -154,7 +155,7 @@ class TeacherStudent(nn.Module):
                                         chunk_size=self.chunk_size)
         if rollout.input_ids is not input_ids or self.lm_weight == 0:
             hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
-        drawn = PolicyTokens(*(each.to(hidden.device, non_blocking=True) if isinstance(each, Tensor) else each
+        drawn = PolicyTokens(*(to_device(each, hidden.device) if isinstance(each, Tensor) else each
                                for each in rollout.drawn))
         of_rollout = policy_loss(
             hidden, head, drawn, rollout.teacher, vocabulary=self.vocabulary, temperature=self.temperature,

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.divergences import reverse_terms
 from model.output_head import OutputHead
 from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty
+from model.transfer import to_device
 from model.vocabulary_loss import TeacherHidden, chunked_loss, even_parts
 
 
@@ -150,7 +151,7 @@ def penalty_terms(log_q: Tensor, q: Tensor, sequences: Tensor, penalties: Penalt
     if penalties is None or not len(log_q):
         return nothing, [nothing] * 3, None
     # Counted on the CPU: how many sequences there are decides shapes, and asking the device would mean waiting.
-    rows, counts = (each.to(log_q.device, non_blocking=True) for each in torch.unique_consecutive(
+    rows, counts = (to_device(each, log_q.device) for each in torch.unique_consecutive(
         sequences, return_inverse=True, return_counts=True)[1:])
     frequency, diversity, entropy, floor, embeddings = penalties
     measures: list[tuple[float, Callable[[Tensor], Tensor]]] = [

@@ -17,6 +17,7 @@ from model.rewards import immediate_rewards, importance_weights, long_term_rewar
 from model.rollouts import RolloutOptions, Rollouts, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
 from model.sampling import row_uniforms
 from model.teacher import Teacher
+from model.transfer import to_device
 from model.vocabulary_loss import TeacherHidden
 
 COLLAPSED_SETS = 10  # in a row, after which training stops
@@ -201,7 +202,7 @@ class RolloutSets:
 
     def log_probs_of_teacher(self, hidden: Tensor, labels: Tensor) -> Tensor:
         of_student = self.teacher.to_student(hidden)
-        targets = label_positions(labels).targets.to(of_student.hidden.device)
+        targets = to_device(label_positions(labels).targets, of_student.hidden.device)
         return token_log_probs(*of_student, targets, self.vocabulary, self.temperature, self.chunk_size)
 
     def nothing(self) -> Rollouts:

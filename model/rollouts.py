@@ -13,6 +13,7 @@ from model.decoding import Progress, Voice, check_prompts, decode
 from model.language_model import IGNORED
 from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.sampling import SamplingOptions, draw, log_prob_of
+from model.transfer import to_device
 
 
 class RolloutOptions(NamedTuple):
@@ -116,7 +117,7 @@ class Notes:
         self.entropy[rows, places] = -log_q.exp().mul_(log_q).sum(-1)
         if self.teacher is not None:
             self.log_p[rows, places] = log_prob_of(of_teacher, drawn.tokens)
-            states = hidden[1].to(self.log_q.device, non_blocking=True)
+            states = to_device(hidden[1], self.log_q.device)
             if self.hidden is None:
                 self.hidden = states.new_zeros(*self.log_q.shape, states.shape[-1])
             self.hidden[rows, places] = states
@@ -149,7 +150,7 @@ def token_log_probs(
 def real_tokens(tokens: list[list[int]], length: int, device: torch.device) -> Tensor:
     """Mask of sequences of these tokens: bool [R, length]."""
     counts = torch.tensor([len(each) for each in tokens])
-    return (torch.arange(length) < counts[:, None]).to(device)
+    return to_device(torch.arange(length) < counts[:, None], device)
 
 
 def split_rows(batch: dict) -> tuple[list[list[int]], list[list[int]]]:

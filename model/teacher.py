@@ -11,6 +11,7 @@ from model.doing import TEACHER, doing
 from model.language_model import LanguageModel
 from model.objective import arguments_of
 from model.output_head import OutputHead, autocast_type
+from model.transfer import to_device
 from model.vocabulary_loss import TeacherHidden, TeacherTopK
 
 
@@ -49,7 +50,7 @@ class Teacher:
 
     def to_student(self, hidden: Tensor) -> TeacherHidden:
         """The hidden states on the student's device, with the head."""
-        return TeacherHidden(hidden.to(self.student_device, non_blocking=True), self.head)
+        return TeacherHidden(to_device(hidden, self.student_device), self.head)
 
     def outputs(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> TeacherHidden:
         """What `TeacherStudent` needs of one batch."""

@@ -20,6 +20,7 @@ from data.token_cache import TokenTable
 from model.objective import arguments_of
 from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.teacher import Teacher, are_finite, move_head, one_ahead
+from model.transfer import to_device
 from model.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
@@ -215,10 +216,10 @@ class CachedTeacher:
             values = found["hidden"]
             hidden = torch.from_numpy(values.view("int16") if values.dtype == "uint16" else values)
             hidden = hidden.view(torch.bfloat16) if values.dtype == "uint16" else hidden
-            return TeacherHidden(hidden.to(device, non_blocking=True), self.head)
+            return TeacherHidden(to_device(hidden, device), self.head)
         ids = torch.from_numpy(found["ids"].astype("int64"))
         log_probs, log_rest = torch.from_numpy(found["log_probs"]), torch.from_numpy(found["log_rest"][:, 0])
-        return TeacherTopK(*(each.to(device, non_blocking=True) for each in (ids, log_probs, log_rest)))
+        return TeacherTopK(*(to_device(each, device) for each in (ids, log_probs, log_rest)))
 
 
 def read_head(path: Path) -> OutputHead:

@@ -123,7 +123,8 @@ def find_place(
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if world_size > 1 and torch.cuda.is_available() and device != "cpu":
+    in_group = world_size > 1 or (multi_gpu and multi_gpu_ids)  # a group of one takes the GPU that is named for it
+    if in_group and torch.cuda.is_available() and device != "cpu":
         gpus = gpus_of_group(multi_gpu_ids)
         if local_rank >= len(gpus):
             raise DeviceError(
@@ -134,6 +135,8 @@ def find_place(
     chosen, notices = choose_device(device, gpu_device_id, key)
     if multi_gpu and chosen.type == "cpu":
         notices.append("no GPU in use: multi_gpu ignored")
+    elif multi_gpu and world_size == 1:
+        notices.append("multi_gpu: there is one GPU to use, so one process trains")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not distributed.is_initialized():
