@@ -44,10 +44,8 @@ class GPT2Slots:
         sizes, first, device = [len(prompt) for prompt in prompts], len(self.lengths.sizes), self.cache.device
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         padded = torch.arange(len(sizes)) * max(sizes) + torch.tensor(sizes) - 1  # the ends, as if rows were padded
-        packing = plan_packing(padded, (len(sizes), max(sizes)), cut=True)
-        packing = packing._replace(tokens=torch.arange(len(tokens), device=device),
-                                   positions=to_device(packing.positions, device),
-                                   selected=to_device(packing.selected, device))
+        packing = plan_packing(padded, (len(sizes), max(sizes)), cut=True, device=device)
+        packing = packing._replace(tokens=torch.arange(len(tokens), device=device))
 
         def keep(layer: int, key: Tensor, value: Tensor) -> None:
             for kind, each in enumerate((key, value)):

@@ -144,9 +144,7 @@ class LanguageModel(nn.Module):
         if padded_left or switched_off or not len(index) or not can_pack(self.model):
             hidden = self.hidden_states(input_ids, attention_mask).flatten(0, 1)
             return hidden[to_device(index, self.device)], targets
-        packing = plan_packing(index.cpu(), tuple(labels.shape), cut=self.pack_rows)
-        packing = packing._replace(**{name: to_device(getattr(packing, name), self.device)
-                                      for name in ("tokens", "positions", "selected")})
+        packing = plan_packing(index.cpu(), tuple(labels.shape), self.pack_rows, self.device)
         hidden = packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup)
         return hidden, targets
 

@@ -15,26 +15,28 @@ from torch.nn import functional as F
 from transformers import GPT2Model
 
 from model.gelu_linear import gelu_linear
+from model.row_attention import Rows, attention_of_some, causal_attention, place_rows
+from model.transfer import to_device
 
 Keep = Callable[[int, Tensor, Tensor], None]  # takes (block number, keys [P, heads, head_dim], values of that shape)
 
 
 class Packing(NamedTuple):
-    """Which tokens are computed, all int64 on one device except `lengths`.
+    """Which tokens are computed, all int64 on one device.
 
-    tokens [P]: positions in the flattened [B * T]. positions [P]: their places in their rows. lengths: tokens of each
-    row, in order. selected [N]: which of the P are asked for, in row order. counts: how many of them in each row.
+    tokens [P]: positions in the flattened [B * T]. positions [P]: their places in their rows. rows: how these tokens
+    are cut into rows. selected [N]: which of the P are asked for, in row order. queries: how these are cut into rows.
     """
 
     tokens: Tensor
     positions: Tensor
-    lengths: list[int]
+    rows: Rows
     selected: Tensor
-    counts: list[int]
+    queries: Rows
 
 
-def plan_packing(index: Tensor, shape: tuple[int, int], cut: bool) -> Packing:
-    """The packing for the hidden states at `index` [N] of a flattened [B, T] batch, on the CPU.
+def plan_packing(index: Tensor, shape: tuple[int, int], cut: bool, device: torch.device) -> Packing:
+    """The packing on a device for the hidden states at `index` [N], on the CPU, of a flattened [B, T] batch.
 
     cut: each row ends with its last selected position, since no later token can change it; rows without one are left
     out. Otherwise all T tokens of every row are computed.
@@ -49,7 +51,9 @@ def plan_packing(index: Tensor, shape: tuple[int, int], cut: bool) -> Packing:
     tokens = kept.flatten().nonzero()[:, 0]
     selected = kept.flatten().cumsum(0)[index] - 1
     used = lengths > 0
-    return Packing(tokens, tokens % length, lengths[used].tolist(), selected, counts[used].tolist())
+    tokens, positions, selected = (to_device(each, device) for each in (tokens, tokens % length, selected))
+    of_rows, of_queries = (place_rows(each[used].tolist(), device) for each in (lengths, counts))
+    return Packing(tokens, positions, of_rows, selected, of_queries)
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -71,17 +75,17 @@ def packed_hidden_states(
     keep: is handed the keys and values of all P tokens of every block. lookup: the token embedding's weight, for a
     sparse gradient; None is the module's own, for a dense one.
     """
-    lengths = packing.lengths
+    rows = packing.rows
     tokens = input_ids.flatten()[packing.tokens]
     embedded = base.wte(tokens) if lookup is None else F.embedding(tokens, lookup, sparse=True)
     hidden = embedded + base.wpe(packing.positions)
     hidden = base.drop(hidden)
     *blocks, last = base.h
     for block in blocks:
-        hidden = hidden + attention(block.attn, block.ln_1(hidden), lengths, keep)
+        hidden = hidden + attention(block.attn, block.ln_1(hidden), rows, keep)
         hidden = hidden + feed_forward(block, hidden)
     if not prune_last_block:
-        hidden = hidden + attention(last.attn, last.ln_1(hidden), lengths, keep)
+        hidden = hidden + attention(last.attn, last.ln_1(hidden), rows, keep)
         hidden = (hidden + feed_forward(last, hidden))[packing.selected]
         return base.ln_f(hidden)
     attended = attention_at(last.attn, last.ln_1(hidden), packing, keep)
@@ -89,21 +93,12 @@ def packed_hidden_states(
     return base.ln_f(hidden + feed_forward(last, hidden))
 
 
-def attention(attn: nn.Module, hidden: Tensor, lengths: list[int], keep: Keep | None = None) -> Tensor:
+def attention(attn: nn.Module, hidden: Tensor, rows: Rows, keep: Keep | None = None) -> Tensor:
     """Causal attention within each row; hidden [P, D]."""
     query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in attn.c_attn(hidden).chunk(3, dim=-1))
     if keep is not None:
         keep(attn.layer_idx, key, value)
-    options = {"dropout_p": attn.attn_dropout.p if attn.training else 0.0, "is_causal": True, "scale": attn.scaling}
-    if len(set(lengths)) == 1:
-        batch = (each.unflatten(0, (len(lengths), -1)).transpose(1, 2) for each in (query, key, value))
-        mixed = F.scaled_dot_product_attention(*batch, **options).transpose(1, 2).flatten(0, 1)
-    else:
-        rows = zip(*(each.split(lengths) for each in (query, key, value)), strict=True)
-        mixed = torch.cat([
-            F.scaled_dot_product_attention(*(each.transpose(0, 1)[None] for each in row), **options)[0].transpose(0, 1)
-            for row in rows
-        ])
+    mixed = causal_attention(query, key, value, rows, attn.scaling, dropout_of(attn))
     return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
 
 
@@ -116,20 +111,15 @@ def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing, keep: Keep |
     query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in (query, key, value))
     if keep is not None:
         keep(attn.layer_idx, key, value)
-    heads = [each.transpose(0, 1)[None] for each in (query, key, value)]
-    places = packing.positions[packing.selected]
-    rows = zip(
-        heads[0].split(packing.counts, dim=2), heads[1].split(packing.lengths, dim=2),
-        heads[2].split(packing.lengths, dim=2), places.split(packing.counts), strict=True,
+    mixed = attention_of_some(
+        query, key, value, packing.rows, packing.queries, packing.positions[packing.selected], attn.scaling,
+        dropout_of(attn),
     )
-    mixed = [
-        F.scaled_dot_product_attention(
-            query, key, value, attn_mask=torch.arange(key.shape[2], device=key.device) <= place[:, None],
-            dropout_p=attn.attn_dropout.p if attn.training else 0.0, scale=attn.scaling,
-        )[0].transpose(0, 1)
-        for query, key, value, place in rows
-    ]
-    return attn.resid_dropout(attn.c_proj(torch.cat(mixed).flatten(1)))
+    return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
+
+
+def dropout_of(attn: nn.Module) -> float:
+    return attn.attn_dropout.p if attn.training else 0.0
 
 
 def feed_forward(block: nn.Module, hidden: Tensor) -> Tensor:

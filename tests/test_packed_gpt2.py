@@ -8,8 +8,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from model import language_model as language_model_module
+from model import row_attention
 from model.language_model import LanguageModel
 from model.packed_gpt2 import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
+from model.row_attention import place_rows
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import predicted_from, random_rows, randomised
 
@@ -25,6 +27,12 @@ BATCHES = {
     "one row": [(9, [6, 7, 8])],
     "one token": [(2, [1]), (2, [1])],
 }
+
+
+@pytest.fixture(params=[(), ("cpu",)], ids=["row by row", "padded"])
+def attended(request, monkeypatch) -> None:
+    """Attention as on a CPU and as on a GPU."""
+    monkeypatch.setattr(row_attention, "PADDED_ON", request.param)
 
 
 def wrapped(network, pack_rows: bool = True, prune_last_block: bool = True) -> LanguageModel:
@@ -73,7 +81,7 @@ def assert_equal_to_the_library(network, batch, pack_rows: bool, prune_last_bloc
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize(("pack_rows", "prune_last_block"), SWITCHES)
-def test_states_and_gradients_equal_the_library(pack_rows, prune_last_block, layers, dtype, tolerance):
+def test_states_and_gradients_equal_the_library(pack_rows, prune_last_block, layers, dtype, tolerance, attended):
     """Fault: a row sees another's tokens, wrong positions, a wrong pick of states, or a weight without its gradient."""
     for rows in BATCHES.values():
         network = network_of(layers).to(dtype)
@@ -106,7 +114,7 @@ def test_no_attention_mask():
     assert relative(ours, library_states(network, batch[0], None, batch[2])) <= 1e-5
 
 
-def test_a_batch_without_labels_has_no_states():
+def test_a_batch_without_labels_has_no_states(attended):
     """Fault: an empty batch breaks the packing, or cuts the graph so that there is no gradient to speak of."""
     batch = random_rows([(4, []), (6, [0])])
     for pack_rows, prune_last_block in SWITCHES:
@@ -243,7 +251,7 @@ def test_each_dropout_is_there(pack_rows, prune_last_block, place, batch, layers
 
 @pytest.mark.parametrize(("attn_rate", "resid_rate"), [(0.3, 0.0), (0.0, 0.3), (0.2, 0.4)])
 @pytest.mark.parametrize("path", ["equal lengths", "different lengths", "last block"])
-def test_dropout_keeps_the_mean(path, attn_rate, resid_rate):
+def test_dropout_keeps_the_mean(path, attn_rate, resid_rate, attended):
     """Fault: a dropout at another rate, applied twice, or without its scale: attention's mean over draws moves."""
     draws = 1500
     attn = network_of(layers=1).transformer.h[0].attn
@@ -260,10 +268,10 @@ def test_dropout_keeps_the_mean(path, attn_rate, resid_rate):
             picked = [1, 3, 4, 5, 8]  # of the 9 tokens of two rows
             positions = torch.tensor([*range(5), *range(4)])
             selected = torch.cat([torch.tensor(picked) + 9 * draw for draw in range(times)])
-            packing = Packing(torch.arange(9 * times), positions.repeat(times), lengths * times, selected,
-                              [3, 2] * times)
+            of_rows, queries = (place_rows(each * times, hidden.device) for each in (lengths, [3, 2]))
+            packing = Packing(torch.arange(9 * times), positions.repeat(times), of_rows, selected, queries)
             return attention_at(attn, hidden, packing).unflatten(0, (times, -1))
-        return attention(attn, hidden, lengths * times).unflatten(0, (times, -1))
+        return attention(attn, hidden, place_rows(lengths * times, hidden.device)).unflatten(0, (times, -1))
 
     torch.manual_seed(1)
     with torch.no_grad():
@@ -299,15 +307,15 @@ def test_plan_by_hand():
     """Fault: tokens, places or picks of the packing, cut behind the last label and not cut."""
     # Three rows of 5; row 0 predicts from columns 1 and 3, row 1 from none, row 2 from column 0.
     index = torch.tensor([0 * 5 + 1, 0 * 5 + 3, 2 * 5 + 0])
-    cut = plan_packing(index, (3, 5), cut=True)
+    cut = plan_packing(index, (3, 5), True, torch.device("cpu"))
     assert cut.tokens.tolist() == [0, 1, 2, 3, 10]
     assert cut.positions.tolist() == [0, 1, 2, 3, 0]
-    assert (cut.lengths, cut.counts) == ([4, 1], [2, 1])
+    assert (cut.rows.lengths, cut.queries.lengths) == ([4, 1], [2, 1])
     assert cut.selected.tolist() == [1, 3, 4]
-    whole = plan_packing(index, (3, 5), cut=False)
+    whole = plan_packing(index, (3, 5), False, torch.device("cpu"))
     assert whole.tokens.tolist() == list(range(15))
     assert whole.positions.tolist() == [0, 1, 2, 3, 4] * 3
-    assert (whole.lengths, whole.counts) == ([5, 5, 5], [2, 0, 1])
+    assert (whole.rows.lengths, whole.queries.lengths) == ([5, 5, 5], [2, 0, 1])
     assert whole.selected.tolist() == [1, 3, 10]
 
 
