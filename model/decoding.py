@@ -6,6 +6,7 @@ time; a row that has ended makes room for a waiting prompt. What the next token 
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import torch
@@ -100,27 +101,27 @@ def decode(
         return made
     waiting = deque(longest_first(prompts))
     room = len(prompts[waiting[0]]) + max_new_tokens
-    caches = [make_slots(voice.language_model, min(slots, len(prompts)), room) for voice in voices]
     live: list[int] = []  # the row in each slot
     tokens = torch.empty(0, dtype=torch.int64, device=device)
-    while waiting or live:
-        fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
-        new = [prompts[row] for row in fresh]
-        hidden = [read(cache, to_device(tokens, voice.language_model.device), new)
-                  for voice, cache in zip(voices, caches, strict=True)]
-        live += fresh
-        rows = torch.tensor(live, device=device)
-        places = torch.tensor([len(made[row]) for row in live], device=device)
-        until_look = min(look_every, max_new_tokens - max(len(made[row]) for row in live))
-        chosen = [choose(rows, places, hidden)]
-        for _ in range(until_look - 1):
-            places = places + 1
-            hidden = [cache.step(to_device(chosen[-1], voice.language_model.device))
+    with ExitStack() as opened:
+        caches = [opened.enter_context(closing(make_slots(voice.language_model, min(slots, len(prompts)), room)))
+                  for voice in voices]
+        while waiting or live:
+            fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
+            new, live = [prompts[row] for row in fresh], live + fresh
+            done = [len(made[row]) for row in live]
+            rows, places = (to_device(torch.tensor(each), device) for each in (live, done))
+            hidden = [read(cache, to_device(tokens, voice.language_model.device), new)
                       for voice, cache in zip(voices, caches, strict=True)]
-            chosen.append(choose(rows, places, hidden))
-        ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_id, max_new_tokens)
-        progress(len(ended), count)
-        tokens = chosen[-1][leave(ended, live, caches, device)] if ended else chosen[-1]
+            chosen = [choose(rows, places, hidden)]
+            for _ in range(min(look_every, max_new_tokens - max(done)) - 1):
+                places = places + 1
+                hidden = [cache.step(to_device(chosen[-1], voice.language_model.device))
+                          for voice, cache in zip(voices, caches, strict=True)]
+                chosen.append(choose(rows, places, hidden))
+            ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_id, max_new_tokens)
+            progress(len(ended), count)
+            tokens = chosen[-1][leave(ended, live, caches, device)] if ended else chosen[-1]
     return made
 
 
@@ -155,7 +156,7 @@ def leave(ended: list[int], live: list[int], caches: list, device: torch.device)
         live[slot], former[slot] = live[last], former[last]
         live.pop()
         former.pop()
-    return torch.tensor(former, dtype=torch.int64, device=device)
+    return to_device(torch.tensor(former, dtype=torch.int64), device)
 
 
 @torch.inference_mode()

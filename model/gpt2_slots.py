@@ -35,7 +35,7 @@ class GPT2Slots:
         self.rows = torch.arange(count, device=device)
         self.lengths = SlotLengths(count, device)
         # There the launches of a step take longer than its work.
-        self.graphs = StepGraphs(self.step_of_all, count, device) if on_gpu else None
+        self.graphs = StepGraphs(count, device) if on_gpu else None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         return torch.cat([self._prefill(group) for group in groups(prompts)])
@@ -47,10 +47,12 @@ class GPT2Slots:
         packing = plan_packing(padded, (len(sizes), max(sizes)), cut=True, device=device)
         packing = packing._replace(tokens=torch.arange(len(tokens), device=device))
 
+        slots = torch.arange(first, first + len(sizes)).repeat_interleave(torch.tensor(sizes))
+        slots = to_device(slots, device)
+
         def keep(layer: int, key: Tensor, value: Tensor) -> None:
             for kind, each in enumerate((key, value)):
-                for slot, part in enumerate(each.split(sizes), first):
-                    self.cache[layer, kind, slot, :, : len(part)] = part.transpose(0, 1)
+                self.cache[layer, kind][slots, :, packing.positions] = each.to(self.cache.dtype)
 
         hidden = packed_hidden_states(self.base, to_device(tokens, device), packing, self.prune_last_block, keep)
         self.lengths.add(sizes)
@@ -59,7 +61,7 @@ class GPT2Slots:
     def step(self, tokens: Tensor) -> Tensor:
         longest = self.lengths.longest + 1
         if self.graphs is not None:
-            hidden = self.graphs.run(tokens, longest)
+            hidden = self.graphs.run(self.step_of_all, tokens, longest)
         else:
             hidden = self._step(tokens, self.lengths.places, longest, self._mask())
         self.lengths.advance()
@@ -98,6 +100,10 @@ class GPT2Slots:
 
     def drop(self) -> None:
         self.lengths.drop()
+
+    def close(self) -> None:
+        if self.graphs is not None:
+            self.graphs.close()
 
 
 Linear = tuple[Tensor, Tensor]  # weight [in, out] and bias [out]

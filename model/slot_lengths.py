@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from model.transfer import to_device
+
 
 class SlotLengths:
     """Tokens of each slot in use (always the first ones), on the CPU (`sizes`) and on the device (`places`)."""
@@ -35,7 +37,7 @@ class SlotLengths:
     def add(self, sizes: list[int]) -> None:
         start = len(self.sizes)
         self.sizes += sizes
-        self._all[start : len(self.sizes)] = torch.tensor(sizes, device=self._all.device)
+        self._all[start : len(self.sizes)] = to_device(torch.tensor(sizes), self._all.device)
 
     def advance(self) -> None:
         self.places.add_(1)

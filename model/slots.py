@@ -1,10 +1,11 @@
 """Key/value caches of rows that are decoded together, each in a slot of its own, without padding.
 
-All kinds have the same four operations; the slots in use are always the first ones:
+All kinds have the same five operations; the slots in use are always the first ones:
 - prefill(prompts): reads the prompts, each at its own length, into the next slots; hidden states [n, D] of their ends.
 - step(tokens [n]): reads one token in each of the n slots in use; hidden states [n, D].
 - move(source, target): the row of one slot takes another's place.
 - drop(): the last slot is free.
+- close(): nothing more is read.
 """
 
 import torch
@@ -77,6 +78,9 @@ class LibrarySlots:
     def drop(self) -> None:
         self.lengths.drop()
 
+    def close(self) -> None:
+        self.cache = None
+
 
 class SlotLayer(DynamicLayer):
     """One layer's keys and values [slots, heads, room, head_dim], written in place at each row's own length."""
@@ -131,6 +135,9 @@ class SeparateSlots:
     def drop(self) -> None:
         self.caches.pop()
 
+    def close(self) -> None:
+        self.caches = []
+
 
 @torch.no_grad()
 def decodes_together(language_model: LanguageModel) -> bool:
@@ -139,6 +146,8 @@ def decodes_together(language_model: LanguageModel) -> bool:
     try:
         alone, together = ([slots.prefill([[1, 2, 3, 4], [3, 1]]), *map(slots.step, tokens)]
                            for slots in (kind(language_model, 2, 8) for kind in (SeparateSlots, LibrarySlots)))
+    except torch.OutOfMemoryError:
+        raise
     except FAMILY_ERRORS:
         return False
     return all(torch.allclose(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))

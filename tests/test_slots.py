@@ -127,14 +127,14 @@ def test_variants_of_gpt2(changes, prune):
 class Recomputed(StepGraphs):
     """On a CPU: a replay computes again, into the same place."""
 
-    def capture(self, keys: int):
-        hidden = self.step(self.tokens, keys).clone()
-        return SimpleNamespace(replay=lambda: hidden.copy_(self.step(self.tokens, keys))), hidden
+    def capture(self, step, keys: int):
+        hidden = step(self.tokens, keys).clone()
+        return SimpleNamespace(replay=lambda: hidden.copy_(step(self.tokens, keys))), hidden
 
 
 def replayed(model: LanguageModel, count: int, room: int) -> GPT2Slots:
     slots = GPT2Slots(model, count, rounded(room))
-    slots.room, slots.graphs = room, Recomputed(slots.step_of_all, count, model.device)
+    slots.room, slots.graphs = room, Recomputed(count, model.device)
     return slots
 
 
