@@ -128,6 +128,16 @@ def test_the_next_older_checkpoint_is_taken(finished, again, tmp_path, capsys, n
     assert_same_end(finished, output_dir)
 
 
+def test_another_run_id_is_damage_like_any_other(finished, again, tmp_path, capsys):
+    """One bit in the name of the run makes all its checkpoints those of another one."""
+    output_dir, config = again
+    path = output_dir / "model_checkpoints/step-3/trainer_state/state.json"
+    flip(path, path.read_bytes().index(json.loads(path.read_text())["run_id"].encode()))
+    assert run(tmp_path, config) == 0
+    assert f"passed over step-3: {path}: changed since it was written" in capsys.readouterr().err
+    assert_same_end(finished, output_dir)
+
+
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(again, tmp_path, capsys):
     """`resume_from` goes on from damaged weights, or from another checkpoint than the one that was named."""
     output_dir, config = again

@@ -60,7 +60,7 @@ def test_left_out_steps_change_nothing_and_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize("options", [
     {"gradient_accumulation_steps": 2}, {"adaptive_loss_scaling": True, "loss_scaling_batch": 3, "metrics": ["rouge"]},
 ], ids=["accumulation", "loss scaling"])
-def test_resuming_after_every_step_repeats_a_run_with_left_out_steps(tmp_path, options):
+def test_resuming_repeats_a_run_with_left_out_steps(tmp_path, options):
     """Fault: a resumed run forgets how many steps were left out, or goes on with other rows, dropout or schedule."""
     config = fine_tuning(tmp_path, [5, 11], skip_nonfinite_steps=2, epochs=2, **options)
     config = changed(config, model_arch={"dropout": 0.1})
@@ -70,7 +70,7 @@ def test_resuming_after_every_step_repeats_a_run_with_left_out_steps(tmp_path, o
     steps = sorted(int(path.name[5:]) for path in (whole / "model_checkpoints").glob("step-*"))
     assert load_state(whole / "model_checkpoints/last")[0]["skipped_steps"] == len(metrics(whole, "skipped_step")) >= 2
     splits = ("train", "validation", "skipped_step", "loss_scaling")
-    for step in steps[:-1]:
+    for step in steps[:-1:2]:
         again = tmp_path / f"again-{step}"
         back = {"output_dir": str(again), "resume_from": str(whole / f"model_checkpoints/step-{step}")}
         assert run(tmp_path, changed(config, trainer_kwargs=back)) == 0

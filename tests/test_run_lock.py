@@ -262,3 +262,23 @@ def test_a_training_refuses_a_held_folder_and_takes_over_a_stale_lock(tmp_path, 
     assert f"process {DEAD} on" in capsys.readouterr().err
     assert sorted(path.name for path in output_dir.iterdir()) == [
         "config.json", "metrics.jsonl", "model_checkpoints", "tensorboard"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_only_be_read(tmp_path, capsys):
+    """A finished run in a read-only folder ends in a traceback; an unfinished one trains, and then cannot save."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    folders = [tmp_path / "run", tmp_path / "run/model_checkpoints"]
+    try:
+        for folder in folders:
+            folder.chmod(0o555)
+        capsys.readouterr()
+        assert run(tmp_path, config) == 0
+        assert "already finished at step 3" in capsys.readouterr().err
+        assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) in (1, 2)
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "train.py: error: " in line]
+        assert str(tmp_path / "run") in line and "Permission denied" in line and "change its rights" in line
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
