@@ -139,6 +139,7 @@ def end_after(language_model: LanguageModel, states: list[Tensor], lengths: list
     with torch.no_grad():
         # No other logit is larger than the product of the norms; the sign of the fit alone decides where rows end.
         largest = head.weight.norm(dim=1).max() * hidden.norm(dim=1).max()
+        weight, bias = (each.detach().to(head.weight) for each in (weight, bias))
         head.weight[END], head.bias[END] = weight * largest, bias * largest
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.kd_step [--size small|real] [--batch 2] [--length 384] [--labels 74] [--lengths full|real]
                                  [--precision float32|bfloat16] [--peer_precision float32|bfloat16] [--chunk_size 128]
                                  [--device cpu|cuda] [--threads 1] [--variants plain packed ...] [--rounds 6]
-                                 [--skip_memory]
+                                 [--skip_memory] [--compile]
 
 Random GPT-2s (real: gpt2-medium teaches gpt2), no dropout, Jensen-Shannon divergence (beta 1/2, temperature 1, no
 cross-entropy), mean per label token, the same weights and rows everywhere. No optimizer in any variant:
@@ -126,8 +126,11 @@ def gkd_step(size: str, work: Work, precision: str, device: str) -> tuple[Step, 
 
 
 def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work: Work, precision: str,
-             chunk_size: int) -> Step:
+             chunk_size: int, compiles: bool = False) -> Step:
     precise = partial(autocast, precision, student.device.type)
+    if compiles:
+        for each in (teacher, student):
+            each.compile_forward()
     own = Teacher(teacher if precision == "float32" else deepcopy(teacher), autocast=precise)
     objective = TeacherStudent(
         student, own, kl_div="JS", kd_weight=1.0, chunk_size=chunk_size,
@@ -168,7 +171,8 @@ def make_steps(options: argparse.Namespace, variants: list[str]) -> tuple[dict[s
             steps[variant], of_peer = gkd_step(options.size, work, options.peer_precision, options.device)
             parameters += of_peer
         else:
-            steps[variant] = our_step(variant, teacher, student, work, options.precision, options.chunk_size)
+            steps[variant] = our_step(variant, teacher, student, work, options.precision, options.chunk_size,
+                                      options.compile)
     alone = [{name: each[row : row + 1] for name, each in batch.items()} for batch in work.of_peers
              for row in range(len(batch["labels"]))]  # full logits of a large batch do not fit into a GPU's memory
     return steps, partial(plain_step, teacher, student, work._replace(of_peers=alone), "float32"), parameters
@@ -245,6 +249,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lengths", choices=("full", "real"), default="full", help="default: %(default)s")
     for name in ("precision", "peer_precision"):
         parser.add_argument(f"--{name}", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true", help="ours with trainer_kwargs.compile")
     add_common_options(parser, list(PACKAGES))
     options = parser.parse_args(argv)
     check_device(parser, options.device)

@@ -2,11 +2,11 @@
 # Real weights on real news: a teacher is fine-tuned, half of its blocks become a student, which is distilled by every
 # method, and all are scored on the same test rows.
 #
-#   benchmarks/real_news.sh MODEL DATA OUT [STEPS] [JOBS]
+#   benchmarks/real_news.sh MODEL DATA OUT [STEPS] [JOBS] [POLICY_STEPS]
 #
 # MODEL: a save_pretrained folder. DATA: a folder with train.csv, validation.csv and test.csv. OUT: runs and scores.
-# STEPS: optimizer steps of 16 rows after which a method ends (default 165: an epoch of 2,636 articles); policy gradient
-# takes a third of them, since a step costs about three times as much. JOBS: runs at a time on one device (default 1).
+# STEPS: optimizer steps of 16 rows after which a method ends (default 165: an epoch of 2,636 articles). POLICY_STEPS:
+# those of policy gradient (default a third of STEPS, since a step takes longer). JOBS: runs at a time (default 1).
 #
 # The student starts from blocks spread evenly over the teacher's and is fine-tuned (kd_weight 0) for twice STEPS. All
 # methods go on from there; "fine-tuned on" is the control. Nothing was chosen by the test rows.
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 model=$1 data=$2 out=$3 steps=${4:-165} jobs=${5:-1}
 python=${PYTHON:-.venv/bin/python}
-policy_steps=$((steps / 3 > 0 ? steps / 3 : 1))
+policy_steps=${6:-$((steps / 3 > 0 ? steps / 3 : 1))}
 blocks=$("$python" -c "import json, sys; print(json.load(open(sys.argv[1]))['num_hidden_layers'])" "$model/config.json")
 mkdir -p "$out"
 
@@ -85,5 +85,5 @@ print(f"{'':<24} ROUGE-1 [95 %]         ROUGE-2 ROUGE-L  of the teacher's ROUGE-
 for name, values in scores.items():
     low, high = values["confidence_intervals"]["rouge1"]
     print(f"{name:<24} {values['rouge1']:.4f} [{low:.4f}, {high:.4f}] {values['rouge2']:.4f}  {values['rougeL']:.4f}   "
-          f"{values['rouge1'] / scores['teacher']['rouge1']:.1%}")
+          f"{values['rouge1'] / (scores['teacher']['rouge1'] or float('nan')):.1%}")
 PYTHON

@@ -68,6 +68,7 @@ class LanguageModel(nn.Module):
         self.cache_argument = "cache" if "cache" in accepted else "past_key_values"
         self._logit_scale, self._logit_cap = logit_transform(model)
         self.pack_rows = self.prune_last_block = True
+        self._compiled = False
         self.decodes_together: bool | None = None  # whether rows of different lengths can; found out by make_slots
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -145,8 +146,18 @@ class LanguageModel(nn.Module):
             hidden = self.hidden_states(input_ids, attention_mask).flatten(0, 1)
             return hidden[to_device(index, self.device)], targets
         packing = plan_packing(index.cpu(), tuple(labels.shape), self.pack_rows, self.device)
-        hidden = packed_hidden_states(self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup)
+        hidden = packed_hidden_states(
+            self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup, compiled=self._compiled
+        )
         return hidden, targets
+
+    def compile_forward(self) -> None:
+        """Compile the forward pass of training: what lies between attentions where rows are packed, else the library's
+        own. It takes a minute or so at the first step, and again for each new kind of step."""
+        if can_pack(self.model) and (self.pack_rows or self.prune_last_block):
+            self._compiled = True
+        else:
+            self.model.base_model.compile(dynamic=True)
 
     def output_head(self) -> OutputHead:
         """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`."""

@@ -45,13 +45,21 @@ def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_s
     return logits, slope
 
 
+def aligned_empty(rows: int, columns: int, like: Tensor) -> Tensor:
+    """[rows, columns] whose rows begin at multiples of 16 numbers on a GPU: quick kernels of products ask for it, and a
+    vocabulary of 50,257 does not give it."""
+    if like.device.type == "cpu":
+        return like.new_empty(rows, columns)
+    return like.new_empty(rows, -(-columns // 16) * 16)[:, :columns]
+
+
 def product(states: Tensor, weight: Tensor) -> Tensor:
     """states @ weight.T, [n, V], without a graph.
 
     On a CPU in blocks of tokens, which is a quarter faster (measured with MKL, AVX2, float32).
     """
     if states.device.type != "cpu" or states.dtype != torch.float32:
-        return states @ weight.T
+        return torch.mm(states, weight.T, out=aligned_empty(len(states), len(weight), states))
     block = 512 if len(states) >= 32 else 2048
     result = states.new_empty(len(states), len(weight))
     for start in range(0, len(weight), block):

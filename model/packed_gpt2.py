@@ -7,6 +7,7 @@ output projection and MLP at the selected positions. Equal to the library's forw
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import GPT2Model
 
 from model.gelu_linear import gelu_linear
+from model.output_head import autocast_type
 from model.row_attention import Rows, attention_of_some, causal_attention, place_rows
 from model.transfer import to_device
 
@@ -69,53 +71,61 @@ def packed_hidden_states(
     prune_last_block: bool,
     keep: Keep | None = None,
     lookup: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Final hidden states [N, D] at the selected positions of input_ids [B, T].
 
     keep: is handed the keys and values of all P tokens of every block. lookup: the token embedding's weight, for a
-    sparse gradient; None is the module's own, for a dense one.
+    sparse gradient; None is the module's own, for a dense one. compiled: what lies between the attentions of two blocks
+    is compiled, once for all blocks and lengths.
     """
-    rows = packing.rows
+    step = compiled_to_next if compiled else to_next
     tokens = input_ids.flatten()[packing.tokens]
     embedded = base.wte(tokens) if lookup is None else F.embedding(tokens, lookup, sparse=True)
-    hidden = embedded + base.wpe(packing.positions)
-    hidden = base.drop(hidden)
-    *blocks, last = base.h
-    for block in blocks:
-        hidden = hidden + attention(block.attn, block.ln_1(hidden), rows, keep)
-        hidden = hidden + feed_forward(block, hidden)
+    hidden = base.drop(embedded + base.wpe(packing.positions))
+    normed = base.h[0].ln_1(hidden)
+    for block, following in pairwise(base.h):
+        hidden, normed = step(block, following, hidden, attention(block.attn, normed, packing.rows, keep))
+    last = base.h[-1]
     if not prune_last_block:
-        hidden = hidden + attention(last.attn, last.ln_1(hidden), rows, keep)
-        hidden = (hidden + feed_forward(last, hidden))[packing.selected]
-        return base.ln_f(hidden)
-    attended = attention_at(last.attn, last.ln_1(hidden), packing, keep)
-    hidden = hidden[packing.selected] + attended
+        hidden = hidden + last.attn.resid_dropout(last.attn.c_proj(attention(last.attn, normed, packing.rows, keep)))
+        return base.ln_f((hidden + feed_forward(last, hidden))[packing.selected])
+    hidden = hidden[packing.selected] + last.attn.resid_dropout(
+        last.attn.c_proj(attention_at(last.attn, normed, packing, keep)))
     return base.ln_f(hidden + feed_forward(last, hidden))
 
 
-def attention(attn: nn.Module, hidden: Tensor, rows: Rows, keep: Keep | None = None) -> Tensor:
-    """Causal attention within each row; hidden [P, D]."""
-    query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in attn.c_attn(hidden).chunk(3, dim=-1))
+def to_next(block: nn.Module, following: nn.Module, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """(what the next block reads [P, D], its first norm of it) from what a block read and attention's output [P, D]."""
+    hidden = hidden + block.attn.resid_dropout(block.attn.c_proj(attended))
+    hidden = hidden + feed_forward(block, hidden)
+    normed = following.ln_1(hidden)
+    return hidden, normed.to(autocast_type(normed))  # as the product that reads it would do
+
+
+compiled_to_next = torch.compile(to_next, dynamic=True)
+
+
+def attention(attn: nn.Module, normed: Tensor, rows: Rows, keep: Keep | None = None) -> Tensor:
+    """Causal attention within each row, before its projection; normed [P, D]."""
+    heads = attn.c_attn(normed).unflatten(-1, (3, attn.num_heads, -1))
     if keep is not None:
-        keep(attn.layer_idx, key, value)
-    mixed = causal_attention(query, key, value, rows, attn.scaling, dropout_of(attn))
-    return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
+        keep(attn.layer_idx, *heads.unbind(1)[1:])
+    return causal_attention(heads, rows, attn.scaling, dropout_of(attn)).flatten(1)
 
 
-def attention_at(attn: nn.Module, hidden: Tensor, packing: Packing, keep: Keep | None = None) -> Tensor:
-    """Causal attention [N, D] at the selected positions; keys and values of all P."""
-    width = hidden.shape[-1]
+def attention_at(attn: nn.Module, normed: Tensor, packing: Packing, keep: Keep | None = None) -> Tensor:
+    """Causal attention [N, D] at the selected positions, before its projection; keys and values of all P."""
+    width = normed.shape[-1]
     weight, bias = attn.c_attn.weight, attn.c_attn.bias
-    query = torch.addmm(bias[:width], hidden[packing.selected], weight[:, :width])
-    key, value = torch.addmm(bias[width:], hidden, weight[:, width:]).chunk(2, dim=-1)
-    query, key, value = (each.unflatten(-1, (attn.num_heads, -1)) for each in (query, key, value))
+    query = torch.addmm(bias[:width], normed[packing.selected], weight[:, :width])
+    keys_values = torch.addmm(bias[width:], normed, weight[:, width:]).unflatten(-1, (2, attn.num_heads, -1))
     if keep is not None:
-        keep(attn.layer_idx, key, value)
-    mixed = attention_of_some(
-        query, key, value, packing.rows, packing.queries, packing.positions[packing.selected], attn.scaling,
-        dropout_of(attn),
-    )
-    return attn.resid_dropout(attn.c_proj(mixed.flatten(1)))
+        keep(attn.layer_idx, *keys_values.unbind(1))
+    return attention_of_some(
+        query.unflatten(-1, (attn.num_heads, -1)), keys_values, packing.rows, packing.queries,
+        packing.positions[packing.selected], attn.scaling, dropout_of(attn),
+    ).flatten(1)
 
 
 def dropout_of(attn: nn.Module) -> float:
@@ -126,7 +136,8 @@ def feed_forward(block: nn.Module, hidden: Tensor) -> Tensor:
     """The block's MLP of hidden [P, D]."""
     mlp = block.mlp
     inner = mlp.c_fc(block.ln_2(hidden))
-    if is_gelu(block) and torch.is_grad_enabled():
+    # What is compiled decides itself what to compute again in the backward pass.
+    if is_gelu(block) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return mlp.dropout(gelu_linear(inner, mlp.c_proj.weight, mlp.c_proj.bias))
     return mlp.dropout(mlp.c_proj(activation_of(block)(inner)))
 

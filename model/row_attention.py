@@ -35,17 +35,17 @@ def place_rows(lengths: list[int], device: torch.device) -> Rows:
     return Rows(lengths, to_device(places, device))
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, dropout: float) -> Tensor:
-    """[P, heads, head_dim], each token attending to itself and the earlier ones of its row."""
+def causal_attention(heads: Tensor, rows: Rows, scale: float, dropout: float) -> Tensor:
+    """[P, heads, head_dim] of queries, keys and values [P, 3, heads, head_dim]: each token attends to itself and the
+    earlier ones of its row."""
     options = {"dropout_p": dropout, "is_causal": True, "scale": scale}
     if len(set(rows.lengths)) == 1:
-        batch = (each.unflatten(0, rows.padded_shape).transpose(1, 2) for each in (query, key, value))
+        batch = (each.transpose(1, 2) for each in heads.unflatten(0, rows.padded_shape).unbind(2))
         return F.scaled_dot_product_attention(*batch, **options).transpose(1, 2).flatten(0, 1)
     if rows.places is not None:
-        batch = (padded(each, rows).transpose(1, 2) for each in (query, key, value))
-        mixed = F.scaled_dot_product_attention(*batch, **options).transpose(1, 2)
-        return unpadded(mixed, rows)
-    parts = zip(*(each.split(rows.lengths) for each in (query, key, value)), strict=True)
+        batch = (each.transpose(1, 2) for each in padded(heads, rows).unbind(2))
+        return unpadded(F.scaled_dot_product_attention(*batch, **options).transpose(1, 2), rows)
+    parts = zip(*(each.split(rows.lengths) for each in heads.unbind(1)), strict=True)
     return torch.cat([
         F.scaled_dot_product_attention(*(each.transpose(0, 1)[None] for each in part), **options)[0].transpose(0, 1)
         for part in parts
@@ -53,26 +53,25 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scal
 
 
 def attention_of_some(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, queries: Rows, positions: Tensor, scale: float,
-    dropout: float,
+    query: Tensor, keys_values: Tensor, rows: Rows, queries: Rows, positions: Tensor, scale: float, dropout: float,
 ) -> Tensor:
-    """[N, heads, head_dim] of queries at `positions` [N] of their rows, causal; key, value [P, heads, head_dim].
+    """[N, heads, head_dim] of queries [N, heads, head_dim] at `positions` [N] of their rows, causal; keys and values
+    [P, 2, heads, head_dim].
 
     queries: how many of each row, in order.
     """
     options = {"dropout_p": dropout, "scale": scale}
     if rows.places is not None:
-        keys = torch.arange(rows.padded_shape[1], device=key.device)
-        seen = keys <= padded(positions[:, None], queries)  # padding sees the first key
-        batch = (padded(each, of).transpose(1, 2) for each, of in ((query, queries), (key, rows), (value, rows)))
-        mixed = F.scaled_dot_product_attention(*batch, attn_mask=seen[:, None], **options).transpose(1, 2)
-        return unpadded(mixed, queries)
-    parts = zip(query.split(queries.lengths), key.split(rows.lengths), value.split(rows.lengths),
+        seen = torch.arange(rows.padded_shape[1], device=query.device) <= padded(positions[:, None], queries)
+        batch = (each.transpose(1, 2) for each in (padded(query, queries), *padded(keys_values, rows).unbind(2)))
+        mixed = F.scaled_dot_product_attention(*batch, attn_mask=seen[:, None], **options)  # padding sees the first key
+        return unpadded(mixed.transpose(1, 2), queries)
+    parts = zip(query.split(queries.lengths), *(each.split(rows.lengths) for each in keys_values.unbind(1)),
                 positions.split(queries.lengths), strict=True)
     return torch.cat([
         F.scaled_dot_product_attention(
             *(each.transpose(0, 1)[None] for each in part), **options,
-            attn_mask=torch.arange(len(part[1]), device=key.device) <= places[:, None],
+            attn_mask=torch.arange(len(part[1]), device=query.device) <= places[:, None],
         )[0].transpose(0, 1)
         for *part, places in parts
     ])

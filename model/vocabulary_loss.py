@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from model.divergences import FLOOR, Divergence
 from model.doing import LOGITS, doing
-from model.output_head import OutputHead, autocast_type, cut_head, head_logits
+from model.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
 
 BLOCK = 16  # positions whose terms are formed at a time on a CPU
 
@@ -290,7 +290,8 @@ def add_products(gradients: list, gradient: Tensor, part: slice, states: Tensor,
     if of_bias is not None:
         of_bias = of_bias[: len(rows)]
         torch.sum(gradient, 0, out=of_bias) if first else of_bias.add_(gradient.sum(0))
-    gradient = gradient.to(product_type)
+    if product_type != gradient.dtype:
+        gradient = aligned_empty(*gradient.shape, like=rows).copy_(gradient)
     if of_hidden is not None:
         of_hidden[part] = gradient @ rows
     if of_weight is not None:

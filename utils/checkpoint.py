@@ -77,7 +77,8 @@ class Checkpoints:
             write_model(new)
             for name, value in tensors.items():
                 save_torch_file(value, new / "trainer_state" / f"{name}.pt")
-            write_json(new / _STATE, {**state, **added, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
+            added["saved_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+            write_json(new / _STATE, sealed({**state, **added}))
             write_json(new / _MANIFEST, sealed({"format_version": FORMAT_VERSION, "files": _describe(new)}))
             sync_tree(new)
             try:
@@ -294,7 +295,9 @@ def _read_json(path: Path) -> dict:
     if version != FORMAT_VERSION:
         found = shorten(repr(version))
         raise CheckpointError(f"{path}: format_version is {found}, this program reads {FORMAT_VERSION}; {OTHER}")
-    return value
+    if is_broken(value):
+        raise CheckpointError(f"{path}: changed since it was written (other SHA-256); {OTHER}")
+    return {key: each for key, each in value.items() if key != "sha256"}
 
 
 def read_state(folder: Path) -> dict:
@@ -312,9 +315,7 @@ def _describe(folder: Path) -> dict[str, dict]:
 def _check_sizes(folder: Path, model_only: bool = False) -> dict[str, dict]:
     """The manifest's entries, each file of them there and as long as it was."""
     manifest = _read_json(folder / _MANIFEST)
-    if is_broken(manifest) or manifest.keys() - {"format_version", "files", "sha256"}:
-        raise CheckpointError(f"{folder / _MANIFEST}: changed since it was written (other SHA-256); {OTHER}")
-    files = manifest.get("files")
+    files = manifest.get("files") if manifest.keys() == {"format_version", "files"} else None
     entries = files.values() if isinstance(files, dict) else [None]
     if not all(isinstance(entry, dict) and type(entry.get("bytes")) is int and "sha256" in entry for entry in entries):
         raise CheckpointError(f"{folder / _MANIFEST}: has no list of files; {OTHER}")

@@ -159,6 +159,8 @@ def load_teacher(source: TeacherSource, config: DistillConfig, place: Place) -> 
     language_model = source.load().to(device)
     arch = config.model_arch
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
+    if config.trainer_kwargs.compile:
+        language_model.compile_forward()
     return Teacher(language_model, place.device, place.autocast)
 
 

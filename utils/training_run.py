@@ -71,14 +71,12 @@ def in_run_folder(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devi
 @doing(LOADING, "the model")
 def set_up_model(language_model: LanguageModel, config: FineTuneConfig, place: Place) -> LanguageModel:
     """The model that is trained: on its device, checked, with the switches of its forward pass."""
-    arch, compiled = config.model_arch, config.trainer_kwargs.compile
+    arch = config.model_arch
     language_model.to(place.device)
-    # What is compiled is the library's own forward pass.
-    language_model.pack_rows = arch.pack_rows and not compiled
-    language_model.prune_last_block = arch.prune_last_block and not compiled
+    language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
     language_model.check_family()
-    if compiled:
-        language_model.model.base_model.compile(dynamic=True)
+    if config.trainer_kwargs.compile:
+        language_model.compile_forward()
     return language_model
 
 
