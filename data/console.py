@@ -1,6 +1,7 @@
 """The console: what cannot be shown there (a full disk behind `2> log`, a closed terminal) stops no run."""
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -8,7 +9,8 @@ from data.os_errors import describe
 from untrusted.text import printable
 
 # RuntimeError: a signal's handler writes in the middle of a writing.
-REFUSED = (OSError, ValueError, RuntimeError)
+# AttributeError: there is none, the shell closed it (`2>&-`).
+REFUSED = (OSError, ValueError, RuntimeError, AttributeError)
 
 
 class Console:
@@ -32,6 +34,8 @@ CONSOLE = Console()
 
 def put(text: str, end: str = "\n") -> None:
     """Print a result. Raises OSError that names standard output, where that cannot be written."""
+    if sys.stdout is None:  # closed by the shell (`>&-`): print would drop the text without a word
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
     try:
         print(text, end=end, flush=True)
     except OSError as error:
@@ -53,7 +57,7 @@ def show(program: str, lines: list[str]) -> int:
 def settle_output() -> None:
     """Before the program ends: a stream that refuses its last words is led into nothing, since the interpreter would
     try again, complain in several lines and spoil the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: the shell closed it
         try:
             stream.flush()
         except (OSError, ValueError):

@@ -17,6 +17,7 @@ REMEDIES = {
     errno.EISDIR: "a folder is where a file should be: move it away",
     errno.EEXIST: "something else has that name: move it away",
     errno.ENOTEMPTY: "something else has that name: move it away",
+    errno.EBADF: "it is closed: redirect it to a file or /dev/null",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "a link is where a file or folder should be: remove it",

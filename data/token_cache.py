@@ -147,6 +147,9 @@ def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, prog
             table = scratch / "table"  # a folder in it, because the scratch folder is closed to other users
             table.mkdir()
             write_table(table, csv_path, prompt_format, columns, on_bad_row, progress)
+            # The name promises the bytes that were hashed: a file changed while it was read must not get it.
+            if cache_key(csv_path, prompt_format, columns, on_bad_row) != folder.name:
+                raise DataError(f"{csv_path}: was changed while it was read: run again once it is whole")
             install(table, folder)
     except OSError as error:
         raise DataError(f"dataset_kwargs.cache_dir: {describe(error, folder)}; or name another folder") from error

@@ -70,3 +70,23 @@ def test_a_group_of_one(monkeypatch, ids, expected):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DeviceError, match="process 1 of the launcher has no GPU"):
         find_place("auto", 1, "auto", True, (3,))
+
+
+@pytest.mark.parametrize("said", [
+    {"WORLD_SIZE": "2"}, {"RANK": "1"}, {"RANK": "x"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "-1"},
+    {"WORLD_SIZE": "2", "RANK": "0"}, {"LOCAL_RANK": "9" * 5000},
+])
+def test_a_group_that_is_told_in_part_is_refused(monkeypatch, said):
+    """Variables that a cluster leaves in the environment ended in "unexpected ValueError", a fault of the program."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceError, match=r"the environment says .* start with torch's launcher, or unset "):
+        find_place("cpu", 0, "float32")
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    """`WORLD_SIZE=` in a shell ended in "invalid literal for int()"."""
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert find_place("cpu", 0, "float32").world_size == 1

@@ -275,3 +275,13 @@ def test_lock_and_delete(tmp_path):
     assert listing(tmp_path / "folder") == {"a": b"1"}
     files.delete(tmp_path / "folder")
     assert listing(tmp_path) == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_the_place_of_a_folder_is_refused(tmp_path):
+    """A named pipe called model_checkpoints made the run wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(NotADirectoryError), files.folder_lock(tmp_path / "pipe"):
+        pass
+    with pytest.raises(NotADirectoryError):
+        files.sync_folder(tmp_path / "pipe")

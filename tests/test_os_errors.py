@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.console import CONSOLE, put, show
+from data.console import CONSOLE, put, settle_output, show
 from data.os_errors import REMEDIES, describe, refusal
 
 
@@ -81,3 +81,18 @@ def test_results_that_cannot_be_printed_are_an_error(monkeypatch, capsys):
     assert caught.value.filename == "standard output"
     assert show("program", ["a"]) == 1
     assert capsys.readouterr().err.startswith("program: error: standard output: No space left on device: free space")
+
+
+def test_closed_streams_are_told_and_stop_nothing(monkeypatch, capsys):
+    """With `>&-` every script ended in a traceback, and a result that nobody got counted as printed."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        put("text")
+    assert caught.value.filename == "standard output"
+    assert show("program", ["a"]) == 1
+    assert capsys.readouterr().err == (
+        "program: error: standard output: Bad file descriptor: it is closed: redirect it to a file or /dev/null\n"
+    )
+    monkeypatch.setattr(sys, "stderr", None)
+    print("more", file=CONSOLE, flush=True)
+    settle_output()

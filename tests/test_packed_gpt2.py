@@ -270,8 +270,10 @@ def test_dropout_keeps_the_mean(path, attn_rate, resid_rate, attended):
             selected = torch.cat([torch.tensor(picked) + 9 * draw for draw in range(times)])
             of_rows, queries = (place_rows(each * times, hidden.device) for each in (lengths, [3, 2]))
             packing = Packing(torch.arange(9 * times), positions.repeat(times), of_rows, selected, queries)
-            return attention_at(attn, hidden, packing).unflatten(0, (times, -1))
-        return attention(attn, hidden, place_rows(lengths * times, hidden.device)).unflatten(0, (times, -1))
+            mixed = attention_at(attn, hidden, packing)
+            return attn.resid_dropout(attn.c_proj(mixed)).unflatten(0, (times, -1))
+        mixed = attention(attn, hidden, place_rows(lengths * times, hidden.device))
+        return attn.resid_dropout(attn.c_proj(mixed)).unflatten(0, (times, -1))
 
     torch.manual_seed(1)
     with torch.no_grad():

@@ -279,3 +279,17 @@ def test_an_array_that_cannot_be_written_is_an_error(tmp_path):
     assert done.stdout == "File too large\n"
     token_cache.save_array(tmp_path / "b.npy", np.arange(20))
     assert np.load(tmp_path / "b.npy", allow_pickle=False).tolist() == list(range(20))
+
+
+def test_a_csv_that_changes_while_it_is_read_is_refused(csv_path, cache_dir):
+    """The rows of another text were kept under the name of the first one, and every later run trained on them."""
+    before = csv_path.read_bytes()
+
+    def overwrite(rows: int) -> None:
+        csv_path.write_bytes(before.replace(b"cat", b"dog"))
+
+    message = error_of(csv_path, FORMAT, cache_dir, progress=overwrite)
+    assert message == f"{csv_path}: was changed while it was read: run again once it is whole"
+    assert list(cache_dir.iterdir()) == []
+    csv_path.write_bytes(before)
+    assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == [expected_row(row) for row in news()]

@@ -23,6 +23,7 @@ from utils.out_of_memory import OutOfMemory, memory_told
 from utils.signals import Stopped
 from utils.trainer import TrainingError
 
+LOST_WORKER = "DataLoader worker"  # how torch's messages begin, of a process that was killed
 LONGEST = 50  # signs of an unknown argument that are compared
 USER_ERRORS = (ConfigError, DataError, ModelError, DeviceError, CheckpointError)
 
@@ -81,7 +82,12 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         return fail(name, str(error), 1, debug)
     except OSError as error:
         return fail(name, describe(error), 1, debug)
-    except Exception as error:  # no kind that is foreseen, so a fault of this program
+    except Exception as error:
+        if told(error).startswith(LOST_WORKER):
+            return fail(name, f"{told(error).strip().rstrip('.')}: most often because memory is full: lower "
+                        "dataset_kwargs.num_workers or end other programs, and start the same command again",
+                        1, debug)
+        # no kind that is foreseen, so a fault of this program
         what = f"unexpected {type(error).__name__}: {' '.join(told(error).split())}"
         return fail(name, f"{what}; this is a fault of the program: --debug shows where it is", 1, debug)
     finally:

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
+from untrusted.text import shorten
+
+LAUNCHER = "start with torch's launcher, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+
 
 class DeviceError(ValueError):
     """A device that is not there: one line for the user."""
@@ -121,8 +125,7 @@ def find_place(
     Raises:
         DeviceError: a GPU that is not there.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, rank, local_rank = group_numbers()
     in_group = world_size > 1 or (multi_gpu and multi_gpu_ids)  # a group of one takes the GPU that is named for it
     if in_group and torch.cuda.is_available() and device != "cpu":
         gpus = gpus_of_group(multi_gpu_ids)
@@ -140,8 +143,30 @@ def find_place(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not distributed.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise DeviceError(f"the environment says WORLD_SIZE={world_size} and no {', '.join(missing)}: {LAUNCHER}")
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Place(chosen, choose_precision(precision, chosen), rank, world_size, notices)
+
+
+def group_numbers() -> tuple[int, int, int]:
+    """(processes, number of this one, its number on this machine), as torch's launcher says them in the environment.
+
+    Raises:
+        DeviceError: it says them in part, or what cannot be: another program has set them.
+    """
+    numbers = []
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name) or default
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise DeviceError(f"the environment says {name}={shorten(text)}: expected a whole number; {LAUNCHER}")
+        numbers.append(int(text))
+    world_size, rank, _ = numbers
+    if not rank < world_size:
+        raise DeviceError(f"the environment says RANK={rank} and WORLD_SIZE={world_size}: expected a rank below it; "
+                          f"{LAUNCHER}")
+    return tuple(numbers)
 
 
 def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:

@@ -244,7 +244,8 @@ def _fill(temporary: Path, descriptor: int, content: bytes, target: Path) -> Non
 @contextlib.contextmanager
 def _opened_folder(folder: str | os.PathLike) -> Iterator[int | None]:
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        # A pipe in a folder's place would make the opening wait for ever.
+        descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NONBLOCK", 0))
     except PermissionError:  # Windows opens no folders
         descriptor = None
     try:

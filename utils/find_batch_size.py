@@ -7,7 +7,6 @@ Nothing is trained and nothing written but tokenised rows that are not in the ca
 
 import json
 import multiprocessing
-import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from utils.batch_numbers import TOKENS, largest_divisor, rows_of_step, with_batc
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError
 from utils.config_kd import DistillConfig
-from utils.devices import Place, find_place
+from utils.devices import Place, find_place, group_numbers
 from utils.memory_limit import Limit, impose, memory_limit, peak_of_this_process
 from utils.out_of_memory import OutOfMemory, memory_error, memory_told, smaller_rows, training_remedy, what_was_done
 from utils.run_log import RunLog
@@ -55,7 +54,7 @@ def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_ke
         OutOfMemory: not even one row fits.
         ConfigError: started in a group of processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if group_numbers()[0] > 1:
         raise ConfigError("--find_batch_size tries in one process: start it without torch's launcher")
     options = config.trainer_kwargs
     place = find_place(options.device, config.model_arch.gpu_device_id, options.precision, key=gpu_key)
