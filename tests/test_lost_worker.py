@@ -16,5 +16,5 @@ def test_a_killed_worker_is_told(capsys, message):
     assert run_command("train.py", fall) == 1
     assert capsys.readouterr().err == (
         f"train.py: error: {message.strip().rstrip('.')}: most often because memory is full: lower "
-        "dataset_kwargs.num_workers or end other programs; the same command goes on from the last checkpoint\n"
+        "dataset_kwargs.num_workers or end other programs, and start the same command again\n"
     )
