@@ -109,7 +109,7 @@ class TrainerKwargs(Section):
         "auto", description="of the forward pass; auto is bfloat16 where the hardware computes it natively"
     )
     compile: bool = Field(
-        False, description="compile model and teacher with torch.compile: a minute slower at the start, then faster steps"
+        False, description="compile model and teacher with torch.compile: a minute slower to start, then faster steps"
     )
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="of everything that is random")
     gradient_clipping: Annotated[float, Field(ge=0)] | None = Field(
