@@ -1,7 +1,9 @@
 """Rows in slots and the decoding loop against plain forward passes: model/slots.py, gpt2_slots.py, decoding.py."""
 
+import gc
 import itertools
 import random
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +153,23 @@ def test_replayed_steps_equal_rows_alone(seed, monkeypatch):
     kept = first.clone()
     slots.step(torch.tensor([10, 11]))
     assert torch.equal(first, kept)  # a replay must not change what was handed out
+
+
+@torch.no_grad()
+def test_slots_are_freed_at_once():
+    """Fault: slots and their recorded steps hold each other, and a GPU's memory waits for the garbage collector."""
+    slots = replayed(gpt2(), 2, 8)
+    slots.prefill([[1, 2, 3]])
+    slots.step(torch.tensor([4]))
+    assert slots.graphs.captured
+    kept = weakref.ref(slots)
+    gc.disable()
+    try:
+        slots.graphs.captured.clear()  # what close does; here a replay holds the step
+        del slots
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
