@@ -2,6 +2,11 @@
 
 import sys
 
+from data.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("train.py")  # before the imports that take seconds
+
 from data.console import put
 from model.fine_tuning import FineTuning
 from utils.command_line import run_command, training_parser

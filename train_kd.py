@@ -3,6 +3,11 @@
 import sys
 from pathlib import Path
 
+from data.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("train_kd.py")  # before the imports that take seconds
+
 from data.console import put
 from utils.cached_teacher import CachedTeacher
 from utils.command_line import run_command, training_parser

@@ -4,6 +4,11 @@ import sys
 import time
 from pathlib import Path
 
+from data.interrupt import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("validate_model.py")  # before the imports that take seconds
+
 from data.articles import Article, BadRow, describe_bad_rows, read_articles
 from data.console import put
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
@@ -13,13 +18,12 @@ from model.loading import check_same_architecture, has_tokenizer, load_language_
 from untrusted.text import printable
 from utils.command_line import run_command
 from utils.devices import Place, find_place
-from utils.evaluation import Generation, predict, scored_predictions
+from utils.evaluation import Generation, predict, score_lines, scored_predictions
 from utils.files import json_text
 from utils.out_of_memory import decoding_remedy, memory_told
 from utils.own_checkpoints import check_model_folder
-from utils.result_folder import check_writable, make_folder, write_results
-from utils.rouge import METRICS, lead_sentences
-from utils.run_lock import hold
+from utils.result_folder import result_folder, write_results
+from utils.rouge import lead_sentences
 from utils.run_log import RunLog
 from utils.seal import sealed, sha256_of_text
 from utils.validate_options import LEAD_3, ValidateOptions, read_options, validate_parser
@@ -38,10 +42,8 @@ def validate(options: ValidateOptions) -> int:
                        options.precision, key="--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    make_folder(output_dir)
     told = memory_told(decoding_remedy(options, place.precision))
-    with told, hold(output_dir, "--output_dir") as notices:
-        check_writable(output_dir, RESULTS)
+    with told, result_folder(output_dir, RESULTS) as notices:
         for line in notices:
             log.say(line)
         return evaluate(options, articles, bad_rows, place, log)
@@ -65,7 +67,8 @@ def evaluate(
     scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump(),
                "predictions_sha256": {"predictions.json": sha256_of_text(predictions)}}
     write_results(output_dir, {"predictions.json": predictions, "scores.json": json_text(sealed(scores))})
-    show(scores, output_dir)
+    put("\n".join(score_lines(scores)))
+    put(printable(f"written: {', '.join(str(output_dir / name) for name in RESULTS)}"))
     return 0
 
 
@@ -107,16 +110,6 @@ def load_model(options: ValidateOptions) -> LanguageModel:
     if options.model_name is not None:
         check_same_architecture(language_model.model.config, options.model_name)
     return language_model
-
-
-def show(scores: dict, output_dir: Path) -> None:
-    put(f"{scores['rows']} rows, mean F-measure with 95 % interval")
-    for metric in METRICS:
-        low, high = scores["confidence_intervals"][metric]
-        put(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
-    if "facts" in scores:
-        put(f"  {'facts':<10} {scores['facts']:.4f}")
-    put(printable(f"written: {output_dir / 'predictions.json'}, {output_dir / 'scores.json'}"))
 
 
 if __name__ == "__main__":

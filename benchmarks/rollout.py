@@ -44,7 +44,7 @@ from benchmarks.interleaved import Target, choose_variants, compare, take_turns
 from benchmarks.kd_step import plain_step
 from benchmarks.kd_work import SIZES, Work, collate, make_models
 from model.decoding import left_padded, make_voice
-from model.language_model import IGNORED, LanguageModel
+from model.language_model import IGNORED, LanguageModel, position_ids
 from model.rollout_sets import RolloutSets
 from model.rollouts import RolloutOptions, Rollouts, draw_rollouts
 from model.sampling import SamplingOptions, row_uniforms
@@ -89,11 +89,6 @@ def our_rollouts(teacher: LanguageModel, student: LanguageModel, prompts: Rows, 
                          uniforms)
 
 
-def positions_of(mask: Tensor) -> Tensor:
-    """Positions [B, T] of left-padded rows: 0 at each row's first token."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 class TeacherMixture(LogitsProcessor):
     """Turns the student's logits [B, V] into log(alpha p + (1 - alpha) q) in one `generate`; mask [B, T]: prompts."""
 
@@ -106,7 +101,7 @@ class TeacherMixture(LogitsProcessor):
         if known:
             self.mask = torch.cat([self.mask, self.mask.new_ones(fresh.shape)], 1)
         logits = self.teacher.model(
-            input_ids=fresh, attention_mask=self.mask, position_ids=positions_of(self.mask)[:, known:],
+            input_ids=fresh, attention_mask=self.mask, position_ids=position_ids(self.mask)[:, known:],
             use_cache=True, logits_to_keep=1, **{self.teacher.cache_argument: self.cache},
         ).logits[:, -1]
         mixed = scores.softmax(-1).mul_(1 - self.alpha).add_(logits.softmax(-1), alpha=self.alpha)
@@ -142,7 +137,7 @@ def read_all(language_model: LanguageModel, sequences: Tensor, mask: Tensor) -> 
     tokens = sequences[:, start:]
     mask = torch.cat([mask, torch.ones_like(tokens)], 1)
     logits = language_model.model(
-        input_ids=sequences, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+        input_ids=sequences, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
     ).logits[:, start - 1 : -1]
     return of_drawn(logits.log_softmax(-1), tokens.tolist())
 

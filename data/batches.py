@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.articles import DataError
 from data.os_errors import describe
 from data.token_cache import TokenTable
+from data.workers import start_workers
 
 IGNORED = -100
 WINDOW = 256  # rows sorted by length together: enough for batches of like length, few enough to stay random
@@ -125,9 +126,12 @@ def leave_signals_to_the_loop(worker: int) -> None:
 
 def load_batches(
     table: TokenTable, batches: list[np.ndarray], pad_id: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
-    """The collated batches, in order. Draws nothing from the global random generators."""
-    return DataLoader(
+) -> Iterator[dict[str, Tensor]]:
+    """The collated batches, in order. Draws nothing from the global random generators.
+
+    Raises DataError at the first of them where the workers cannot be started.
+    """
+    loader = DataLoader(
         BatchDataset(table, pad_id),
         sampler=batches,
         batch_size=None,
@@ -136,3 +140,4 @@ def load_batches(
         generator=torch.Generator(),
         worker_init_fn=leave_signals_to_the_loop,
     )
+    yield from start_workers(loader)

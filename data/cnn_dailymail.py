@@ -11,7 +11,6 @@ run twice. `article_length` is in words (split at white space).
 
 import argparse
 import csv
-import hashlib
 import json
 import logging
 import random
@@ -21,13 +20,20 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("cnn_dailymail")  # before the imports that take a while
+
 from tqdm import tqdm
 
 from data.articles import DataError, describe_bad_rows, read_articles
 from data.console import CONSOLE, show
+from data.digest import file_digest
+from data.named_path import named_path
 from data.os_errors import describe
 from data.scratch import clear_dead, finish_moves, place_together, scratch_folder
-from untrusted.files import load_json, open_regular
+from untrusted.files import load_json
 from untrusted.text import one_line, printable
 
 VERSION = 1  # of the tables: raise it when the same settings give other rows
@@ -179,12 +185,6 @@ def write_tables(folder, tables, settings):
     return lines
 
 
-def file_digest(path):
-    """The file's SHA-256, in hexadecimal."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_record(folder):
     """The folder's record: {"settings", "sha256": {file: digest}}, both {} where there is none or it is not ours."""
     try:
@@ -294,7 +294,9 @@ def parse_arguments(arguments=None):
         description="Write train.csv, validation.csv and test.csv of the hub's CNN/DailyMail, or the same for local CSV"
         " files, with article lengths; and train_subset.csv, validation_subset.csv and test_subset.csv beside them.",
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("data/cnn_dailymail"), help="default: %(default)s")
+    parser.add_argument(
+        "--output_dir", type=named_path, default=Path("data/cnn_dailymail"), help="default: %(default)s"
+    )
     parser.add_argument(
         "--fraction",
         type=float,
@@ -306,7 +308,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--seed", type=int, default=1234, help="of the subsets; default: %(default)s")
     parser.add_argument(
         "--from_csv",
-        type=Path,
+        type=named_path,
         nargs="+",
         metavar="FILE",
         help="local files with the columns id, article, highlights, instead of the hub: NAME.csv gives NAME.csv and"
@@ -323,9 +325,11 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 1 for the hub, a file or its contents, 2 for a usage error."""
+    """Runs the command and returns its exit code: 0, 1 for the hub, a file or its contents, 2 for a usage error,
+    130 for Ctrl-C."""
     options = parse_arguments(arguments)
     try:
+        raise_on_interrupt()
         lines = make_tables(options)
     except (UsageError, DataError, HubError) as error:
         print(f"cnn_dailymail: error: {one_line(error)}", file=CONSOLE)
@@ -333,6 +337,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"cnn_dailymail: error: cannot write {describe(error, options.output_dir)}", file=CONSOLE)
         return 1
+    except KeyboardInterrupt:
+        print("cnn_dailymail: interrupted", file=CONSOLE)
+        return EXIT_CODE
     return show("cnn_dailymail", lines)
 
 

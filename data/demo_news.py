@@ -11,7 +11,6 @@ the highlights hold; `category` is the kind of event.
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import random
@@ -21,8 +20,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("demo_news")  # before the imports that take a while
+
 from data.console import CONSOLE, show
 from data.demo_templates import EVENTS, GENERIC, POOLS, Event
+from data.digest import file_digest
+from data.named_path import named_path
 from data.os_errors import describe, refusal
 from data.scratch import clear_dead, scratch_folder
 from untrusted.files import load_json
@@ -219,7 +225,7 @@ def write_table(path: Path, rows: list[Row]) -> None:
 def file_digests(folder: Path) -> dict[str, str]:
     """{path inside the folder: SHA-256} of every file but demo.json."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "demo.json")
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
 
 
 def read_record(folder: Path) -> dict[str, dict]:
@@ -249,10 +255,8 @@ def check_replaceable(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for path in sorted(Path(parent, name) for name in (*files, *folders)):
             if path.is_symlink() or path not in (parents if path.is_dir() else known):
-                raise ValueError(
-                    f"{folder} holds {path.relative_to(folder)}, which is not part of the demo: "
-                    "move it away or choose another --output_dir"
-                )
+                raise ValueError(f"{folder} holds {path.relative_to(folder)}, which is not part of the demo: move it "
+                                 "away or choose another --output_dir")
 
 
 def write_folder(folder: Path, settings: dict) -> list[str]:
@@ -298,7 +302,7 @@ class OneLineParser(argparse.ArgumentParser):
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
     """(output folder, settings) from the command line. Exits with 2 and one line for a usage error."""
     parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's made-up news.")
-    parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
+    parser.add_argument("--output_dir", type=named_path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--test_seed", type=int, help="seed of test.csv alone; default: that of --seed")
     parser.add_argument("--noisy_share", type=float, default=0.25, help="of *_noisy highlights; default: %(default)s")
@@ -318,10 +322,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
+    """The exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
     output_dir, settings = parse_arguments(arguments)
     folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
     try:
+        raise_on_interrupt()
         if is_complete(folder, settings):
             clear_dead(folder.parent)
             return show("demo_news", [f"{output_dir}: already complete with these settings, reused"])
@@ -332,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"demo_news: interrupted, {output_dir} is as it was", file=CONSOLE)
-        return 130
+        return EXIT_CODE
     except Exception as error:
         if (refused := refusal(error)) is None:
             raise

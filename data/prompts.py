@@ -48,9 +48,9 @@ class PromptFormat:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        # No article that is longer than this in characters gives fewer tokens than a row has; twice as many are looked
-        # at, so that no word is cut in its middle where its tokens are used.
-        self._longest_article = 2 * max_length * max(map(len, self._backend.get_vocab()), default=1)
+        # With most tokenizers an article that is longer than this in characters gives `_enough` tokens.
+        self._enough = 2 * max_length  # so that no word is cut in its middle where its tokens are used
+        self._beginning = self._enough * max(map(len, self._backend.get_vocab()), default=1)
         before, after = template.split("{article}")
         prefix, self.suffix_ids = self.encode([before, after])
         self.prefix_ids = start_ids(self._backend, tokenizer.bos_token_id) + prefix
@@ -73,9 +73,9 @@ class PromptFormat:
         len(ids) <= max_length. In place of a row whose highlights do not fit stands what is wrong with it.
         """
         starts = [self.highlight_start + text.strip() for text in highlights]
-        rows = []
-        for group in groups([text[: self._longest_article] for text in articles], starts):
-            rows += map(self._training_row, *map(self.encode, group))
+        rows, whole = [], iter(articles)
+        for beginnings, summaries in groups(self._beginnings(articles), starts):
+            rows += map(self._training_row, self._encode_articles(beginnings, whole), self.encode(summaries))
         return rows
 
     def _training_row(self, article: list[int], summary: list[int]) -> tuple[list[int], int] | RowTooLong:
@@ -99,10 +99,27 @@ class PromptFormat:
                 f"max_generation_length is {max_new_tokens}: too big beside the prompt in {self.max_length} tokens; "
                 f"expected at most {max_new_tokens + room - 1}"
             )
-        prompts = []
-        for (group,) in groups([text[: self._longest_article] for text in articles]):
-            prompts += [self.prefix_ids + ids[:room] + self.suffix_ids for ids in self.encode(group)]
+        prompts, whole = [], iter(articles)
+        for (beginnings,) in groups(self._beginnings(articles)):
+            prompts += [self.prefix_ids + ids[:room] + self.suffix_ids
+                        for ids in self._encode_articles(beginnings, whole)]
         return prompts
+
+    def _beginnings(self, articles: list[str]) -> list[str]:
+        return [text[: self._beginning] for text in articles]
+
+    def _encode_articles(self, beginnings: list[str], whole: Iterator[str]) -> list[list[int]]:
+        """Token ids of the next articles of `whole`, as many as a row can use. beginnings: of those articles."""
+        return [self._lengthened(ids, next(whole)) for ids in self.encode(beginnings)]
+
+    def _lengthened(self, ids: list[int], article: str) -> list[int]:
+        """More token ids of an article, where those of its beginning may be too few: a word that the tokenizer does not
+        know is one token, and white space may be none, however long they are."""
+        length = self._beginning
+        while length < len(article) and len(ids) < self._enough:
+            length *= 2
+            (ids,) = self.encode([article[:length]])
+        return ids
 
     def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
         """A training row's prompt, its article's end cut so that len(prompt) + max_new_tokens <= max_length."""

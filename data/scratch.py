@@ -24,6 +24,22 @@ _RANDOM = r"[a-z0-9_]{8}"  # mkdtemp's names
 
 
 @contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """The folder, with its parents; where what is done in it fails, those of them that it has made and that are empty
+    go again. Raises OSError where it cannot be made."""
+    absent = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in absent:
+                if os.path.lexists(path):
+                    path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def scratch_folder(parent: Path, prefix: str = BUILDING) -> Iterator[Path]:
     """An empty folder in `parent`, deleted at the end. What dead processes left there of this prefix goes first."""
     clear_dead(parent, prefix)
@@ -57,7 +73,20 @@ def whole_name(scratch: Path) -> Path:
 def finish_moves(folder: Path) -> None:
     """What dead processes were cut off from moving to its places. Raises OSError."""
     for path in dead(folder, re.compile(re.escape(WHOLE) + _RANDOM)):
-        move_out(path)
+        finish_move(path)
+
+
+def finish_move(whole: Path) -> None:
+    """The same for one path of such a name. Where it is no folder, none of these programs made it: it is deleted."""
+    if not whole.is_dir() or whole.is_symlink():
+        with contextlib.suppress(OSError):
+            whole.unlink()
+        return
+    try:
+        move_out(whole)
+    except OSError as error:
+        cause = f"{error.strerror or error} (of what an earlier program left in {whole.name})"
+        raise OSError(error.errno, cause, str(whole)) from error
 
 
 def move_out(whole: Path) -> None:

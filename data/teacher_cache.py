@@ -20,10 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from data.articles import DataError
+from data.digest import file_digest
 from data.flat_array import FlatArray
 from data.os_errors import describe
-from data.scratch import scratch_folder
-from data.token_cache import TokenTable, digest
+from data.scratch import made_folder, scratch_folder
+from data.token_cache import TokenTable
 from untrusted.files import load_json
 
 VERSION = 1  # raise it when the same key gives other files
@@ -136,7 +137,7 @@ def sizes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict[str, int]
 
 def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
     """What the manifest must say; files that are no arrays are told by their SHA-256."""
-    digests = {name: digest(folder / name) for name in others}
+    digests = {name: file_digest(folder / name) for name in others}
     shapes = {name: list(each) for name, each in sorted(arrays.items())}
     return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": digests}
 
@@ -166,9 +167,8 @@ def make_cache(
     """
     key = "distillation_kwargs.teacher_cache.dir"
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         damaged = os.path.lexists(folder)  # one that comes from now on is another process's, and whole
-        with scratch_folder(folder.parent) as scratch:
+        with made_folder(folder.parent), scratch_folder(folder.parent) as scratch:
             size, free = cache_bytes(table, arrays), shutil.disk_usage(folder.parent).free
             if size > free:
                 raise DataError(

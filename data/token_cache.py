@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles
+from data.digest import file_digest
 from data.flat_array import FlatArray
 from data.os_errors import describe
 from data.prompts import PromptFormat, RowTooLong
-from data.scratch import clear_dead, scratch_folder
-from untrusted.files import LARGE, load_json, open_regular, read_limited
+from data.scratch import clear_dead, made_folder, scratch_folder
+from untrusted.files import LARGE, load_json, read_limited
 from untrusted.text import shorten
 
-VERSION = 1  # raise it when the same input gives other files
+VERSION = 2  # raise it when the same input gives other files
 CHUNK = 512  # rows tokenised at a time, on all cores
 DTYPES = ("uint16", "uint32")  # of a token
 FILES = {"tokens.bin", "offsets.npy", "boundaries.npy", "numbers.npy", "ids.json", "skipped.json"}
@@ -103,8 +104,7 @@ def open_token_table(
 
 def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_bad_row: str) -> str:
     try:
-        with open_regular(csv_path) as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
+        content = file_digest(csv_path)
     except OSError as error:
         raise DataError(f"{csv_path}: cannot be read ({error.strerror or error}): check the path") from error
     options = json.dumps([VERSION, content, prompt_format.fingerprint(), columns, on_bad_row], sort_keys=True)
@@ -117,7 +117,7 @@ def is_whole(folder: Path) -> bool:
         manifest = load_json(folder / "manifest.json")
         if manifest["version"] != VERSION or set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
             return False
-        same = all(digest(folder / name) == value for name, value in manifest["files"].items())
+        same = all(file_digest(folder / name) == value for name, value in manifest["files"].items())
         return same and TokenTable(folder).fits_together()
     except (OSError, ValueError, LookupError, TypeError, MemoryError, RecursionError):
         return False
@@ -135,15 +135,9 @@ def read_numbers(path: Path) -> np.ndarray:
     return values.copy()
 
 
-def digest(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(folder.parent) as scratch:
+        with made_folder(folder.parent), scratch_folder(folder.parent) as scratch:
             table = scratch / "table"  # a folder in it, because the scratch folder is closed to other users
             table.mkdir()
             write_table(table, csv_path, prompt_format, columns, on_bad_row, progress)
@@ -207,7 +201,7 @@ def write_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, prog
     save_array(folder / "numbers.npy", np.array(numbers, dtype=np.int64))
     dump(folder / "ids.json", ids)
     dump(folder / "skipped.json", [asdict(row) for row in bad_rows])
-    files = {path.name: digest(path) for path in sorted(folder.iterdir())}
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     dump(folder / "manifest.json", {"version": VERSION, "dtype": dtype, "files": files})
 
 

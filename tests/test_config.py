@@ -326,10 +326,11 @@ def test_only_strings_are_strings(value):
 
 def test_nan_is_refused_with_its_key(tmp_path):
     """NaN or a number that overflows passes and poisons the weights; or the error does not say where it stands."""
-    optimizer = '"optimizer_kwargs": {"lm_lr": NaN, "kwargs": {"eps": [Infinity]}}'
+    optimizer = '"optimizer_kwargs": {"lm_lr": NaN, "kwargs": {"eps": [Infinity], "weight_decay": NaN}}'
     assert refusal(tmp_path, f'{{{optimizer}, "trainer_kwargs": {{"gradient_clipping": 1e999}}}}') == [
         "config.json: trainer_kwargs.gradient_clipping is Infinity: expected a finite number of at least 0, or null",
-        "config.json: optimizer_kwargs.kwargs.eps[0] is Infinity: expected any JSON value",
+        "config.json: optimizer_kwargs.kwargs.eps[0] is Infinity: expected a finite number",
+        "config.json: optimizer_kwargs.kwargs.weight_decay is NaN: expected a finite number",
         "config.json: optimizer_kwargs.lm_lr is NaN: expected a finite number greater than 0",
     ]
 

@@ -212,6 +212,33 @@ def test_a_strangers_leftover_writes_nowhere_else(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["link"] and (folder / "link").read_text() == "theirs"
 
 
+@pytest.mark.parametrize("texts", [{"a.json": "1"}, RESULTS], ids=["one file", "several"])
+def test_no_leftover_of_that_name_blocks_the_writing(tmp_path, texts):
+    """Every write fails beside a plain file, or a link, named as the folders of cut off writers are."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".tmp-whole-abcd1234").write_text("x")
+    (folder / ".tmp-whole-efgh5678").symlink_to(elsewhere)
+    files.write_together(folder, texts)
+    assert {path.name for path in folder.iterdir()} == {*texts, ".tmp-whole-efgh5678"}
+    assert (elsewhere / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("texts", [{"a.json": "1"}, RESULTS], ids=["one file", "several"])
+def test_a_leftover_that_cannot_be_moved_is_named(tmp_path, texts):
+    """The file to be written is blamed, where a folder is in the place of another one."""
+    (tmp_path / "x").mkdir()
+    (tmp_path / ".tmp-whole-abcd1234").mkdir()
+    (tmp_path / ".tmp-whole-abcd1234/x").write_text("1")
+    with pytest.raises(OSError) as caught:
+        files.write_together(tmp_path, texts)
+    assert caught.value.filename == str(tmp_path / ".tmp-whole-abcd1234")
+    assert "of what an earlier program left in .tmp-whole-abcd1234" in caught.value.strerror
+
+
 def test_flushed_before_renamed(tmp_path, monkeypatch):
     """A rename that reaches the disk before the content leaves an empty file after a power cut."""
     order = []

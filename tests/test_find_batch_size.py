@@ -26,6 +26,7 @@ from utils import memory_limit
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError
 from utils.devices import Place
+from utils.evaluation import NotFinite
 from utils.find_batch_size import Answer, find_batch_size, in_child, largest_that_fits
 from utils.memory_limit import Limit
 from utils.out_of_memory import memory_error
@@ -312,6 +313,46 @@ def test_tries_in_processes_of_their_own():
     limit = Limit(1_500_000_000, "left", False)
     assert in_child(take, 4_000_000, limit) == "1000000.0" and in_child(take, 2_000_000_000, limit) == "full"
     assert in_child(take, 2_000_000_000, limit._replace(imposed=True)) != "full"  # the system's own, so none here
+
+
+def fall(error: Exception):
+    raise error
+
+
+def not_finite():
+    raise NotFinite("validation loss", 1.0, None, [1])
+
+
+def test_an_error_that_cannot_be_put_together_again():
+    """Fault: an error with more arguments than its message is told as TypeError: missing arguments."""
+    with pytest.raises(RuntimeError, match=r"^NotFinite: .*validation loss"):
+        in_child(not_finite)
+    error = ConfigError("a name")
+    error.doing = ["loading"]
+    with pytest.raises(ConfigError, match=r"^a name$") as caught:
+        in_child(fall, error)
+    assert caught.value.doing == ["loading"]
+
+
+ENDED = """
+import os, signal
+from pathlib import Path
+from types import SimpleNamespace
+from utils import find_batch_size
+in_child = find_batch_size.in_child
+find_batch_size.in_child = lambda *arguments: in_child(os.kill, os.getpid(), signal.SIGTERM)
+with find_batch_size.in_child_processes(None, None, None, SimpleNamespace(path=Path("log"))):
+    print("goes on")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked on Linux alone")
+def test_nothing_is_left_of_a_search_that_is_ended(tmp_path):
+    """Fault: SIGTERM leaves the folder of the process that forks the tries in the system's temporary folder."""
+    done = subprocess.run([sys.executable, "-c", ENDED], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+    assert not list(tmp_path.iterdir())
 
 
 def address_space_of_one_row(config_path: str) -> int:

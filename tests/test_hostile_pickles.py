@@ -15,6 +15,7 @@ from tests.faults.hostile_attack import Bomb, carry_out
 from tests.faults.hostile_pickles import recompute_manifest
 from tests.small_runs import changed, make_project, write_config
 from utils.random_state import random_state
+from utils.seal import KEY
 
 
 @pytest.mark.parametrize("attack", hostile_pickles.ATTACKS, ids=lambda attack: attack.name)
@@ -102,8 +103,14 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def state_json(**values):
-    return lambda step: (step / "trainer_state/state.json").write_text(
-        json.dumps(json.loads((step / "trainer_state/state.json").read_text()) | values))
+    """Without the file's own sum: one of a version before it, or of somebody who takes it out."""
+    def change(step: Path) -> None:
+        path = step / "trainer_state/state.json"
+        state = json.loads(path.read_text()) | values
+        state.pop(KEY)
+        path.write_text(json.dumps(state))
+
+    return change
 
 
 def saved(name: str, content):

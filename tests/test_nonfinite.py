@@ -35,8 +35,27 @@ def test_a_row_that_gives_nan(tmp_path, capsys, accumulation):
     config = fine_tuning(tmp_path, [5], gradient_accumulation_steps=accumulation)
     with numerics.watched() as trainers:
         error = assert_stopped(tmp_path, run, config, trainers, capsys)
-    assert "rows: row-5 (row 6); the last checkpoint is good" in error
+    left = "the last checkpoint is good" if accumulation == 1 else "no checkpoint was written yet"
+    assert f"rows: row-5 (row 6); {left}: " in error
     assert "set trainer_kwargs.skip_nonfinite_steps to leave such steps out" in error
+
+
+def test_a_first_step(tmp_path, capsys):
+    """Fault: a run that has saved nothing says that its last checkpoint is good, or that the checkpoints are kept."""
+    config = changed(fine_tuning(tmp_path, n_batch_ckpt_save=None), optimizer_kwargs={"lm_lr": 1e308})
+    assert run(tmp_path, config) == 1
+    error = last_error(capsys)
+    assert "; no checkpoint was written yet: " in error and "good" not in error
+    assert not list((tmp_path / "run").glob("model_checkpoints/step-*"))
+    config = changed(config, optimizer_kwargs={"lm_lr": 0.01})
+    for spoil, beginning in ((numerics.spoil_weight, "optimizer step 8: "),
+                             (lambda trainer: numerics.spoil_moment(trainer, "exp_avg_sq", math.inf),
+                              "after optimizer step 8 the optimizer's exp_avg_sq is not finite: not saved, ")):
+        with numerics.at_step(8, spoil):
+            assert run(tmp_path, config) == 1
+        error = last_error(capsys)
+        assert error.startswith(beginning) and "no checkpoint was written yet" in error
+        assert "start anew, with a lower optimizer_kwargs.lm_lr" in error and "resume" not in error
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

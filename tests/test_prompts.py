@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.articles import DataError
@@ -82,6 +82,25 @@ def test_prompts_about_as_long_as_the_window(characters):
     """Off by one at the edge of a prompt that shares the window with 20 new tokens (A15)."""
     (prompt,) = case_format().prediction_prompts(["C" * characters], 20)
     assert len(prompt) == min(characters, 100) + 8
+
+
+def words_and_no_more() -> PreTrainedTokenizerFast:
+    """One token a word, whatever its length; none for white space."""
+    words = Tokenizer(models.WordLevel({"<|e|>": 0, "a": 1, "b": 2, "TL": 3}, unk_token="<|e|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|e|>")
+
+
+@pytest.mark.parametrize("article", [
+    "wordlongerthanany " * 40, "a" + " " * 1000 + "b " * 40, "a " * 19 + " " * 150 + "x" * 5000 + " b", "b" * 9000,
+], ids=["long words", "white space", "at the edge", "one word"])
+def test_tokens_of_many_characters(article):
+    """An article is cut by its characters before it has filled the row, or in a word whose token is used."""
+    prompt_format = PromptFormat(words_and_no_more(), "{article} TL", 20)
+    (ids,) = prompt_format.encode([article])
+    first, second = prompt_format.prediction_prompts(["a b", article], 5)
+    assert (first, second) == ([1, 2, 3], [*ids[:14], 3])
+    assert training_row(prompt_format, article, "a") == ([*ids[:17], 3, 1, 0], len(ids[:17]) + 1)
 
 
 def test_highlights_that_do_not_fit_are_reported_with_sizes():

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from model.loading import load_language_model
+from tests.conftest import ROOT, write_rows
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights, write_config
+from utils.checkpoint import Checkpoints, load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLITS = ("train", "validation", "train_epoch", "loss_scaling")
@@ -144,6 +146,76 @@ def test_another_metric_is_judged_anew(tmp_path, capsys):
     assert run(tmp_path, again) == 0
     assert "judged anew" in capsys.readouterr().err
     assert (tmp_path / "run/model_checkpoints/best").resolve().name == "step-6"
+
+
+def judged(folder: Path) -> tuple[float, str]:
+    """The best score in `last`, and the step that `best` points to."""
+    root = folder / "run/model_checkpoints"
+    state = json.loads((root / "last/trainer_state/state.json").read_text())
+    return state["best_score"], (root / "best").resolve().name
+
+
+@pytest.mark.parametrize("metric", ["loss", "rouge1"])
+def test_another_validation_set_is_judged_anew(tmp_path, capsys, metric):
+    """Fault: a score on one CSV is compared with a score on another of the same name: `best` is that of the easier."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={
+        "epochs": 2, "metrics": ["rouge"] if metric == "rouge1" else []}, callbacks_kwargs={"kwargs": {
+            "metric": metric, "mode": "min" if metric == "loss" else "max"}})
+    assert run(tmp_path, config) == 0
+    again = changed(config, trainer_kwargs={"epochs": 3})
+    write_rows(tmp_path / "validation.csv", [{"id": "q", "article": "zzzz", "highlights": "XYZW@@ 9999 KKKK"}])
+    assert run(tmp_path, again) == 0
+    assert capsys.readouterr().err.count("judged anew") == 1
+    score, best = judged(tmp_path)
+    assert best == "step-9" and score == metrics(tmp_path / "run", "validation")[-1][metric]
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
+    assert "judged anew" not in capsys.readouterr().err
+    scores = [line[metric] for line in metrics(tmp_path / "run", "validation")][2:]
+    assert judged(tmp_path)[0] == (min if metric == "loss" else max)(scores)
+
+
+def test_an_epoch_that_is_not_judged_keeps_the_best(tmp_path, capsys):
+    """Fault: a run that measures nothing for an epoch forgets what was best, and takes the next for it."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2})
+    assert run(tmp_path, config) == 0
+    before = judged(tmp_path)
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 3, "monitor_val": False})) == 0
+    assert judged(tmp_path) == before
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
+    assert "judged anew" not in capsys.readouterr().err
+    assert judged(tmp_path)[0] == min(line["loss"] for line in metrics(tmp_path / "run", "validation"))
+
+
+def test_a_checkpoint_that_does_not_say_its_rows_is_judged_anew(tmp_path, capsys):
+    """Fault: a checkpoint of before, which names the file alone, cannot be resumed, or its score is compared."""
+    config = make_project(tmp_path, rows=6)
+    assert run(tmp_path, config) == 0
+    root = tmp_path / "run/model_checkpoints/step-3"
+    state, tensors = load_state(root)
+    old = {key: value for key, value in state.items() if key not in ("scaled_by", "saved_at")}
+    checkpoints = Checkpoints(root.parent, state["run_id"], 2)
+    old |= {"best_score": 0.0, "judged_by": "min loss on validation.csv, None"}
+    checkpoints.save(3, load_language_model(str(root)).save, old, tensors)
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
+    assert "best was by min loss on validation.csv, None, now by min loss on validation-" in capsys.readouterr().err
+    assert judged(tmp_path)[1] == "step-6"
+
+
+def test_another_subset_begins_the_baseline_of_loss_scaling_anew(tmp_path, capsys):
+    """Fault: the best ROUGE on easy rows stays the baseline for hard ones, and other decoding's for this one."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={
+        "metrics": ["rouge"], "adaptive_loss_scaling": True, "loss_scaling_batch": 100, "baseline_threshold": 0.9})
+    assert run(tmp_path, config) == 0
+    go_on = changed(config, trainer_kwargs={"epochs": 2, "baseline_threshold": 0.3})
+    assert run(tmp_path, go_on) == 0  # the rows are the same: so is the baseline
+    state = tmp_path / "run/model_checkpoints/last/trainer_state/state.json"
+    assert json.loads(state.read_text())["baseline"] == 0.9
+    longer = changed(go_on, trainer_kwargs={"epochs": 3},
+                     model_arch={"generation_kwargs": {"max_generation_length": 9}})
+    assert run(tmp_path, longer) == 0
+    assert json.loads(state.read_text())["baseline"] == 0.3
+    told = capsys.readouterr().err
+    assert told.count("baseline anew") == 1 and "max_generation_length 8" in told and "judged anew" not in told
 
 
 def test_best_is_mended_after_a_kill_between_the_links(tmp_path):

@@ -24,8 +24,8 @@ def test_rollouts_are_equal_and_timed(capsys):
 
 
 @pytest.mark.parametrize(("variant", "part", "wrong"), [
-    ("processor", "positions_of", lambda mask: torch.arange(mask.shape[1]).expand_as(mask)),
-    ("minillm", "positions_of", lambda mask: torch.arange(mask.shape[1]).expand_as(mask)),
+    ("processor", "position_ids", lambda mask: torch.arange(mask.shape[1]).expand_as(mask)),
+    ("minillm", "position_ids", lambda mask: torch.arange(mask.shape[1]).expand_as(mask)),
     ("ours", "SamplingOptions", lambda alpha: SamplingOptions(alpha / 2)),
 ])
 def test_other_distributions_are_refused(variant, part, wrong, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data import scratch
-from data.scratch import clear_dead, dead, scratch_folder
+from data.scratch import clear_dead, dead, finish_moves, scratch_folder
 from tests.conftest import ROOT
 
 BUILD = """
@@ -55,6 +55,15 @@ def test_only_the_living_keep_theirs(tmp_path):
     with scratch_folder(tmp_path) as mine:
         assert names(tmp_path) == [mine.name]
     assert names(tmp_path) == []
+
+
+def test_files_named_like_finished_folders_are_deleted(tmp_path):
+    """Fault: a plain file of that name stops every later command with "Not a directory"."""
+    (tmp_path / ".tmp-whole-abcd1234").write_text("x")
+    (tmp_path / ".tmp-whole-efgh5678").mkdir()
+    (tmp_path / ".tmp-whole-efgh5678" / "table.csv").write_text("rows")
+    finish_moves(tmp_path)
+    assert names(tmp_path) == ["table.csv"] and (tmp_path / "table.csv").read_text() == "rows"
 
 
 def test_other_names_are_not_touched(tmp_path):

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.small_runs import assert_equal_weights, make_project, run, weights
 from utils.signals import StopRequest
 from utils.trainer import Trainer
@@ -31,9 +34,53 @@ def test_a_terminal_that_closes_is_heard_once(handlers, capsys):
         for _ in range(3):
             hang_up()
         assert stop.requested and stop.number == signal.SIGHUP
-        assert signal.getsignal(signal.SIGTERM) == handlers[signal.SIGTERM]  # the second of those kills
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert capsys.readouterr().err.count("SIGHUP: stopping at the next step") == 1
+
+
+TOGETHER = """
+import os, signal, sys
+from utils.signals import StopRequest
+numbers = [signal.Signals[name] for name in sys.argv[1].split("+")]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+with StopRequest() as stop:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [])
+    except KeyboardInterrupt:
+        print("KeyboardInterrupt")
+    print(stop.number)
+"""
+
+
+@pytest.mark.parametrize(("names", "code", "heard", "out"), [
+    ("SIGHUP+SIGTERM", 0, ["SIGHUP", "SIGTERM"], "15"), ("SIGHUP+SIGINT", 0, ["SIGHUP", "SIGINT"], "2"),
+    ("SIGINT+SIGTERM", -signal.SIGTERM, ["SIGINT"], ""),
+    ("SIGHUP+SIGINT+SIGTERM", -signal.SIGTERM, ["SIGHUP", "SIGINT"], ""),
+])
+def test_signals_that_come_together(names, code, heard, out):
+    """"Signal 15 ignored due to race condition", with a traceback, or work lost as a session ends."""
+    done = subprocess.run([sys.executable, "-c", TOGETHER, names], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          preexec_fn=default_handlers)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert lines == [f"{name}: stopping at the next step; once more to stop at once" for name in heard]
+    assert (done.returncode, done.stdout.strip()) == (code, out)
+
+
+def default_handlers() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_the_second_does_what_it_does_elsewhere(handlers):
+    """A second Ctrl-C is noted too, so that nothing ends a step that takes for ever."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGTERM
 
 
 def test_nohup_is_respected():

@@ -243,7 +243,7 @@ def test_too_little_room(tmp_path, table, monkeypatch):
     assert message.startswith(f"{KEY}: ")
     for part in (table.folder.name, "needs 10.40 GB", "has 3.00 GB", str(tmp_path / "cache"), "top_k"):
         assert part in message
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
     make_cache(tmp_path / "cache/x", table, ARRAYS)
     assert is_whole(tmp_path / "cache/x", table, ARRAYS)
 

@@ -87,7 +87,11 @@ def in_another_process(function, *arguments):
 def open_and_die(csv_path, cache_dir, moment):
     """Opens the table and kills its own process while it is being made."""
 
+    file_digest = token_cache.file_digest
+
     def die(*arguments, **options):
+        if moment == "file_digest" and Path(arguments[0]).parent.name != "table":  # the CSV's, or the damaged one's
+            return file_digest(*arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment != "tokenising":
@@ -95,7 +99,7 @@ def open_and_die(csv_path, cache_dir, moment):
     open_token_table(csv_path, FORMAT, cache_dir, progress=die if moment == "tokenising" else lambda rows: None)
 
 
-@pytest.mark.parametrize("moment", ["tokenising", "dump", "digest"])
+@pytest.mark.parametrize("moment", ["tokenising", "dump", "file_digest"])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_crash_while_building_leaves_nothing_that_is_used(csv_path, cache_dir, monkeypatch, moment, damaged):
     """Half of the rows taken for all of them after a kill."""

@@ -96,9 +96,11 @@ def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     from utils.checkpoint import Checkpoints
     from utils.config import FineTuneConfig
     from utils.devices import Place
+    from utils.evaluation import Generation
     from utils.run_log import RunLog
     from utils.signals import StopRequest
     from utils.trainer import Trainer
+    from utils.validation import Validation
 
     config = FineTuneConfig.model_validate({
         "trainer_kwargs": {"gradient_accumulation_steps": 4, "gradient_clipping": None, "monitor_val": False,
@@ -109,8 +111,10 @@ def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     objective = objective_class(language_model)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     log = RunLog(tmp_path)
-    trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), None,
-                      Place(torch.device("cpu")), log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
+    place = Place(torch.device("cpu"))
+    validation = Validation(objective, None, [], Generation(), place, log, tmp_path)
+    trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), validation,
+                      place, log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
     return trainer, objective
 
 

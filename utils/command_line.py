@@ -13,6 +13,8 @@ import transformers
 
 from data.articles import DataError
 from data.console import CONSOLE, settle_output
+from data.interrupt import EXIT_CODE, raise_on_interrupt
+from data.named_path import named_path
 from data.os_errors import describe
 from model.language_model import ModelError
 from untrusted.text import one_line, printable, shorten
@@ -50,7 +52,7 @@ def training_parser(name: str, description: str, examples: str, default_config: 
     parser = OneLineParser(
         name, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=Path(default_config), metavar="FILE",
+    parser.add_argument("--config", type=named_path, default=Path(default_config), metavar="FILE",
                         help="JSON file with the settings (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one setting; may be given several times")
@@ -66,8 +68,9 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
 
     debug: show the traceback of an error.
     """
-    quiet_libraries()
     try:
+        raise_on_interrupt()
+        quiet_libraries()
         with memory_told(lambda done: "end other programs, or take a smaller model or batch"):
             return command()
     except Stopped as stopped:
@@ -75,7 +78,7 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         return stopped.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=CONSOLE)
-        return 130
+        return EXIT_CODE
     except USER_ERRORS as error:  # only a config has several lines, one for each error
         return fail(name, str(error) if isinstance(error, ConfigError) else printable(told(error)), 2, debug)
     except (TrainingError, OutOfMemory) as error:

@@ -13,7 +13,13 @@ import os
 import sys
 from pathlib import Path
 
+from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt("utils.compare")  # before the imports that take a while
+
 from data.console import CONSOLE, put, settle_output
+from data.named_path import named_path
 from data.os_errors import describe
 from untrusted.text import in_spreadsheet, printable
 from utils.comparison import CompareError, compare, read_evaluation
@@ -40,6 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
+        raise_on_interrupt()
         folders = named_folders(options.folders)
         settings = checked_settings(options, list(folders))
         evaluations = [read_evaluation(name, folder) for name, folder in folders.items()]
@@ -56,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         reason = describe(error) if isinstance(error, OSError) else str(error)
         print(f"utils.compare: error: {printable(reason)}", file=CONSOLE)
         return 2
+    except KeyboardInterrupt:
+        print("utils.compare: interrupted", file=CONSOLE)
+        return EXIT_CODE
     finally:
         settle_output()
     if options.format != "text":
@@ -80,7 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", choices=METRICS, default="rougeL",
                         help="of gap, difference and significance (default: %(default)s)")
     parser.add_argument("--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the console")
+    parser.add_argument("--output", type=named_path, metavar="FILE", help="write there instead of to the console")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -98,7 +108,7 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
             raise CompareError(f"{text}: no name before the =: write NAME=FOLDER")
         if name in folders:
             raise CompareError(f"{name} is the name of two rows, {folders[name]} and {folder}: write NAME=FOLDER")
-        folders[name] = Path(folder)
+        folders[name] = named_path(folder)
     return folders
 
 

@@ -61,7 +61,8 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
         CompareError: scores.json is not there, or is of another kind, or not whole.
     """
     path = folder / "scores.json"
-    remedy = f"validate_model.py --output_dir {folder}"
+    is_of_training = (folder / "model_checkpoints").is_dir()  # the scores of which validate_model.py leaves alone
+    remedy = f"validate_model.py --output_dir {folder / 'evaluation' if is_of_training else folder}"
     with suppress(OSError):  # a folder that may only be read is read as it is
         finish_writing(folder)
     try:

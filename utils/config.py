@@ -11,15 +11,18 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
+from data.named_path import at_home
 from utils.config_checks import contradictions, monitored_metric
 
 COLUMNS = ("id", "article", "highlights")
+MOST_BEAMS = 1000
 NO_EFFECT = ("is_training", "use_cache")
 DEFAULT_SCALING_BATCH, DEFAULT_SCALING_METRIC, DEFAULT_BASELINE = 1024, "rougeL", 0.15
 
 
 def check_name(name: str) -> str:
-    """A path, file name or hub id."""
+    """A path, file name or hub id; `~` in front is the home folder."""
+    name = at_home(name)
     if any(sign < " " or sign == "\x7f" for sign in name):
         raise PydanticCustomError("name", "expected a name without line ends, tabs and other control characters")
     lengths = [len(part.encode("utf-8", "replace")) for part in name.split("/")]
@@ -56,7 +59,7 @@ class GenerationKwargs(Section):
     """Decoding during evaluation."""
 
     max_generation_length: int = Field(80, ge=1, description="most tokens of a generated summary")
-    num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
+    num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends as soon as num_beams summaries are complete")
 
 

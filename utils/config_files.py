@@ -172,8 +172,13 @@ def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -
     other_types = types - {"literal_error"}
     of_kind = f" ({kind(value)})" if other_types and not other_types & VALUE_ERRORS and value is not None else ""
     if "finite_number" in types:
-        return [f"{dotted(path)} is {show(value)}: expected {expected(node).replace('a number', 'a finite number')}"]
+        return [f"{dotted(path)} is {show(value)}: expected {finite(expected(node))}"]
     return [f"{dotted(path)} is {show(value)}{of_kind}: expected {expected(node)}{remedy(model, data, path, node)}"]
+
+
+def finite(words: str) -> str:
+    """What was expected where a number that is not finite was found: of any JSON value, it can only be that one."""
+    return words.replace("a number", "a finite number") if "a number" in words else "a finite number"
 
 
 def remedy(model, data: dict, path: tuple, node: dict) -> str:

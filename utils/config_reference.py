@@ -142,7 +142,7 @@ def expected(node: dict) -> str:
         return ("one of " if len(values) > 1 else "") + ", ".join(json.dumps(value) for value in values)
     if node.get("type") == "array":
         return f"a list, each entry {expected(node['items'])}"
-    if "$ref" in node:
+    if "$ref" in node and node.get("type") == "object":
         return "an object"
     if node.get("minLength"):
         return "a string that is not empty"

@@ -20,6 +20,7 @@ from model.doing import DECODING, MEASURING, doing
 from model.language_model import LanguageModel
 from utils import rouge
 from utils.devices import Place
+from utils.memory_limit import within_memory
 from utils.random_state import forked_random_state
 from utils.run_log import progress_bar
 
@@ -76,7 +77,7 @@ def measure_loss(
     sums: dict[str, float] = {}
     bad: list[int] = []
     bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
-    with apart(objective), bar:
+    with apart(objective), bar, within_memory(place.device.type):
         steps = objective.ahead(table, load_batches(table, batches, pad_id), [1] * len(batches))
         for rows, arguments in zip(batches, measured(steps, name), strict=True):
             if interrupted():
@@ -136,7 +137,7 @@ def predict(
     options = {"batch_size": generation.batch_size, "progress": progress}
     longest = max((len(prompts[row]) for row in own), default=0) + generation.max_new_tokens
     work = doing(DECODING, name, min(generation.batch_size, len(own)), longest)
-    with apart(language_model), bar, work, place.autocast():
+    with apart(language_model), bar, work, within_memory(place.device.type), place.autocast():
         if generation.num_beams > 1:
             beams = {"num_beams": generation.num_beams, "early_stopping": generation.early_stopping}
             ids = beam_search(*arguments, **beams, **options)
@@ -173,6 +174,15 @@ def scored_predictions(articles: list[Article], texts: list[str]) -> tuple[list[
     if len(facts) == len(texts) and (share := fact_share(texts, facts)) is not None:
         scores["facts"] = share
     return prediction_records(articles, texts, rows), scores
+
+
+def score_lines(scores: dict) -> list[str]:
+    """What `scored_predictions` gives, for the console."""
+    lines = [f"{scores['rows']} rows, mean F-measure with 95 % interval"]
+    for metric in rouge.METRICS:
+        low, high = scores["confidence_intervals"][metric]
+        lines.append(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
+    return [*lines, f"  {'facts':<10} {scores['facts']:.4f}"] if "facts" in scores else lines
 
 
 def fact_share(texts: list[str], facts: list[str]) -> float | None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data.scratch import WHOLE, dead, is_at, lock, move_out, scratch_folder, whole_name
+from data.scratch import WHOLE, dead, finish_move, is_at, lock, move_out, scratch_folder, whole_name
 
 try:
     import fcntl
@@ -88,8 +88,8 @@ def write_together(folder: str | os.PathLike, texts: Mapping[str, str]) -> None:
                 held.callback(os.close, descriptor)
                 _fill(temporaries[target], descriptor, content, target)
             for target, temporary in temporaries.items():
+                finish_writing(target.parent)
                 with _names(target):
-                    finish_writing(target.parent)
                     temporary.replace(target)
         finally:
             for temporary in temporaries.values():
@@ -106,7 +106,7 @@ def finish_writing(folder: str | os.PathLike) -> None:
     """
     for path in dead(Path(folder), _TEMPORARY):
         if path.name.startswith(WHOLE):
-            move_out(path)
+            finish_move(path)
             sync_folder(folder)
         else:
             with contextlib.suppress(OSError):
@@ -204,8 +204,8 @@ def _write_whole(folder: Path, contents: Mapping[Path, bytes]) -> None:
             held.callback(os.close, descriptor)
             _fill(scratch / target.name, descriptor, content, target)
         sync_folder(scratch)
+        finish_writing(folder)
         with _names(folder):
-            finish_writing(folder)
             whole = scratch.rename(whole_name(scratch))
             sync_folder(folder)
             move_out(whole)

@@ -28,6 +28,7 @@ from utils.devices import Place, find_place, group_numbers
 from utils.memory_limit import Limit, impose, memory_limit, peak_of_this_process
 from utils.out_of_memory import OutOfMemory, memory_error, memory_told, smaller_rows, training_remedy, what_was_done
 from utils.run_log import RunLog
+from utils.signals import cleaning_up
 from utils.step_trial import free, make_trial, peak_on_gpu, try_step
 from utils.training_run import Build
 
@@ -166,11 +167,12 @@ def in_child_processes(config: FineTuneConfig, build: Build, place: Place, log: 
     def ask(rows: int) -> Answer | np.ndarray:
         return in_child(answer_in_child, config, build, place, log.path.parent, rows, limit)
 
-    lengths = ask(0)
-    if isinstance(lengths, Answer):
-        raise OutOfMemory(f"the model does not fit ({lengths.reason}): take a smaller one, or end other programs")
-    of = "no limit known" if limit is None else f"{gigabytes(limit.size)} {limit.name}"
-    yield Tries(lengths, of, ask)
+    with cleaning_up():
+        lengths = ask(0)
+        if isinstance(lengths, Answer):
+            raise OutOfMemory(f"the model does not fit ({lengths.reason}): take a smaller one, or end other programs")
+        of = "no limit known" if limit is None else f"{gigabytes(limit.size)} {limit.name}"
+        yield Tries(lengths, of, ask)
 
 
 def in_child(function: Callable, *arguments):
@@ -211,10 +213,15 @@ def run_in_child(sender, function: Callable, arguments: tuple) -> None:
     try:
         sender.send(function(*arguments))
     except Exception as error:
-        try:
-            sender.send(error)
-        except (pickle.PicklingError, TypeError, AttributeError):
-            sender.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        sender.send(error if can_be_sent(error) else RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def can_be_sent(error: Exception) -> bool:
+    """Many that take other arguments than their message can be taken apart, but not put together again."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 def ending(exit_code: int) -> str:

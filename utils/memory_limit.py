@@ -1,6 +1,7 @@
 """How much memory a process on the CPU may take, and what says so."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,24 @@ def impose(limit: Limit | None) -> None:
     if limit is not None and not limit.imposed and resource is not None:
         with contextlib.suppress(OSError, ValueError):  # macOS
             resource.setrlimit(resource.RLIMIT_DATA, (limit.size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+@contextlib.contextmanager
+def within_memory(device_type: str) -> Iterator[None]:
+    """While this lasts, what memory and swap have no room for is refused with an error: the system would give it, and
+    end a process once it is used. Of work on a CPU alone: a GPU's libraries reserve addresses that they never use.
+    """
+    limit, own = memory_limit(), field_of(PROC / "self/status", "VmData:")
+    if device_type != "cpu" or limit is None or limit.imposed or own is None or resource is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    most = own + limit.size + (field_of(PROC / "meminfo", "SwapFree:") or 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (min((most, *(each for each in before if each >= 0))), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def available() -> int | None:

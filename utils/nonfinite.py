@@ -2,7 +2,7 @@
 step is left out or the run stopped, and nothing of it is ever saved."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from utils.train_step import TrainingError, is_finite_rate
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"
+NONE_YET = "no checkpoint was written yet"
 
 
 class Blame(NamedTuple):
@@ -42,11 +43,15 @@ class Blame(NamedTuple):
 class Guard:
     """Watches over the steps of a training. All processes of a group ask it alike, and it answers them alike.
 
-    most: steps in a run that may be left out.
+    most: steps in a run that may be left out. has_checkpoint: whether there is one to go on from.
     """
 
-    def __init__(self, objective: nn.Module, pad_id: int, place: Place, log: RunLog, most: int):
+    def __init__(
+        self, objective: nn.Module, pad_id: int, place: Place, log: RunLog, most: int,
+        has_checkpoint: Callable[[], bool],
+    ):
         self.objective, self.pad_id, self.place, self.log, self.most = objective, pad_id, place, log, most
+        self.has_checkpoint = has_checkpoint
 
     def leave_out(self, state: TrainState, result: StepResult, table: TokenTable, step: Step, bad: Step) -> None:
         """Count and tell a step that is left out; weights and optimizer stay as they are.
@@ -61,7 +66,8 @@ class Guard:
         if not is_finite_rate(result.learning_rate):
             what, remedy = f"the learning rate is {result.learning_rate}", "lower optimizer_kwargs.lm_lr"
         elif found.of_weights:
-            remedy = "start anew, with a lower optimizer_kwargs.lm_lr, or resume from an earlier checkpoint"
+            remedy = "start anew, with a lower optimizer_kwargs.lm_lr"
+            remedy += ", or resume from an earlier checkpoint" if self.has_checkpoint() else ""
         elif state.skipped_steps < self.most:
             state.skipped_steps += 1
             result.skipped = True
@@ -73,15 +79,16 @@ class Guard:
             remedy = ("look at these rows, lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or "
                       f"{'raise' if self.most else 'set'} {KEY} to leave such steps out")
         before = f"{state.skipped_steps} steps were left out before ({KEY} is {self.most}); " if self.most else ""
+        kept = "the last checkpoint is good" if self.has_checkpoint() else NONE_YET
         raise TrainingError(f"optimizer step {number}: {what}; stopped before the weights were changed; "
-                            f"{found.told(table)}; {before}the last checkpoint is good: {remedy}")
+                            f"{found.told(table)}; {before}{kept}: {remedy}")
 
     def refuse(self, error: NotFinite, step: int) -> None:
         """Raises TrainingError for a loss that was measured. Nothing is saved: it would push out good checkpoints."""
         found = self.blame(error.table, error.rows, ())
         raise TrainingError(
-            f"the {error.name} after optimizer step {step} is {error.loss}; stopped, the checkpoints are those of "
-            f"before; {found.told(error.table)}: look at these rows, or lower optimizer_kwargs.lm_lr"
+            f"the {error.name} after optimizer step {step} is {error.loss}; stopped, {left(self.has_checkpoint())}; "
+            f"{found.told(error.table)}: look at these rows, or lower optimizer_kwargs.lm_lr"
         ) from error
 
     def blame(self, table: TokenTable, bad: Iterable[int], otherwise: Iterable[int]) -> Blame:
@@ -100,15 +107,23 @@ class Guard:
         return Blame(named, of_weights or of_rows, of_weights is not None)
 
 
-def check_before_saving(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+def left(has_checkpoint: bool) -> str:
+    """What there is to go on from, for messages."""
+    return "the checkpoints are those of before" if has_checkpoint else NONE_YET
+
+
+def check_before_saving(
+    module: nn.Module, optimizer: torch.optim.Optimizer, step: int, has_checkpoint: bool
+) -> None:
     """Raises TrainingError where the weights or the optimizer's state are not finite: good checkpoints stay."""
-    start, end = f"after optimizer step {step} the", "is not finite: not saved, the checkpoints are those of before;"
+    start, end = f"after optimizer step {step} the", f"not finite: not saved, {left(has_checkpoint)};"
     if weights_to_blame(module):
-        raise TrainingError(f"{start} weights are not finite: not saved, the checkpoints are those of before; lower "
-                            "optimizer_kwargs.lm_lr, or look at optimizer_kwargs.kwargs")
+        raise TrainingError(f"{start} weights are {end} lower optimizer_kwargs.lm_lr, or look at "
+                            "optimizer_kwargs.kwargs")
     if name := state_not_finite(optimizer):
-        raise TrainingError(f"{start} optimizer's {name} {end} resume from one of them, with a lower "
-                            "optimizer_kwargs.lm_lr if it happens again")
+        remedy = ("resume from one of them, with a lower optimizer_kwargs.lm_lr if it happens again" if has_checkpoint
+                  else "start anew, with a lower optimizer_kwargs.lm_lr")
+        raise TrainingError(f"{start} optimizer's {name} is {end} {remedy}")
 
 
 def weights_to_blame(module: nn.Module) -> str | None:

@@ -25,8 +25,9 @@ from utils.config_files import ConfigError, config_json
 from utils.earlier_runs import set_aside
 from utils.files import write_text
 from utils.own_checkpoints import check_model_folder, others
-from utils.result_folder import check_links
+from utils.result_folder import check_links, output_folder
 from utils.run_lock import hold
+from utils.validation import Validation
 
 RUN_FILES = (  # the checkpoints first: once they are moved, no start goes on from them
     "model_checkpoints", "config.json", "metrics.jsonl", "tensorboard", "predictions", "scores.json",
@@ -86,19 +87,17 @@ def claimed(output_dir: Path, is_main: bool) -> Iterator[list[str]]:
     """Makes the run folder and holds it, so that no second run writes into it; yields notices.
 
     Raises:
-        ConfigError: it cannot be made, or another run is in it.
+        ConfigError: it cannot be made, another run is in it, or a training keeps its checkpoints there.
     """
     if not is_main:
         yield []
         return
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"trainer_kwargs.output_dir: {describe(error, output_dir)}") from error
-    predictions = [f"predictions/{path.name}" for path in (output_dir / "predictions").glob("*")]
-    check_links(output_dir, (*RUN_FILES, *predictions), "trainer_kwargs.output_dir")
-    with hold(output_dir, "trainer_kwargs.output_dir") as notices:
-        yield notices
+    key = "trainer_kwargs.output_dir"
+    with output_folder(output_dir, key):
+        predictions = [f"predictions/{path.name}" for path in (output_dir / "predictions").glob("*")]
+        check_links(output_dir, (*RUN_FILES, *predictions), key)
+        with hold(output_dir, key) as notices:
+            yield notices
 
 
 def check_is_run_folder(output_dir: Path) -> list[str]:
@@ -175,10 +174,12 @@ def model_key(config: FineTuneConfig) -> str:
     return f"model_arch.{'student_' if is_student else ''}lang_model"
 
 
-def judged_by(config: FineTuneConfig) -> str:
-    """What the scores that a checkpoint remembers mean."""
-    mode, data = config.callbacks_kwargs.kwargs.mode, config.dataset_kwargs
-    return f"{mode} {config.monitored_metric} on {data.validation_dataset}, {data.validation_subset}"
+def meanings(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
+    """What the scores that a checkpoint remembers are of; None where they are not measured."""
+    options = config.trainer_kwargs
+    judged_by = validation.meaning(config.monitored_metric)
+    scaled_by = validation.meaning(options.scaling_metric) if options.adaptive_loss_scaling else None
+    return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}
 
 
 @doing(LOADING, "the model")

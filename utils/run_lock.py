@@ -57,14 +57,14 @@ def hold(folder: Path, key: str) -> Iterator[list[str]]:
             attempt = take(place, key) if free else Attempt(False, None, read_holder(place))
             if attempt.free:
                 try:
-                    yield [f"{place}: {told(attempt.before)} has ended without removing it: taken over"
+                    yield [f"{place}: {describe_holder(attempt.before)} has ended without removing it: taken over"
                            ] if attempt.before else []
                 finally:
                     let_go(attempt.descriptor, place)
                 return
         if not has_ended(attempt.before) or time.monotonic() > deadline:
-            raise ConfigError(f"{key}: another run is writing to {folder}: {told(attempt.before)}; wait for it or stop "
-                              "it, or choose another folder")
+            raise ConfigError(f"{key}: another run is writing to {folder}: {describe_holder(attempt.before)}; wait for "
+                              "it or stop it, or choose another folder")
         time.sleep(0.05)
 
 
@@ -85,8 +85,9 @@ def take(place: Path, key: str) -> Attempt:
             os.close(descriptor)
             if not has_ended(before):
                 raise ConfigError(
-                    f"{key}: {place} says that {told(before)} is writing there, and this file system cannot tell "
-                    "whether it still is: once you are sure that it is not, remove that file; or choose another folder"
+                    f"{key}: {place} says that {describe_holder(before)} is writing there, and this file system cannot "
+                    "tell whether it still is: once you are sure that it is not, remove that file; or choose another "
+                    "folder"
                 )
             place.unlink(missing_ok=True)
         elif is_at(descriptor, place):
@@ -164,7 +165,7 @@ def holder_in(descriptor: int) -> dict | None:
         return None
 
 
-def told(holder: dict | None) -> str:
+def describe_holder(holder: dict | None) -> str:
     if holder is None:
         return "a process that has not said its name"
     program, since = (printable(str(holder.get(key)))[:80] for key in ("program", "since"))

@@ -68,6 +68,22 @@ class TrainState:
             return True
         return False
 
+    def judge_anew(self, before: dict, now: dict, baseline: float) -> list[str]:
+        """Forget scores that those to come are not comparable with; returns notices.
+
+        before, now: what they are of, as `meanings` has it. baseline: of the config.
+        """
+        notices = []
+        if before["judged_by"] != now["judged_by"]:
+            if self.best_score is not None:
+                notices.append(f"best was by {before['judged_by']}, now by {now['judged_by']}: judged anew")
+            self.best_score = self.best_step = self.reference_score = None
+            self.evaluations_without_gain = 0
+        if before["scaled_by"] not in (None, now["scaled_by"]):
+            self.baseline = baseline
+            notices.append(f"the loss was scaled by {before['scaled_by']}, now by {now['scaled_by']}: baseline anew")
+        return notices
+
     def on_plateau(self, patience: int | None, increase_batch_size: bool, most: int) -> str | None:
         """What to do when `patience` evaluations brought no gain: "stop", "increase" (accumulation doubled) or None.
 

@@ -27,7 +27,7 @@ from utils.nonfinite import Guard, check_before_saving
 from utils.optimization import Schedule, make_schedule, restore_optimizer
 from utils.out_of_memory import memory_error
 from utils.random_state import random_state, seed_everything, set_random_state
-from utils.run_folder import judged_by
+from utils.run_folder import meanings
 from utils.run_log import RunLog, progress_bar
 from utils.signals import StopRequest
 from utils.step_result import StepResult
@@ -65,8 +65,9 @@ class Trainer:
             accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline
         )
         self.saved: dict | None = None
+        self.meanings = meanings(config, validation)
         pad_id, most = language_model.tokenizer.pad_token_id, self.options.skip_nonfinite_steps
-        self.guard = Guard(objective, pad_id, place, log, most)
+        self.guard = Guard(objective, pad_id, place, log, most, lambda: self.saved is not None)
         seed_everything((self.options.seed + place.rank) % 2**32)  # dropout differs between processes
 
     # -- whole runs ----------------------------------------------------------------------------------------------
@@ -77,12 +78,10 @@ class Trainer:
         # The rows of a step are what they were, in other micro-batches perhaps.
         now = self.config.dataset_kwargs.train_batch_size
         self.state.accumulation = self.state.accumulation * state["identity"].get(BATCH, now) // now
+        before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
+        self.meanings = {key: meaning or before[key] for key, meaning in self.meanings.items()}
         self.saved = self.checkpoint_state()
-        notices = []
-        if state["judged_by"] != judged_by(self.config):
-            self.state.best_score = self.state.best_step = self.state.reference_score = None
-            self.state.evaluations_without_gain = 0
-            notices.append(f"best was by {state['judged_by']}, now by {judged_by(self.config)}: judged anew")
+        notices = self.state.judge_anew(before, self.meanings, self.options.scaling_baseline)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
@@ -326,7 +325,7 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.identity, "judged_by": judged_by(self.config)}
+        return {**self.state.to_json(), "identity": self.identity, **self.meanings}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless just this state is saved already."""
@@ -335,7 +334,7 @@ class Trainer:
         state = self.checkpoint_state()
         if state == self.saved and not best:
             return
-        check_before_saving(self.objective, self.optimizer, self.state.step)
+        check_before_saving(self.objective, self.optimizer, self.state.step, self.saved is not None)
         if self.place.is_main:
             refusal = self.log.settle()  # first: no checkpoint is newer than its log
             tensors = {"optimizer": self.optimizer.state_dict(), "random": generators, "objective": of_objective}

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from data.named_path import named_path
 from untrusted.text import shorten
 from utils.command_line import OneLineParser
-from utils.config import ColumnName, Name, check_template
+from utils.config import MOST_BEAMS, ColumnName, Name, check_template
 from utils.config_files import validate_model
 from utils.strict_json import ConfigError, parse, read_json
 
@@ -38,7 +39,7 @@ class ValidateOptions(BaseModel):
     output_dir: Name = Field("predictions", description="folder for predictions.json and scores.json")
     max_generation_length: int = Field(100, ge=1, description="most tokens of a summary")
     batch_size: int = Field(8, ge=1, description="articles decoded together")
-    num_beams: int = Field(1, ge=1, description="1 is greedy decoding, more is beam search")
+    num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the CSV stops, or is left out")
     columns: dict[Literal["id", "article", "highlights"], ColumnName | None] | None = Field(
@@ -59,7 +60,7 @@ def validate_parser(description: str) -> argparse.ArgumentParser:
         "validate_model.py", description=description, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON object with the same names; flags win")
+    parser.add_argument("--config", type=named_path, metavar="FILE", help="JSON object with the same names; flags win")
     for name, field in ValidateOptions.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **argument_kind(name, field.annotation),

@@ -1,7 +1,9 @@
 """What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from torch import nn
@@ -105,3 +107,26 @@ class Validation:
             if each.articles:
                 return scored_predictions(each.articles, self.predict(each, interrupted))[1][metric]
         return None
+
+    def meaning(self, metric: str) -> str | None:
+        """What a score of the validation set is of, in words: of other rows, or decoded otherwise, it is another one.
+
+        None where it is not measured.
+        """
+        how = self.generation
+        decoding = f"max_generation_length {how.max_new_tokens}, num_beams {how.num_beams}, " + (
+            f"early_stopping {how.early_stopping}")
+        for each in self.sets:
+            if each.name == "validation" and metric not in METRICS:
+                return f"{metric} on {each.table.folder.name}"
+            if each.name == "validation" and each.articles:
+                return f"{metric} on rows {digest_of(each.articles)}, {decoding}"
+        return None
+
+
+def digest_of(articles: list[Article]) -> str:
+    """16 hexadecimal digits for the texts that ROUGE depends on."""
+    digest = sha256()
+    for row in articles:
+        digest.update(json.dumps([row.article, row.highlights]).encode())
+    return digest.hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Kill or fail the own process at its N-th operation that changes files: a thin layer over operations.c.
 
 Only for processes that are thrown away (see runs.py): the filter that catches the calls cannot be taken off again.
-Operations are counted from `start` on, at the system calls, whoever makes them. Stores into memory maps are none.
+Operations are counted from `start` on, at the system calls, whoever makes them. Memory maps,
+which it could not see, are written to by none.
 """
 
 import ctypes
