@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decode, interleaved, kd_step, kd_work, loss_head
+from benchmarks import decode, flops, interleaved, kd_step, kd_work, loss_head, row_attention
 from model.divergences import choose_divergence
 from model.teacher_student import TeacherStudent
 
@@ -112,6 +112,37 @@ def test_decoding_variants_take_turns(capsys):
     assert [line.split()[0] for line in lines[6:10]] == list(decode.VARIANTS)
     assert [line.partition(" / ours: ")[0] for line in lines[10:]] == [
         "time generate, batched", "time generate, batched, sorted", "time generate, one by one"]
+
+
+def test_operations_are_counted():
+    """Fault: a share of a GPU's peak is of products that are not computed. By hand, in GFLOP a token of 1,024."""
+    def per_token(blocks, width, pruned):
+        return flops.body_flops(blocks, width, [1024], [90], pruned) / 1024 / 1e9
+
+    assert per_token(24, 1024, False) == pytest.approx(0.654, abs=1e-3)
+    assert per_token(24, 1024, True) == pytest.approx(0.633, abs=1e-3)
+    assert 3 * per_token(12, 768, False) == pytest.approx(0.566, abs=1e-3)
+    assert 3 * per_token(12, 768, True) == pytest.approx(0.530, abs=1e-3)
+    assert flops.head_flops(1024, 50257, 1) / 1e9 == pytest.approx(0.103, abs=1e-3)
+    options = kd_step.parse(["--size", "real", "--batch", "16", "--length", "1024", "--labels", "90"])
+    work = kd_work.make_work(options)
+    of_peer, packed, cached = (kd_step.step_flops(name, options, work) for name in ("trl_gkd", "packed", "cached"))
+    assert of_peer / 16 / 1024 / 1e9 == pytest.approx(1.555, abs=2e-3)
+    assert packed / 16 / 1024 / 1e9 == pytest.approx(1.192, abs=5e-3)  # a row's last token predicts nothing
+    assert cached / 16 / 1024 / 1e9 == pytest.approx(0.559, abs=5e-3)
+
+
+def test_ways_to_attend_are_equal(capsys, monkeypatch):
+    """Fault: Times are printed for attention that sees other rows."""
+    quick = ["--heads", "2", "--rows", "4", "--shortest", "3", "--longest", "40", "--rounds", "5", "--precision"]
+    row_attention.main([*quick, "float32"])
+    out = capsys.readouterr().out
+    assert all(f"\n{name:<12} output off by" in out for name in ("row_by_row", "padded"))
+    assert "time padded / row_by_row, ours: " in out
+    monkeypatch.setattr(row_attention, "make_variants", lambda *given: {
+        "row_by_row": lambda heads: heads[:, 0], "padded": lambda heads: heads[:, 1]})
+    with pytest.raises(SystemExit, match="padded: output off by"):
+        row_attention.main([*quick, "float32"])
 
 
 def test_rows_end_where_wanted():
