@@ -28,13 +28,17 @@ def made_folder(folder: Path) -> Iterator[None]:
     """The folder, with its parents; where what is done in it fails, those of them that it has made and that are empty
     go again. Raises OSError where it cannot be made."""
     absent = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    made: list[tuple[Path, os.stat_result]] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        finally:
+            made += [(path, os.lstat(path)) for path in absent if os.path.lexists(path)]
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for path in absent:
-                if os.path.lexists(path):
+            for path, own in made:
+                if os.path.samestat(os.lstat(path), own):  # and not one that somebody has put in its place
                     path.rmdir()
         raise
 
