@@ -76,10 +76,10 @@ def test_a_disk_that_refuses(run, library, cases, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_each_place(run, library, cases, tmp_path):
-    """The same at every place where a training writes."""
-    _, tally = sweep(run, library, cases["train"], tmp_path / "disk", ["ENOSPC"])
-    assert tally.faults == [] and tally.resumed > 20
+def test_a_full_disk_at_many_places(run, library, cases, tmp_path):
+    """The same at places all over a training; at all of them: `python -m tests.faults.disk`."""
+    _, tally = sweep(run, library, cases["train"], tmp_path / "disk", ["ENOSPC"], sample=30)
+    assert tally.faults == [] and tally.resumed > 4
 
 
 def test_faults_of_the_harness_are_seen(tmp_path):
