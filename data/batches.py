@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.articles import DataError
 from data.os_errors import describe
 from data.token_cache import TokenTable
-from data.workers import start_workers
+from data.workers import as_many_as_asked, start_workers
 
 IGNORED = -100
 WINDOW = 256  # rows sorted by length together: enough for batches of like length, few enough to stay random
@@ -131,13 +131,14 @@ def load_batches(
 
     Raises DataError at the first of them where the workers cannot be started.
     """
-    loader = DataLoader(
-        BatchDataset(table, pad_id),
-        sampler=batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-        worker_init_fn=leave_signals_to_the_loop,
-    )
+    with as_many_as_asked():
+        loader = DataLoader(
+            BatchDataset(table, pad_id),
+            sampler=batches,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_the_loop,
+        )
     yield from start_workers(loader)

@@ -3,6 +3,9 @@
 import errno
 import os
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch.utils.data import DataLoader
 
@@ -13,11 +16,20 @@ KEY = "dataset_kwargs.num_workers"
 OPEN_FILES = 10  # of a worker, in the process that it works for: four pipes, and three tensors of each batch ahead
 
 
+@contextmanager
+def as_many_as_asked() -> Iterator[None]:
+    """Without the library's warning that they are more than the cores: the user has chosen the number."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
 def start_workers(loader: DataLoader):
     """The loader's iterator. Raises DataError where its workers cannot be started."""
     check_open_files(loader.num_workers)
     try:
-        return iter(loader)
+        with as_many_as_asked():
+            return iter(loader)
     except OSError as error:
         end_started(error)
         raise DataError(f"{KEY} is {loader.num_workers}: they cannot be started: {describe(error)}: lower it, or end "

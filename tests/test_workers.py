@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.articles import DataError
-from data.workers import start_workers
+from data.workers import as_many_as_asked, start_workers
 
 
 def loader(workers: int) -> DataLoader:
@@ -62,3 +62,11 @@ def test_a_limit_of_processes(unheard, monkeypatch):
 def test_workers_that_fit():
     """Fault: batches missing, or in another order."""
     assert [int(each) for each in start_workers(loader(2))] == list(range(8))
+
+
+def test_more_workers_than_cores(recwarn):
+    """Fault: a library's warning of three lines is shown for a number that the user has chosen."""
+    with as_many_as_asked():
+        made = loader((os.cpu_count() or 1) + 1)
+    assert [int(each) for each in start_workers(made)] == list(range(8))
+    assert not [each for each in recwarn if "DataLoader" in str(each.message)]
