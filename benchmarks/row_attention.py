@@ -29,7 +29,7 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
-from model.row_attention import Rows, causal_attention, place_rows
+from model.row_attention import Rows, causal_attention, padded_places, place_rows
 from utils.command_line import OneLineParser
 
 HEAD_DIM = 64
@@ -43,8 +43,7 @@ def make_variants(lengths: list[int], device: torch.device, precision: str) -> d
     ends = offsets.int()
     rows, padded_rows = Rows(lengths), place_rows(lengths, device)
     if padded_rows.places is None and len(set(lengths)) > 1:  # as on a GPU, for the comparison
-        places = (torch.arange(longest) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
-        padded_rows = Rows(lengths, places)
+        padded_rows = Rows(lengths, padded_places(lengths))
 
     def nested(heads: Tensor) -> Tensor:
         parts = (torch.nested.nested_tensor_from_jagged(each, offsets, min_seqlen=min(lengths), max_seqlen=longest)

@@ -31,8 +31,12 @@ def place_rows(lengths: list[int], device: torch.device) -> Rows:
     """
     if device.type not in PADDED_ON or not lengths:
         return Rows(lengths)
-    places = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
-    return Rows(lengths, to_device(places, device))
+    return Rows(lengths, to_device(padded_places(lengths), device))
+
+
+def padded_places(lengths: list[int]) -> Tensor:
+    """`places` of Rows, on the CPU."""
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
 
 
 def causal_attention(heads: Tensor, rows: Rows, scale: float, dropout: float) -> Tensor:

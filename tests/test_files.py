@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.digest import file_digest
 from utils import files
 
 
@@ -285,8 +286,8 @@ def test_sha256(tmp_path):
     """Another hash, or one of only the first block (FIPS 180-4 example values: "abc" and a million "a")."""
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "b").write_bytes(b"a" * 1_000_000)
-    assert files.sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert files.sha256_of(tmp_path / "b") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+    assert file_digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_digest(tmp_path / "b") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
 
 
 def test_lock_and_delete(tmp_path):

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from data.digest import file_digest
 from data.os_errors import OF_DISK, refusal, remedy_of
 from model.torch_files import TorchFileError, load_torch_file, save_torch_file
 from untrusted.files import load_json
 from untrusted.text import shorten
-from utils.files import delete, folder_lock, json_text, sha256_of, sync_folder, sync_tree, write_json
+from utils.files import delete, folder_lock, json_text, sync_folder, sync_tree, write_json
 from utils.seal import is_broken, sealed
 
 FORMAT_VERSION = 1
@@ -258,7 +259,7 @@ def verify(folder: Path, model_only: bool = False) -> None:
     model_only: but for the files in trainer_state/, which a model does without."""
     with _opened(folder) as folder:
         for name, entry in _check_sizes(folder, model_only).items():
-            if sha256_of(folder / name) != entry["sha256"]:
+            if file_digest(folder / name) != entry["sha256"]:
                 raise CheckpointError(f"{folder / name}: changed since it was written (other SHA-256); {OTHER}")
 
 
@@ -309,7 +310,7 @@ def read_state(folder: Path) -> dict:
 
 def _describe(folder: Path) -> dict[str, dict]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)} for name in names}
 
 
 def _check_sizes(folder: Path, model_only: bool = False) -> dict[str, dict]:

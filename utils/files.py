@@ -8,7 +8,6 @@ coming to their places, the next writer or reader brings them there (`finish_wri
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -111,12 +110,6 @@ def finish_writing(folder: str | os.PathLike) -> None:
         else:
             with contextlib.suppress(OSError):
                 delete(path)
-
-
-def sha256_of(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_tree(folder: str | os.PathLike) -> None:

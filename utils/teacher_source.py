@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from data.digest import file_digest
 from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
@@ -22,7 +23,6 @@ from model.vocabulary import shared_vocabulary
 from utils.config_files import ConfigError
 from utils.config_kd import DistillConfig
 from utils.devices import Place, choose_device
-from utils.files import sha256_of
 from utils.own_checkpoints import check_model_folder
 
 NOT_OF_THE_WEIGHTS = ("transformers_version", "_name_or_path", "dtype", "prompt_template", "prompt_max_length")
@@ -52,7 +52,7 @@ class TeacherSource:
             files = sorted(path for ending in endings for path in Path(self.name).glob(ending))
         else:
             return f"{self.name} {getattr(self.config, '_commit_hash', None)}"
-        digests = [(path.name, sha256_of(path)) for path in files]
+        digests = [(path.name, file_digest(path)) for path in files]
         shape = {key: value for key, value in self.config.to_dict().items() if key not in NOT_OF_THE_WEIGHTS}
         return hashlib.sha256(repr([digests, sorted(shape.items(), key=str)]).encode()).hexdigest()
 
