@@ -47,7 +47,7 @@ def train(options) -> int:
 
 def build(place: Place, config: FineTuneConfig, log: RunLog, start: Start, keep: bool = True) -> Parts:
     """The parts of a run. keep: nothing is kept here but tokenised rows, so it changes nothing."""
-    language_model = set_up_model(load_model(config, start), config, place)
+    language_model = set_up_model(load_model(config, start), config, place, log, start)
     parameters = language_model.parameter_count() / 1e6
     log.say(f"model: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
     prompt_format = make_prompt_format(config, language_model)

@@ -59,15 +59,16 @@ def build(place: Place, config: DistillConfig, log: RunLog, start: Start, keep: 
     kwargs = config.distillation_kwargs
     source, notices = find_teacher(config)
     device, device_notices = teacher_device(config, place)
-    student = set_up_model(load_student(config, start, source), config, place)
+    student = set_up_model(load_student(config, start, source), config, place, log, start)
     prompt_format = make_prompt_format(config, student)
-    vocabulary, size_notices = check_student(source, student, prompt_format.max_length)
+    tables = Tables(config, prompt_format, place, log)
+    texts = tables.first_texts(config.dataset_kwargs.train_dataset)
+    vocabulary, size_notices = check_student(source, student, prompt_format, texts)
     for line in (*notices, *device_notices, *size_notices):
         log.say(line)
     log.say(f"teacher: {source.describe()}, on {device}")
     parameters = student.parameter_count() / 1e6
     log.say(f"student: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
-    tables = Tables(config, prompt_format, place, log)
     train_table = tables.open(config.dataset_kwargs.train_dataset)
 
     fingerprint = source.fingerprint()

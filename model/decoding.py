@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from model.language_model import LanguageModel, ModelError, evaluating
 from model.output_head import OutputHead, autocast_type, cut_head, head_logits
-from model.slots import make_slots
+from model.slots import fits_together, make_slots
 from model.transfer import to_device
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
@@ -40,12 +40,12 @@ class Voice(NamedTuple):
 
 
 def make_voice(language_model: LanguageModel, head: OutputHead | None = None, vocabulary: int | None = None) -> Voice:
-    """head: None = the model's own. vocabulary: number of real tokens; later rows of the head are never chosen.
+    """head: None = the model's own. vocabulary: number of tokens to choose from; None = what the head says.
 
     Under autocast the head is cast to its type here, once.
     """
     head = language_model.output_head() if head is None else head
-    head = head if vocabulary is None else cut_head(head, vocabulary)
+    head = cut_head(head, vocabulary)
     bias = None if head.bias is None else head.bias.detach()
     return Voice(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
 
@@ -58,23 +58,24 @@ def greedy_decode(
     batch_size: int = 8,
     progress: Progress = lambda rows, tokens: None,
 ) -> list[list[int]]:
-    """The most likely next token again and again, until end-of-text or `max_new_tokens`.
+    """The most likely next token again and again, until one of the model's `end_ids` or `max_new_tokens`.
 
     prompts: token ids of any lengths. batch_size: rows decoded at a time. Returns the new ids of each prompt, in their
-    order, without the end-of-text. In float32 they equal single-prompt `generate`, token for token.
+    order, without the end. In float32 they equal single-prompt `generate`, token for token, but for `unused_ids`, which
+    are never chosen here.
 
     Raises:
         ModelError: an empty prompt, or prompt + max_new_tokens over the model's context.
     """
     check_prompts(language_model, prompts, max_new_tokens)
-    end = language_model.end_id
+    ends = language_model.end_ids
     with evaluating(language_model):
         voice = make_voice(language_model)
         made = decode(
-            [voice], prompts, max_new_tokens, batch_size, end,
+            [voice], prompts, max_new_tokens, batch_size, ends,
             lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), progress,
         )
-    return [tokens[:-1] if tokens and tokens[-1] == end else tokens for tokens in made]
+    return [tokens[: length_to_end(tokens, ends)] for tokens in made]
 
 
 def decode(
@@ -82,12 +83,12 @@ def decode(
     prompts: list[list[int]],
     max_new_tokens: int,
     slots: int,
-    end_id: int,
+    end_ids: list[int],
     choose: Choose,
     progress: Progress = lambda rows, tokens: None,
     look_every: int | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt, in their order: up to and including `end_id`, or `max_new_tokens`.
+    """The tokens that follow each prompt, in their order: up to and including one of `end_ids`, or `max_new_tokens`.
 
     voices: models in eval mode that all read the same tokens, each on its own device. slots: rows decoded at a time.
     choose: is asked for every row's next token. It may be asked a few more times after a row's end (the loop looks for
@@ -119,7 +120,7 @@ def decode(
                 hidden = [cache.step(to_device(chosen[-1], voice.language_model.device))
                           for voice, cache in zip(voices, caches, strict=True)]
                 chosen.append(choose(rows, places, hidden))
-            ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_id, max_new_tokens)
+            ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_ids, max_new_tokens)
             progress(len(ended), count)
             tokens = chosen[-1][leave(ended, live, caches, device)] if ended else chosen[-1]
     return made
@@ -132,16 +133,21 @@ def read(cache, tokens: Tensor, prompts: list[list[int]]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def note(chosen: list[list[int]], live: list[int], made: list[list[int]], end_id: int, most: int):
+def note(chosen: list[list[int]], live: list[int], made: list[list[int]], end_ids: list[int], most: int):
     """Adds each slot's new tokens to its row, up to its end. (slots that have ended, number of tokens added)."""
     ended, count = [], 0
     for slot, (row, new) in enumerate(zip(live, chosen, strict=True)):
-        new = new[: new.index(end_id) + 1] if end_id in new else new
+        new = new[: length_to_end(new, end_ids) + 1]
         made[row] += new
         count += len(new)
-        if new[-1] == end_id or len(made[row]) == most:
+        if new[-1] in end_ids or len(made[row]) == most:
             ended.append(slot)
     return ended, count
+
+
+def length_to_end(tokens: list[int], end_ids: list[int]) -> int:
+    """Number of tokens before the first end."""
+    return next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
 
 
 def leave(ended: list[int], live: list[int], caches: list, device: torch.device) -> Tensor:
@@ -176,18 +182,20 @@ def beam_search(
         num_beams=num_beams,
         early_stopping=early_stopping,
         do_sample=False,
-        eos_token_id=language_model.end_id,
+        eos_token_id=language_model.end_ids,
         pad_token_id=language_model.tokenizer.pad_token_id,
+        suppress_tokens=language_model.unused_ids or None,
     )
     results: list[list[int]] = [[] for _ in prompts]
+    longest = max(map(len, prompts), default=0) + max_new_tokens
     with evaluating(language_model):
-        for rows in batches_by_length(prompts, batch_size):
+        size = batch_size if fits_together(language_model, longest) else 1
+        for rows in batches_by_length(prompts, size):
             input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
             mask = torch.ones_like(input_ids) if mask is None else mask
             output = generate_plainly(language_model.model, input_ids, mask, settings)
             for row, new in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                end = new.index(language_model.end_id) if language_model.end_id in new else len(new)
-                results[row] = new[:end]
+                results[row] = new[: length_to_end(new, language_model.end_ids)]
             progress(len(rows), sum(len(results[row]) for row in rows))
     return results
 

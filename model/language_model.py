@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from model.output_head import OutputHead
 from model.packed_gpt2 import can_pack, packed_hidden_states, plan_packing
@@ -49,6 +49,10 @@ class LanguageModel(nn.Module):
 
     model: `PreTrainedModel` with float32 weights. tokenizer: a fast tokenizer. Where it has no pad token,
     end-of-text pads: the vocabulary never grows (padding is told by the mask, never by its id).
+    vocabulary: attribute, the largest id of a real token + 1. unused_ids: attribute, the other rows of the embedding:
+    padding of the matrix, gaps between ids, a pad token added behind all others. They are never generated.
+    end_ids: attribute, the ids that end a generated text: the tokenizer's end-of-text, then those that the
+    generation_config of the model's folder lists.
     pack_rows, prune_last_block: attributes, for debugging: False computes padding, and the last block everywhere, in
     `label_hidden` too.
 
@@ -69,7 +73,13 @@ class LanguageModel(nn.Module):
         self._logit_scale, self._logit_cap = logit_transform(model)
         self.pack_rows = self.prune_last_block = True
         self._compiled = False
-        self.decodes_together: bool | None = None  # whether rows of different lengths can; found out by make_slots
+        self.decodes_together: dict[int, bool] = {}  # found out by model/slots.py: length -> whether rows of it can
+        real = real_tokens(tokenizer)
+        self.vocabulary = max(real) + 1
+        self.unused_ids = [row for row in range(embedding_rows(model)) if row not in real]
+        gaps = [row for row in self.unused_ids if row < self.vocabulary]
+        self.register_buffer("_gaps", torch.tensor(gaps) if gaps else None, persistent=False)
+        self.end_ids = [tokenizer.eos_token_id, *other_ends(model, tokenizer, real)]
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -100,10 +110,16 @@ class LanguageModel(nn.Module):
         """`max_length` of the rows this model was trained on, or None."""
         return getattr(self.model.config, "prompt_max_length", None)
 
-    def record_training(self, prompt_template: str, prompt_max_length: int) -> None:
-        """Keep with the weights what a later user needs to prompt the model as it was trained."""
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The length of a generated text that the model's folder records, or None."""
+        return self.model.generation_config.max_new_tokens
+
+    def record_training(self, prompt_template: str, prompt_max_length: int, max_new_tokens: int | None = None) -> None:
+        """Keep with the weights what a later user needs to prompt the model and decode as in training."""
         self.model.config.prompt_template = prompt_template
         self.model.config.prompt_max_length = prompt_max_length
+        self.model.generation_config.max_new_tokens = max_new_tokens
 
     def parameter_count(self) -> int:
         """Number of parameters, a head tied to the embedding counted once."""
@@ -160,9 +176,9 @@ class LanguageModel(nn.Module):
             self.model.base_model.compile(dynamic=True)
 
     def output_head(self) -> OutputHead:
-        """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`."""
+        """The head as tensors, for `vocabulary_loss`: the same logits as `lm_head`, but for `unused_ids`."""
         head = self.model.get_output_embeddings()
-        return OutputHead(head.weight, head.bias, self._logit_scale, self._logit_cap)
+        return OutputHead(head.weight, head.bias, self._logit_scale, self._logit_cap, self.vocabulary, self._gaps)
 
     def head_and_lookup(self) -> tuple[OutputHead, Tensor | None]:
         """(`output_head`, what `label_hidden` looks tokens up in) for a training step.
@@ -244,8 +260,35 @@ class LanguageModel(nn.Module):
             hidden = self.last_hidden(input_ids[:, start:stop], attention_mask[:, :stop], cache)
         return hidden
 
+    def remove_unused_rows(self) -> int:
+        """Cut embedding and head behind the tokenizer's largest id; the number of rows removed. Before training: an
+        optimizer's state is of the rows that were there."""
+        rows = token_rows(self.tokenizer)
+        removed = embedding_rows(self.model) - rows
+        if removed > 0:
+            self.model.resize_token_embeddings(rows)
+            self.unused_ids = [row for row in self.unused_ids if row < rows]
+        return removed
+
     def save(self, folder: Path) -> None:
-        """Write a standard folder that `AutoModelForCausalLM` and `AutoTokenizer` load with the library alone."""
+        """Write a standard folder that `AutoModelForCausalLM` and `AutoTokenizer` load with the library alone.
+
+        The library's `generate` then decodes as `greedy_decode` does: settings such as penalties, with which the model
+        came, are not kept.
+        """
+        config, ends = self.model.config, self.end_ids
+        config.eos_token_id = ends[0]
+        if getattr(config, "task_specific_params", None):  # those of gpt2 on the hub make a pipeline sample
+            config.task_specific_params = None
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends if len(ends) > 1 else ends[0],
+            pad_token_id=self.tokenizer.pad_token_id,  # not in config.json: Llama's embedding has no gradient there
+            bos_token_id=self.tokenizer.bos_token_id,
+            suppress_tokens=self.unused_ids or None,
+        )
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -301,13 +344,37 @@ def check_tokenizer(model: nn.Module, tokenizer) -> None:
         raise ModelError(f"{type(tokenizer).__name__} has no fast version (tokenizer.json): choose another tokenizer")
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token): the end of a summary could not be learnt")
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))  # ids may have gaps
+    rows, tokens = embedding_rows(model), token_rows(tokenizer)
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens but the model's embedding only {rows} rows: "
             "give the model's own tokenizer (model_arch.tokenizer), or train that size with from_scratch"
         )
+
+
+def embedding_rows(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def token_rows(tokenizer) -> int:
+    """Rows that an embedding needs: the largest id + 1, since ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values(), default=0)
+
+
+def real_tokens(tokenizer) -> dict[int, str]:
+    """Token of each id, without a pad token that was added behind all others."""
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    last = max(tokens)
+    if last == tokenizer.pad_token_id and last != tokenizer.eos_token_id and last in tokenizer.added_tokens_decoder:
+        del tokens[last]
+    return tokens
+
+
+def other_ends(model: nn.Module, tokenizer, real: dict[int, str]) -> list[int]:
+    """The ends of text that the model's generation_config lists beside the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    listed = [listed] if isinstance(listed, int) else listed or []
+    return [end for end in dict.fromkeys(listed) if end in real and end != tokenizer.eos_token_id]
 
 
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:

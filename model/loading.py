@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers.utils import cached_file
 
 from model.claims import MOST_TENSORS, Amount, check_amount, stored_in
-from model.language_model import LanguageModel, ModelError
+from model.language_model import LanguageModel, ModelError, token_rows
 from model.legacy import load_legacy_weights
 from model.model_folder import check_config_file, check_folder, check_numbers, check_text_file, weight_files
 
@@ -190,10 +190,10 @@ def apply_architecture(config, overrides: dict, tokenizer) -> None:
         with told(f"architecture.{key} is {value!r}"):
             setattr(config, key, value)
     if "vocab_size" not in overrides:
-        config.vocab_size = len(tokenizer)
+        config.vocab_size = token_rows(tokenizer)
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = None  # Llama's embedding would have no gradient there
 
 
 def check_size(key: str, value, old) -> None:

@@ -5,22 +5,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.divergences import FLOOR
+
 
 class OutputHead(NamedTuple):
     """logits = cap * tanh(scale * (hidden @ weight.T + bias) / cap); without cap, scale * (...).
 
-    weight [rows, D]; bias [rows] or None.
+    weight [rows, D]; bias [rows] or None. vocabulary: number of tokens; later rows are padding of the matrix and have
+    no logits. None: all rows. gaps [M] int64: ids below that no text can hold; their probability is 0.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    vocabulary: int | None = None
+    gaps: Tensor | None = None
 
 
-def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
-    """The head of the real tokens alone: later rows are padding of the matrix."""
-    return head._replace(weight=head.weight[:vocabulary], bias=None if head.bias is None else head.bias[:vocabulary])
+def cut_head(head: OutputHead, vocabulary: int | None = None) -> OutputHead:
+    """The head of the first `vocabulary` tokens alone; None: of `head.vocabulary`."""
+    size = head.vocabulary if vocabulary is None else vocabulary
+    bias = None if head.bias is None else head.bias[:size]
+    return head._replace(weight=head.weight[:size], bias=bias, vocabulary=size)
 
 
 def autocast_type(hidden: Tensor) -> torch.dtype:
@@ -42,6 +49,8 @@ def head_logits(states: Tensor, head: OutputHead, precision: torch.dtype, with_s
         logits.div_(head.cap).tanh_()
         slope = head.scale * (1 - logits.square()) if with_slope else None
         logits *= head.cap
+    if head.gaps is not None:
+        logits.index_fill_(1, head.gaps, FLOOR)
     return logits, slope
 
 

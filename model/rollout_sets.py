@@ -214,11 +214,11 @@ class RolloutSets:
 
     def totals(self, batches: list[dict], rollouts: Rollouts, mask: Tensor, bad: Tensor) -> Totals:
         """Added up over all processes."""
-        tokens, end_id, most = rollouts.tokens, self.student.end_id, self.options.max_new_tokens
+        tokens, ends, most = rollouts.tokens, self.student.end_ids, self.options.max_new_tokens
         own = Totals(
             sum(map(len, tokens)), sum(len(label_positions(batch["labels"]).targets) for batch in batches), len(tokens),
-            sum(each == [end_id] for each in tokens),
-            sum(len(each) == most and each[-1] != end_id for each in tokens),
+            sum(len(each) == 1 and each[0] in ends for each in tokens),
+            sum(len(each) == most and each[-1] not in ends for each in tokens),
             float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
             float((bad & ~(rollouts.log_p.abs() < ABSURD)).sum()),
         )

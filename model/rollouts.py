@@ -89,8 +89,8 @@ def draw_rollouts(
     for voice in voices:
         check_prompts(voice.language_model, prompts, max_new_tokens)
     notes = Notes(student, teacher, len(prompts), max_new_tokens, options, uniforms, temperature)
-    end_id = student.language_model.end_id
-    tokens = decode(voices, prompts, max_new_tokens, slots, end_id, notes.choose, progress)
+    end_ids = student.language_model.end_ids
+    tokens = decode(voices, prompts, max_new_tokens, slots, end_ids, notes.choose, progress)
     log_p = None if teacher is None else notes.log_p
     return Rollouts(tokens, notes.log_q, notes.log_sampling, notes.entropy, log_p, notes.hidden)
 

@@ -8,6 +8,9 @@ All kinds have the same five operations; the slots in use are always the first o
 - close(): nothing more is read.
 """
 
+import re
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -20,16 +23,36 @@ from model.slot_lengths import SlotLengths
 
 # What a family's forward pass raises for masks and caches that it does not know.
 FAMILY_ERRORS = (ModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+# Keys of a config whose numbers are lengths beyond which a row is read in another way.
+LIMITS = re.compile("window|local|chunk|original_max_position")
+SHORT = 4  # tokens: a limit that every family is tried at
 
 
 def make_slots(language_model: LanguageModel, count: int, room: int):
     """`count` slots for rows of at most `room` tokens, of the quickest kind that is exact for the family."""
     if can_pack(language_model.model):
         return GPT2Slots(language_model, count, room)
-    if language_model.decodes_together is None:
-        language_model.decodes_together = decodes_together(language_model)
-    kind = LibrarySlots if language_model.decodes_together else SeparateSlots
-    return kind(language_model, count, room)
+    together = decodes_together(language_model, SHORT) and fits_together(language_model, room)
+    return (LibrarySlots if together else SeparateSlots)(language_model, count, room)
+
+
+def fits_together(language_model: LanguageModel, room: int) -> bool:
+    """Whether rows of up to `room` tokens may be decoded together: on both sides of every limit that the config names
+    (the window of local attention, the length from which rope changes) a row does not depend on its neighbours."""
+    limits = {limit for limit in limits_in(language_model.model.config.to_dict()) if SHORT <= limit < room}
+    return can_pack(language_model.model) or all(decodes_together(language_model, limit) for limit in sorted(limits))
+
+
+def limits_in(value, key: str = "") -> Iterator[int]:
+    """The numbers of a config's limits, however deep they are."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from limits_in(child, str(name))
+    elif isinstance(value, list):
+        for child in value:
+            yield from limits_in(child, key)
+    elif type(value) is int and LIMITS.search(key):
+        yield value
 
 
 class LibrarySlots:
@@ -139,13 +162,26 @@ class SeparateSlots:
         self.caches = []
 
 
+def decodes_together(language_model: LanguageModel, limit: int) -> bool:
+    """Whether `LibrarySlots` gives this family's own hidden states; tried once, with a row behind `limit` tokens, one
+    that passes it, and a short one."""
+    known = language_model.decodes_together
+    if limit not in known:
+        known[limit] = try_together(language_model, limit)
+    return known[limit]
+
+
 @torch.no_grad()
-def decodes_together(language_model: LanguageModel) -> bool:
-    """Whether `LibrarySlots` gives this family's own hidden states: tried with rows of different lengths."""
-    tokens = [torch.tensor(pair, device=language_model.device) for pair in ([5, 4], [2, 1], [4, 5])]
+def try_together(language_model: LanguageModel, limit: int) -> bool:
+    steps, device = 3, language_model.device
+    lengths = [min(limit + 2, language_model.context - steps), limit - 1, 2]
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(language_model.vocabulary, (length,), generator=draw).tolist() for length in lengths]
+    tokens = torch.randint(language_model.vocabulary, (steps, len(prompts)), generator=draw).to(device)
     try:
-        alone, together = ([slots.prefill([[1, 2, 3, 4], [3, 1]]), *map(slots.step, tokens)]
-                           for slots in (kind(language_model, 2, 8) for kind in (SeparateSlots, LibrarySlots)))
+        with torch.autocast(device.type, enabled=False):  # its rounding is larger than what is looked for
+            alone, together = ([slots.prefill(prompts), *map(slots.step, tokens)] for slots in (
+                kind(language_model, len(prompts), limit + 8) for kind in (SeparateSlots, LibrarySlots)))
     except torch.OutOfMemoryError:
         raise
     except FAMILY_ERRORS:

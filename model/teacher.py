@@ -97,5 +97,5 @@ def cast_products(base_model: nn.Module, dtype: torch.dtype) -> None:
 
 def move_head(head: OutputHead, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
     """The head's tensors, detached, on a device; dtype: of the weight, None is its own."""
-    bias = None if head.bias is None else head.bias.detach().to(device)
-    return head._replace(weight=head.weight.detach().to(device, dtype), bias=bias)
+    bias, gaps = (None if each is None else each.detach().to(device) for each in (head.bias, head.gaps))
+    return head._replace(weight=head.weight.detach().to(device, dtype), bias=bias, gaps=gaps)

@@ -1,6 +1,6 @@
 """Whether teacher and student have the same vocabulary: without that no divergence between them means anything."""
 
-from model.language_model import ModelError
+from model.language_model import ModelError, real_tokens
 
 
 def shared_vocabulary(teacher_tokenizer, student_tokenizer) -> int:
@@ -22,12 +22,3 @@ def shared_vocabulary(teacher_tokenizer, student_tokenizer) -> int:
         f"teacher and student have different vocabularies ({len(teacher)} and {len(student)} tokens; the first that "
         f"differs has id {first}: {told[0]} and {told[1]}): distil between models of one tokenizer"
     )
-
-
-def real_tokens(tokenizer) -> dict[int, str]:
-    """Token of each id, without a pad token that was added behind all others."""
-    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-    last = max(tokens)
-    if last == tokenizer.pad_token_id and last != tokenizer.eos_token_id and last in tokenizer.added_tokens_decoder:
-        del tokens[last]
-    return tokens

@@ -65,7 +65,7 @@ def vocabulary_loss(
 
     hidden [N, D]: the student's states that predict `targets` [N] int64, on one device with head and teacher.
     vocabulary: number of real tokens; later rows of either head are padding of the matrix and are left out of every
-    softmax. divergence: of `choose_divergence`; p and q are at `temperature`, CE at 1.
+    softmax. None: what the head says. divergence: of `choose_divergence`; p and q are at `temperature`, CE at 1.
     chunk_size: positions whose logits exist at a time.
 
     Reductions are in float32 at least; under autocast the products are in its type. Gradients flow to hidden, weight
@@ -85,6 +85,7 @@ def vocabulary_loss(
     if teacher is not None and len(teacher[0]) != len(hidden):
         raise ValueError(f"{len(teacher[0])} teacher positions but {len(hidden)} of the student: expected as many")
     rows = [len(each.weight) for each in (head, teacher.head if isinstance(teacher, TeacherHidden) else head)]
+    vocabulary = head.vocabulary if vocabulary is None else vocabulary
     size = rows[0] if vocabulary is None else vocabulary
     if not 1 <= size <= min(rows):
         raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {min(rows)}")

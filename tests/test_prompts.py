@@ -97,7 +97,7 @@ def words_and_no_more() -> PreTrainedTokenizerFast:
 def test_tokens_of_many_characters(article):
     """An article is cut by its characters before it has filled the row, or in a word whose token is used."""
     prompt_format = PromptFormat(words_and_no_more(), "{article} TL", 20)
-    (ids,) = prompt_format.encode([article])
+    (ids,) = prompt_format.encode_articles([article])
     first, second = prompt_format.prediction_prompts(["a b", article], 5)
     assert (first, second) == ([1, 2, 3], [*ids[:14], 3])
     assert training_row(prompt_format, article, "a") == ([*ids[:17], 3, 1, 0], len(ids[:17]) + 1)
@@ -166,7 +166,7 @@ def test_gpt2_words_do_not_merge_across_the_seam(gpt2):
 @pytest.mark.parametrize(("text", "expected"), [("</s>", [3556, 82, 29]), ("<|startoftext|>", None)])
 def test_signs_of_other_models_are_plain_text_for_gpt2(gpt2, text, expected):
     """Special tokens of other families taken for special ones of GPT-2: 3 and 7 tokens of plain text (A16)."""
-    (ids,) = PromptFormat(gpt2).encode([text])
+    (ids,) = PromptFormat(gpt2).encode_articles([text])
     assert len(ids) == (3 if expected else 7)
     assert expected is None or ids == expected
 

@@ -299,7 +299,7 @@ def test_the_loop_shows_each_row_its_own_states(slots, look_every):
         return torch.tensor(chosen)[rows, places]
 
     voices = [make_voice(model) for model in models]
-    made = decode(voices, prompts, MOST, slots, END, choose, lambda *report: reports.append(report), look_every)
+    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
     assert made == right
     assert seen == {(row, place) for row, tokens in enumerate(right) for place in range(len(tokens))}
     assert sum(rows for rows, _ in reports) == len(prompts)
@@ -324,7 +324,7 @@ def test_several_rows_end_at_once(plan, slots, look_every):
         return torch.tensor(chosen)[rows, places]
 
     voices = [make_voice(gpt2())]
-    made = decode(voices, prompts, MOST, slots, END, choose, lambda *report: reports.append(report), look_every)
+    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
     assert made == right
     assert [sum(column) for column in zip(*reports, strict=True)] == [len(plan), sum(map(len, right))]
 
@@ -339,12 +339,12 @@ def test_little_to_do():
         return rows + 10
 
     voices = [make_voice(gpt2())]
-    assert decode(voices, [], 5, 3, END, choose) == []
-    assert decode(voices, [[1], [2, 3]], 0, 3, END, choose) == [[], []]
+    assert decode(voices, [], 5, 3, [END], choose) == []
+    assert decode(voices, [[1], [2, 3]], 0, 3, [END], choose) == [[], []]
     assert asked == []
     for look_every in (1, 3, 8):
         asked.clear()
-        assert decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, END, choose, look_every=look_every) == [[10], [11], [12]]
+        assert decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, look_every=look_every) == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
 
 
@@ -365,6 +365,6 @@ def test_tokens_are_the_same_however_they_are_made(language_model):
             right.append(new)
         assert len({len(new) for new in right}) > 2
         for slots, look_every in itertools.product((1, 3, 8), (1, 3, 8)):
-            made = decode([voice], prompts, most, slots, END,
+            made = decode([voice], prompts, most, slots, [END],
                           lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), look_every=look_every)
             assert made == right

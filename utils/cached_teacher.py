@@ -183,8 +183,7 @@ class CachedTeacher:
         if self.kind == "hidden":
             head = cut_head(self.teacher().language_model.output_head(), self.vocabulary)
             tensors = {"weight": head.weight, "scale": torch.tensor(head.scale, dtype=torch.float64)}
-            if head.bias is not None:
-                tensors["bias"] = head.bias
+            tensors |= {name: tensor for name, tensor in (("bias", head.bias), ("gaps", head.gaps)) if tensor is not None}
             if head.cap is not None:
                 tensors["cap"] = torch.tensor(head.cap, dtype=torch.float64)
             own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -226,7 +225,7 @@ def read_head(path: Path) -> OutputHead:
     """The head that `CachedTeacher.write_head` wrote."""
     tensors = load_file(path)
     cap = tensors["cap"].item() if "cap" in tensors else None
-    return OutputHead(tensors["weight"], tensors.get("bias"), tensors["scale"].item(), cap)
+    return OutputHead(tensors["weight"], tensors.get("bias"), tensors["scale"].item(), cap, gaps=tensors.get("gaps"))
 
 
 def fits(head: OutputHead, vocabulary: int, width: int) -> bool:

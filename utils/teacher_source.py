@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from data.digest import file_digest
+from data.prompts import PromptFormat
 from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
@@ -27,6 +28,12 @@ from utils.own_checkpoints import check_model_folder
 
 NOT_OF_THE_WEIGHTS = ("transformers_version", "_name_or_path", "dtype", "prompt_template", "prompt_max_length")
 KEY = "trainer_kwargs.teacher_ckpt_path"
+# Case, accents (composed and not), digits, white space, ligatures, scripts: what tokenizers read differently.
+VARIED = (
+    "The Mayor's CAFÉ won't re-open: 1,234.50 of 98765 people (3 %) paid £5… “naïve”, she said — 2019/20.",
+    "e\u0301le\u0300ve ﬁne ½ Ａ  two  spaces\ttab\r\nline\n\n\nend ",
+    "Здравствуйте 東京都 العربية 😀👍🏽 don’t I'M they'LL x=a_b[i]; http://a.b/c?d=1#e @user #tag",
+)
 
 
 @dataclass
@@ -128,14 +135,21 @@ def check_template(source: TeacherSource, config: DistillConfig) -> list[str]:
     return []
 
 
-def check_student(source: TeacherSource, student: LanguageModel, max_length: int) -> tuple[int, list[str]]:
-    """(number of tokens that both have, notices). Raises ModelError where they do not fit together."""
+def check_student(
+    source: TeacherSource, student: LanguageModel, prompt_format: PromptFormat, texts: list[str]
+) -> tuple[int, list[str]]:
+    """(number of tokens that both have, notices). texts: examples of what is read.
+
+    Raises:
+        ModelError: they do not fit together.
+    """
     try:
         vocabulary = shared_vocabulary(source.tokenizer, student.tokenizer)
+        check_same_reading(source.tokenizer, prompt_format, [*VARIED, *texts])
         context = getattr(source.config, "max_position_embeddings", None)
-        if context is not None and context < max_length:
-            raise ModelError(f"the teacher's context is {context} tokens, the rows have up to {max_length}: set "
-                             "dataset_kwargs.max_length to the teacher's context")
+        if context is not None and context < prompt_format.max_length:
+            raise ModelError(f"the teacher's context is {context} tokens, the rows have up to "
+                             f"{prompt_format.max_length}: set dataset_kwargs.max_length to the teacher's context")
     except ModelError as error:
         raise ModelError(f"{source.key}: {error}") from error
     size, own = (layer_size(config) for config in (source.config, student.model.config))
@@ -144,6 +158,27 @@ def check_student(source: TeacherSource, student: LanguageModel, max_length: int
     other_end = [f"the teacher ends a text with {ends[0]!r}, the student with {ends[1]!r}: the teacher was not trained "
                  "to end there"] if ends[0] != ends[1] else []
     return vocabulary, [*smaller, *other_end]
+
+
+def check_same_reading(teacher_tokenizer, prompt_format: PromptFormat, texts: list[str]) -> None:
+    """Raises ModelError, with the first difference, if the teacher's tokenizer gives a row other ids than the student's
+    `prompt_format`: the teacher would be asked about text that it never learnt to read."""
+    teacher_format = PromptFormat(teacher_tokenizer, prompt_format.template, prompt_format.max_length)
+    template = repr(prompt_format.template)
+    readings = [(f"prompt_template {template}", *(each.prefix_ids + each.suffix_ids
+                                                  for each in (teacher_format, prompt_format)))]
+    for text in texts:
+        for encode in (PromptFormat.encode_articles, PromptFormat.encode_highlights):
+            readings.append((repr(text), encode(teacher_format, [text])[0], encode(prompt_format, [text])[0]))
+    for what, theirs, ours in readings:
+        if theirs != ours:
+            same = next((place for place, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]),
+                        min(len(theirs), len(ours)))
+            told = [teacher_tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (theirs, ours)]
+            raise ModelError(
+                f"teacher and student have the same tokens but read text differently: in {what}, from token {same} on, "
+                f"the teacher reads {told[0]} and the student {told[1]}: distil between models of one tokenizer"
+            )
 
 
 def layer_size(config: PreTrainedConfig) -> int:

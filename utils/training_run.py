@@ -69,9 +69,18 @@ def in_run_folder(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devi
 
 
 @doing(LOADING, "the model")
-def set_up_model(language_model: LanguageModel, config: FineTuneConfig, place: Place) -> LanguageModel:
+def set_up_model(
+    language_model: LanguageModel, config: FineTuneConfig, place: Place, log: RunLog, start: Start
+) -> LanguageModel:
     """The model that is trained: on its device, checked, with the switches of its forward pass."""
     arch = config.model_arch
+    # A checkpoint keeps its rows, of which its optimizer state is.
+    if start.folder is None and (removed := language_model.remove_unused_rows()) > 0:
+        log.say(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
+    if len(language_model.end_ids) > 1:
+        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
+        log.say(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
+                "(generation_config)")
     language_model.to(place.device)
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
     language_model.check_family()
