@@ -26,7 +26,7 @@ from utils.result_folder import result_folder, write_results
 from utils.rouge import lead_sentences
 from utils.run_log import RunLog
 from utils.seal import sealed, sha256_of_text
-from utils.validate_options import LEAD_3, ValidateOptions, read_options, validate_parser
+from utils.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions, read_options, validate_parser
 
 RESULTS = ("predictions.json", "scores.json")
 
@@ -58,13 +58,14 @@ def evaluate(
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
     if options.model_path == LEAD_3:
-        texts, facts = [lead_sentences(row.article) for row in articles], {"prompt_template": None}
+        texts, facts, most = [lead_sentences(row.article) for row in articles], {"prompt_template": None}, None
     else:
-        texts, facts = model_predictions(options, articles, place, log)
+        texts, facts, most = model_predictions(options, articles, place, log)
     facts["seconds"] = round(time.perf_counter() - started, 3)
     records, scores = scored_predictions(articles, texts)
     predictions = json_text(records)
-    scores |= {"skipped_rows": len(bad_rows), **facts, "settings": options.model_dump(),
+    scores |= {"skipped_rows": len(bad_rows), **facts,
+               "settings": {**options.model_dump(), "max_generation_length": most},
                "predictions_sha256": {"predictions.json": sha256_of_text(predictions)}}
     write_results(output_dir, {"predictions.json": predictions, "scores.json": json_text(sealed(scores))})
     put("\n".join(score_lines(scores)))
@@ -74,8 +75,8 @@ def evaluate(
 
 def model_predictions(
     options: ValidateOptions, articles: list[Article], place: Place, log: RunLog
-) -> tuple[list[str], dict]:
-    """The generated highlights, and what scores.json says of the model."""
+) -> tuple[list[str], dict, int]:
+    """The generated highlights, what scores.json says of the model, and the most tokens that a summary could have."""
     for line in (*place.notices, place.describe()):
         log.say(line)
     with doing(LOADING, "the model"):
@@ -87,14 +88,13 @@ def model_predictions(
         log.say(f"the model does not say which prompt it was trained on: using --prompt_template {template!r}")
     max_length = min(language_model.prompt_max_length or language_model.context, language_model.context)
     prompt_format = PromptFormat(language_model.tokenizer, template, max_length)
-    generation = Generation(
-        options.max_generation_length, options.num_beams, options.early_stopping, options.batch_size
-    )
+    most = options.max_generation_length or language_model.max_new_tokens or DEFAULT_LENGTH
+    generation = Generation(most, options.num_beams, options.early_stopping, options.batch_size)
     texts = predict(language_model, prompt_format, articles, generation, place)
     return texts, {
         "prompt_template": template, "prompt_max_length": max_length, "precision": place.precision,
         "device": str(place.device), "parameters": language_model.parameter_count(),
-    }
+    }, most
 
 
 def load_model(options: ValidateOptions) -> LanguageModel:

@@ -22,7 +22,7 @@ from data.console import CONSOLE, put, settle_output
 from data.named_path import named_path
 from data.os_errors import describe
 from untrusted.text import in_spreadsheet, printable
-from utils.comparison import CompareError, compare, read_evaluation
+from utils.comparison import CompareError, compare, differing_origins, read_evaluation
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
 
@@ -51,10 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         settings = checked_settings(options, list(folders))
         evaluations = [read_evaluation(name, folder) for name, folder in folders.items()]
         rows, remarks = compare(evaluations, **settings)
+        differing, unknown = differing_origins(evaluations)
+        remarks = [*unknown, *remarks]
         if options.format == "text":
-            text = aligned(text_table(rows, settings)) + "\n\n" + "\n".join([*notes(rows, settings), *remarks]) + "\n"
+            parts = [differing, [aligned(text_table(rows, settings))], [*notes(rows, settings), *remarks]]
+            text = "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+        elif options.format == "csv":
+            text = csv_text(rows)
         else:
-            text = csv_text(rows) if options.format == "csv" else json_text({"settings": settings, "rows": rows})
+            text = json_text({"settings": settings, "rows": rows, "remarks": [*differing, *remarks]})
         if options.output is not None:
             write_text(options.output, text)
             text = f"written: {printable(str(options.output))}\n"
@@ -69,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         settle_output()
     if options.format != "text":
-        for remark in remarks:
+        for remark in [*differing, *remarks]:
             print(f"utils.compare: {remark}", file=CONSOLE)
     return 0
 

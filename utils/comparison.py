@@ -1,6 +1,7 @@
 """The numbers of a comparison: scores of several runs, share of the teacher-student gap, significance."""
 
 import hashlib
+import json
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,10 +14,13 @@ from utils.files import finish_writing
 from utils.rouge import METRICS, paired_bootstrap
 from utils.run_log import split_lines
 from utils.seal import is_broken
-from utils.strict_json import parse
+from utils.strict_json import parse, show
 
 LEVEL = 0.05
 MOST = 1e300
+# What scores.json says of the texts that were scored: how they were generated, and from what.
+DECODING = ("max_generation_length", "num_beams", "early_stopping", "prompt_template", "prompt_max_length", "precision")
+ARTICLES, READING = "articles_sha256", "on_bad_row"
 DIFFERENCE_KEYS = ("difference", "difference_low", "difference_high", "p_value", "p_value_holm", "significant")
 
 
@@ -32,6 +36,7 @@ class Evaluation:
     CSV of validate_model.py (None where its scores.json does not say). predictions: where the scores of each row are;
     predictions_sum: their SHA-256, None where scores.json does not say.
     metrics: the metrics.jsonl of the training, None where no run is known. remedy: what would write the folder anew.
+    origin: those of DECODING, ARTICLES and READING that decided its texts, as JSON; None where scores.json lacks them.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Evaluation:
     predictions: Path
     metrics: Path | None
     remedy: str
+    origin: dict[str, str | None]
     predictions_sum: str | None = None
 
 
@@ -80,7 +86,7 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
             set_name = printable(Path(settings["csv_path"]).stem) if "csv_path" in settings else None
             predictions = folder / "predictions.json"
         kept_sum = content.get("predictions_sha256", {}).get(predictions.relative_to(folder).as_posix())
-        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy, kept_sum)
+        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy, origin_of(scores), kept_sum)
     except CompareError:
         raise
     except OSError as error:
@@ -101,6 +107,15 @@ def checked(scores: dict) -> dict:
     if whole(scores["rows"]) < 1:
         raise ValueError("no rows")
     return scores
+
+
+def origin_of(scores: dict) -> dict[str, str | None]:
+    settings = scores.get("settings") or {}
+    found = {**settings, **scores}  # beside the settings stands what became of them
+    keys = [ARTICLES, READING]
+    if settings.get("model_path") != "lead-3":  # which decodes nothing
+        keys += [key for key in DECODING if key != "early_stopping" or found.get("num_beams") != 1]
+    return {key: None if found.get(key) is None else json.dumps(found[key]) for key in keys}
 
 
 def number(value: object) -> float:
@@ -178,6 +193,43 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
     if not same or abs(statistics.fmean(row.score for row in rows.values()) - evaluation.scores[metric]) > 1e-6:
         raise CompareError(f"{path} does not hold the rows behind the scores.json of {evaluation.name}: {remedy}")
     return rows
+
+
+# -- whether the rows can be compared ------------------------------------------------------------------------------
+
+
+def differing_origins(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
+    """(lines on rows that were decoded differently or are of different articles, remarks on what is not recorded)."""
+    differing, unknown = {}, {}
+    for key in (*DECODING, ARTICLES, READING):
+        rows: dict[str | None, list[str]] = {}
+        for each in evaluations:
+            if key in each.origin:
+                rows.setdefault(each.origin[key], []).append(each.name)
+        missing = rows.pop(None, [])
+        if len(rows) > 1:
+            differing[key] = f"{key} " + ", ".join(f"{shown(key, value)} ({', '.join(rows[value])})" for value in rows)
+        if rows:
+            unknown[key] = missing
+    known = {each.origin[ARTICLES] for each in evaluations}
+    if len(known) == 1 and None not in known:
+        differing.pop(READING, None)  # without effect: no row was bad
+    decoding, articles = ([differing[key] for key in keys if key in differing]
+                          for keys in (DECODING, (ARTICLES, READING)))
+    lines = [f"decoded differently: {'; '.join(decoding)}"] if decoding else []
+    if articles:
+        what = "scored on different articles" if ARTICLES in differing else "articles read differently"
+        lines.append(f"{what}: {'; '.join(articles)}")
+    parts = []
+    for keys, words in ((DECODING, "how {} was decoded"), ((ARTICLES, READING), "on which articles {} was scored")):
+        lacking = {name for key in keys for name in unknown.get(key, ())}
+        if names := [each.name for each in evaluations if each.name in lacking]:
+            parts.append(words.format(", ".join(names)))
+    return lines, [f"not recorded: {'; '.join(parts)} (written by an older version)"] if parts else []
+
+
+def shown(key: str, value: str) -> str:
+    return value[1:9] if key == ARTICLES else show(json.loads(value))  # the first digits tell enough
 
 
 # -- derived numbers -----------------------------------------------------------------------------------------------

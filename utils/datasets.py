@@ -125,5 +125,6 @@ def make_validation(
     if any(each.articles for each in sets):
         prompt_format.prediction_prompts([], generation.max_new_tokens)
     return Validation(
-        objective, prompt_format, sets, generation, place, log, Path(options.output_dir), options.save_predictions
+        objective, prompt_format, sets, generation, place, log, Path(options.output_dir), options.save_predictions,
+        config.dataset_kwargs.on_bad_row,
     )

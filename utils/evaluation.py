@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 
 import torch
@@ -169,11 +170,20 @@ def scored_predictions(articles: list[Article], texts: list[str]) -> tuple[list[
     `facts` is scored where the CSV has such a column: JSON lists of strings that the highlights hold.
     """
     rows = rouge.score_rows(texts, [row.highlights for row in articles])
-    scores = {**rouge.mean_scores(rows), "confidence_intervals": rouge.confidence_intervals(rows), "rows": len(rows)}
+    scores = {**rouge.mean_scores(rows), "confidence_intervals": rouge.confidence_intervals(rows), "rows": len(rows),
+              "articles_sha256": articles_sha256(articles)}
     facts = [row.extra["facts"] for row in articles if "facts" in row.extra]
     if len(facts) == len(texts) and (share := fact_share(texts, facts)) is not None:
         scores["facts"] = share
     return prediction_records(articles, texts, rows), scores
+
+
+def articles_sha256(articles: list[Article]) -> str:
+    """The SHA-256, as 64 hexadecimal digits, of the texts that ROUGE depends on: articles and targets, in order."""
+    digest = sha256()
+    for row in articles:
+        digest.update(json.dumps([row.article, row.highlights]).encode())
+    return digest.hexdigest()
 
 
 def score_lines(scores: dict) -> list[str]:

@@ -14,6 +14,7 @@ from utils.config_files import validate_model
 from utils.strict_json import ConfigError, parse, read_json
 
 LEAD_3 = "lead-3"
+DEFAULT_LENGTH = 100  # tokens of a summary, where neither the user nor the model says another number
 
 EXAMPLES = """\
 examples:
@@ -37,7 +38,10 @@ class ValidateOptions(BaseModel):
     )
     device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; default: a GPU if there is one")
     output_dir: Name = Field("predictions", description="folder for predictions.json and scores.json")
-    max_generation_length: int = Field(100, ge=1, description="most tokens of a summary")
+    max_generation_length: int | None = Field(
+        None, ge=1,
+        description=f"most tokens of a summary; default: what the model's folder records, else {DEFAULT_LENGTH}",
+    )
     batch_size: int = Field(8, ge=1, description="articles decoded together")
     num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")

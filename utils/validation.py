@@ -1,9 +1,7 @@
 """What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +11,7 @@ from data.os_errors import describe
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
 from utils.devices import Place
-from utils.evaluation import Generation, measure_loss, never, predict, scored_predictions
+from utils.evaluation import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
 from utils.run_log import RunLog
@@ -37,7 +35,7 @@ class EvaluationSet:
 class Validation:
     """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir.
 
-    refusals: one line for each file that the last `run` could not write.
+    on_bad_row: how the articles were read. refusals: one line for each file that the last `run` could not write.
     """
 
     objective: nn.Module
@@ -48,6 +46,7 @@ class Validation:
     log: RunLog
     output_dir: Path
     save_predictions: bool = False
+    on_bad_row: str = "error"
     refusals: list[str] = field(default_factory=list)
 
     def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
@@ -59,6 +58,7 @@ class Validation:
             if each.articles:
                 records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
                 metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
+                scores[each.name] |= self.how_decoded()
                 if self.save_predictions:
                     texts[f"predictions/{each.name}-step-{step}.json"] = json_text(records)
             self.log.record(each.name, step, epoch=epoch, **metrics)
@@ -79,6 +79,16 @@ class Validation:
             self.objective.language_model, self.prompt_format, each.articles, self.generation, self.place, interrupted,
             f"{each.name} ROUGE",
         )
+
+    def how_decoded(self) -> dict:
+        """What changes the predictions, under the names that validate_model.py gives it."""
+        how = self.generation
+        return {
+            "prompt_template": self.prompt_format.template, "prompt_max_length": self.prompt_format.max_length,
+            "precision": self.place.precision,
+            "settings": {"max_generation_length": how.max_new_tokens, "num_beams": how.num_beams,
+                         "early_stopping": how.early_stopping, "on_bad_row": self.on_bad_row},
+        }
 
     def write(self, texts: dict[str, str]) -> None:
         """One file after the other, so that no scores are newer than their predictions.
@@ -120,13 +130,5 @@ class Validation:
             if each.name == "validation" and metric not in METRICS:
                 return f"{metric} on {each.table.folder.name}"
             if each.name == "validation" and each.articles:
-                return f"{metric} on rows {digest_of(each.articles)}, {decoding}"
+                return f"{metric} on rows {articles_sha256(each.articles)[:16]}, {decoding}"
         return None
-
-
-def digest_of(articles: list[Article]) -> str:
-    """16 hexadecimal digits for the texts that ROUGE depends on."""
-    digest = sha256()
-    for row in articles:
-        digest.update(json.dumps([row.article, row.highlights]).encode())
-    return digest.hexdigest()[:16]
