@@ -27,6 +27,7 @@ from utils.rouge import lead_sentences
 from utils.run_log import RunLog
 from utils.seal import sealed, sha256_of_text
 from utils.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions, read_options, validate_parser
+from utils.weights import weights_of
 
 RESULTS = ("predictions.json", "scores.json")
 
@@ -58,7 +59,8 @@ def evaluate(
         log.say(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
     if options.model_path == LEAD_3:
-        texts, facts, most = [lead_sentences(row.article) for row in articles], {"prompt_template": None}, None
+        texts, most = [lead_sentences(row.article) for row in articles], None
+        facts = {"prompt_template": None, "weights": {"sha256": None, "step": None}}
     else:
         texts, facts, most = model_predictions(options, articles, place, log)
     facts["seconds"] = round(time.perf_counter() - started, 3)
@@ -79,6 +81,7 @@ def model_predictions(
     """The generated highlights, what scores.json says of the model, and the most tokens that a summary could have."""
     for line in (*place.notices, place.describe()):
         log.say(line)
+    path = Path(options.model_path).resolve()  # of a link: a training may point it to other weights meanwhile
     with doing(LOADING, "the model"):
         language_model = load_model(options).to(place.device)
         language_model.check_family()
@@ -93,7 +96,7 @@ def model_predictions(
     texts = predict(language_model, prompt_format, articles, generation, place)
     return texts, {
         "prompt_template": template, "prompt_max_length": max_length, "precision": place.precision,
-        "device": str(place.device), "parameters": language_model.parameter_count(),
+        "device": str(place.device), "parameters": language_model.parameter_count(), "weights": weights_of(path),
     }, most
 
 

@@ -15,6 +15,7 @@ from utils.rouge import METRICS, paired_bootstrap
 from utils.run_log import split_lines
 from utils.seal import is_broken
 from utils.strict_json import parse, show
+from utils.weights import weights_of
 
 LEVEL = 0.05
 MOST = 1e300
@@ -36,6 +37,7 @@ class Evaluation:
     CSV of validate_model.py (None where its scores.json does not say). predictions: where the scores of each row are;
     predictions_sum: their SHA-256, None where scores.json does not say.
     metrics: the metrics.jsonl of the training, None where no run is known. remedy: what would write the folder anew.
+    gone: a remark, where the weights that were scored are no longer in their place.
     origin: those of DECODING, ARTICLES and READING that decided its texts, as JSON; None where scores.json lacks them.
     """
 
@@ -47,6 +49,7 @@ class Evaluation:
     remedy: str
     origin: dict[str, str | None]
     predictions_sum: str | None = None
+    gone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,26 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
             step, set_name = whole(content["step"]), "test" if "test" in content else "validation"
             scores, metrics = content[set_name], folder / "metrics.jsonl"
             predictions = folder / "predictions" / f"{set_name}-step-{step}.json"
-            remedy += ", or train it with trainer_kwargs.save_predictions"
+            model = folder / "model_checkpoints" / f"step-{step}"
         else:
             settings = content.get("settings") or {}
-            scores, metrics = content, metrics_of(settings.get("model_path"))
+            model = settings.get("model_path")
+            scores, metrics = content, metrics_of(model)
             set_name = printable(Path(settings["csv_path"]).stem) if "csv_path" in settings else None
             predictions = folder / "predictions.json"
         kept_sum = content.get("predictions_sha256", {}).get(predictions.relative_to(folder).as_posix())
-        return Evaluation(name, checked(scores), set_name, predictions, metrics, remedy, origin_of(scores), kept_sum)
+        gone, weights = None, content.get("weights") or {}
+        if weights.get("sha256") is not None and (found := digest_at(model)) != weights["sha256"]:
+            place = model if weights["step"] is None else f"step {whole(weights['step'])}, {model}"
+            gone = (f"the weights behind {name} ({place}) are no longer there, deleted or replaced since: score what "
+                    f"is there now with {remedy}")
+            if found is not None or "step" not in content:  # else an older step, deleted by the training that made it
+                metrics = None
+        if "step" in content:
+            remedy += ", or train it with trainer_kwargs.save_predictions"
+        return Evaluation(
+            name, checked(scores), set_name, predictions, metrics, remedy, origin_of(scores), kept_sum, gone
+        )
     except CompareError:
         raise
     except OSError as error:
@@ -94,6 +109,13 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         kinds = "validate_model.py or of a training script"
         raise CompareError(f"{path} is not a scores.json of {kinds}: write it again with {remedy}") from error
+
+
+def digest_at(model: object) -> str | None:
+    """The SHA-256 of the weights at a path that a scores.json names; None where there are none, or none to be read."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        return weights_of(model)["sha256"]
+    return None
 
 
 def checked(scores: dict) -> dict:
@@ -248,7 +270,7 @@ def compare(
         CompareError: a file cannot be read, or two rows were scored on different articles.
     """
     rows = [plain_numbers(evaluation) for evaluation in evaluations]
-    remarks = []
+    remarks = [printable(each.gone) for each in evaluations if each.gone is not None]
     if teacher is not None:
         rows = [{**row, "gap_share": None} for row in rows]
     if baseline is not None:

@@ -89,6 +89,7 @@ class Trainer:
         same = len(generators) == self.place.world_size
         if of_objective := tensors.get("objective"):  # what is not of the process alone is the same in all
             self.objective.restore(of_objective[self.place.rank if same else 0])
+        self.note_weights()  # a kill may have come before it
         if not same:
             return [*notices, f"the checkpoint was made by {len(generators)} processes, now there are "
                     f"{self.place.world_size}: dropout will not repeat number for number"]
@@ -298,8 +299,15 @@ class Trainer:
         state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
         if best or callbacks.save_final_model or state.best_step is None or not self.finished():
             self.save(best)
+            self.note_weights()
+            self.check_written(self.validation.refusals)
         if any(self.place.gather(self.stop.requested)) and not self.finished():
             self.stop.leave(state.step)
+
+    def note_weights(self) -> None:
+        """The scores of this step say which weights they are of, where those have been saved."""
+        if self.place.is_main:
+            self.validation.note_weights(self.checkpoints.root / f"step-{self.state.step}")
 
     def check_written(self, refusals: list[str]) -> None:
         """Results that could not be written end the run, but not before the weights that they are of are safe."""

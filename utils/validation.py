@@ -15,7 +15,8 @@ from utils.evaluation import Generation, articles_sha256, measure_loss, never, p
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
 from utils.run_log import RunLog
-from utils.seal import sealed, sha256_of_text
+from utils.seal import KEY, is_broken, sealed, sha256_of_text
+from utils.weights import json_object, weights_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Validation:
             results[each.name] = metrics
         if scores and self.place.is_main:
             sums = {"predictions_sha256": {name: sha256_of_text(text) for name, text in texts.items()}}
-            self.write({**texts, "scores.json": json_text(sealed({"step": step, **scores, **sums}))})
+            unsaved = {"sha256": None, "step": step}  # until a checkpoint holds them
+            content = {"step": step, "weights": unsaved, **scores, **sums}
+            self.write({**texts, "scores.json": json_text(sealed(content))})
         return results.get("validation", {})
 
     def losses(self, table: TokenTable, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
@@ -106,6 +109,14 @@ class Validation:
             except OSError as error:
                 self.refusals.append(describe(error, path))
                 return
+
+    def note_weights(self, checkpoint: Path) -> None:
+        """Adds the weights saved in `checkpoint` to a `scores.json` that is of the same step and lacks them."""
+        content, weights = json_object(self.output_dir / "scores.json"), weights_of(checkpoint)
+        if content.get("weights") != {**weights, "sha256": None} or weights["sha256"] is None or is_broken(content):
+            return
+        content.pop(KEY, None)
+        self.write({"scores.json": json_text(sealed({**content, "weights": weights}))})
 
     def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
         """One metric of the validation set, for adaptive loss scaling."""
