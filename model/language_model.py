@@ -260,6 +260,11 @@ class LanguageModel(nn.Module):
             hidden = self.last_hidden(input_ids[:, start:stop], attention_mask[:, :stop], cache)
         return hidden
 
+    def leave_out_ids_from(self, vocabulary: int) -> None:
+        """Only ids below `vocabulary` are real from now on."""
+        self.vocabulary = min(vocabulary, self.vocabulary)
+        self.unused_ids = sorted({*self.unused_ids, *range(self.vocabulary, embedding_rows(self.model))})
+
     def remove_unused_rows(self) -> int:
         """Cut embedding and head behind the tokenizer's largest id; the number of rows removed. Before training: an
         optimizer's state is of the rows that were there."""

@@ -137,15 +137,24 @@ class SeparateSlots:
 
     def __init__(self, language_model: LanguageModel, count: int, room: int):
         self.language_model = language_model
+        self.rows: list[list[int]] = []
         self.caches: list[Cache] = []
+        # Where Phi-3's rope changes its factors, what is cached no longer fits: `generate` reads such a row again too.
+        self.read_again_at = getattr(language_model.model.config, "original_max_position_embeddings", None)
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         start = len(self.caches)
+        self.rows += [list(prompt) for prompt in prompts]
         self.caches += [self.language_model.new_cache() for _ in prompts]
         return self._read(prompts, self.caches[start:])
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self._read(tokens[:, None].tolist(), self.caches)
+        new = tokens[:, None].tolist()
+        for slot, row in enumerate(self.rows):
+            row += new[slot]
+            if len(row) - 1 == self.read_again_at:
+                new[slot], self.caches[slot] = row, self.language_model.new_cache()
+        return self._read(new, self.caches)
 
     def _read(self, rows: list[list[int]], caches: list[Cache]) -> Tensor:
         device = self.language_model.device
@@ -153,9 +162,10 @@ class SeparateSlots:
                           for ids, cache in zip(rows, caches, strict=True)])
 
     def move(self, source: int, target: int) -> None:
-        self.caches[target] = self.caches[source]
+        self.rows[target], self.caches[target] = self.rows[source], self.caches[source]
 
     def drop(self) -> None:
+        self.rows.pop()
         self.caches.pop()
 
     def close(self) -> None:

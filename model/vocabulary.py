@@ -12,10 +12,8 @@ def shared_vocabulary(teacher_tokenizer, student_tokenizer) -> int:
         ModelError: sizes and the first token that differs.
     """
     teacher, student = (real_tokens(tokenizer) for tokenizer in (teacher_tokenizer, student_tokenizer))
-    if teacher == student:
-        return max(teacher) + 1
-    if teacher_tokenizer.get_vocab() == student_tokenizer.get_vocab():  # a pad token that one side alone pads with
-        return max(teacher_tokenizer.get_vocab().values()) + 1
+    if teacher == student or teacher_tokenizer.get_vocab() == student_tokenizer.get_vocab():
+        return min(max(teacher), max(student)) + 1  # without a pad token that one side alone pads with
     first = min(token for token in teacher.keys() | student.keys() if teacher.get(token) != student.get(token))
     told = [repr(tokens[first]) if first in tokens else "none" for tokens in (teacher, student)]
     raise ModelError(

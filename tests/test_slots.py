@@ -344,7 +344,8 @@ def test_little_to_do():
     assert asked == []
     for look_every in (1, 3, 8):
         asked.clear()
-        assert decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, look_every=look_every) == [[10], [11], [12]]
+        made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, look_every=look_every)
+        assert made == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
 
 

@@ -183,7 +183,8 @@ class CachedTeacher:
         if self.kind == "hidden":
             head = cut_head(self.teacher().language_model.output_head(), self.vocabulary)
             tensors = {"weight": head.weight, "scale": torch.tensor(head.scale, dtype=torch.float64)}
-            tensors |= {name: tensor for name, tensor in (("bias", head.bias), ("gaps", head.gaps)) if tensor is not None}
+            optional = {"bias": head.bias, "gaps": head.gaps}
+            tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
             if head.cap is not None:
                 tensors["cap"] = torch.tensor(head.cap, dtype=torch.float64)
             own = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}

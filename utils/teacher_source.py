@@ -145,6 +145,7 @@ def check_student(
     """
     try:
         vocabulary = shared_vocabulary(source.tokenizer, student.tokenizer)
+        student.leave_out_ids_from(vocabulary)
         check_same_reading(source.tokenizer, prompt_format, [*VARIED, *texts])
         context = getattr(source.config, "max_position_embeddings", None)
         if context is not None and context < prompt_format.max_length:
