@@ -274,7 +274,8 @@ class DatasetKwargs(Section):
         "(train_batch_size x accumulation) are then cut by it instead of by train_batch_size; null is no bound"
     )
     prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
-        "{article}\nTL;DR:", description="what the model reads before it writes; holds {article} exactly once"
+        "{article}\nTL;DR:", description="what the model reads before it writes; holds {article} exactly once; "
+        "special tokens in it, such as <|sum|> or a chat format's, are read as those"
     )
     columns: Columns = Field(
         default={key: key for key in COLUMNS},

@@ -1,11 +1,12 @@
 """A config's CSVs as token tables and evaluation sets."""
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
-from data.articles import Article, BadRow, DataError, describe_bad_rows, read_articles
+from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable, open_token_table
 from model.language_model import LanguageModel
@@ -29,7 +30,8 @@ def make_prompt_format(config: FineTuneConfig, language_model: LanguageModel) ->
     if data.max_length is not None and data.max_length > context:
         raise DataError(f"dataset_kwargs.max_length is {data.max_length}: the model's context is {context} tokens")
     prompt_format = PromptFormat(language_model.tokenizer, data.prompt_template, data.max_length or context)
-    language_model.record_training(prompt_format.template, prompt_format.max_length)
+    most = config.model_arch.generation_kwargs.max_generation_length
+    language_model.record_training(prompt_format.template, prompt_format.max_length, most)
     return prompt_format
 
 
@@ -68,6 +70,12 @@ class Tables:
             return open_token_table(
                 path, self.prompt_format, self.cache_dir, self.data.columns, self.data.on_bad_row, bar.update
             )
+
+    def first_texts(self, name: str, rows: int = 8, characters: int = 200) -> list[str]:
+        """The beginnings of the first rows' articles and highlights."""
+        found = islice(iterate_articles(self.path(name), self.data.columns), rows)
+        articles = [row for row in found if isinstance(row, Article)]
+        return [text[:characters] for row in articles for text in (row.article, row.highlights)]
 
     def articles(self, name: str) -> list[Article]:
         """The rows of a CSV for predictions."""
