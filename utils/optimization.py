@@ -121,3 +121,26 @@ def make_schedule(scheduler_kwargs, peak: float, total: int) -> Schedule:
     if scheduler_kwargs.max_warmup_steps is not None:
         warmup = min(warmup, scheduler_kwargs.max_warmup_steps)
     return Schedule(peak, min(warmup, total), total, scheduler_kwargs.type, scheduler_kwargs.min_lr_ratio)
+
+
+def schedule_notices(scheduler_kwargs, peak: float, steps: int) -> list[str]:
+    """Where a config's `lr_scheduler_kwargs` do not fit a run of so many optimizer steps: one line each, with what
+    becomes of them."""
+    schedule = make_schedule(scheduler_kwargs, peak, steps)
+    asked, total = scheduler_kwargs.num_warmup_steps, scheduler_kwargs.num_training_steps
+    notices = []
+    if asked > schedule.warmup:
+        if scheduler_kwargs.max_warmup_steps == schedule.warmup:
+            limit = f"max_warmup_steps is {schedule.warmup}"
+        else:
+            limit = f"the run has {steps} optimizer steps" if total == -1 else f"num_training_steps is {total}"
+        notices.append(f"lr_scheduler_kwargs.num_warmup_steps is {asked}, but {limit}: warm-up takes {schedule.warmup} "
+                       "steps; lower num_warmup_steps")
+    elif schedule.warmup > steps:
+        notices.append(f"lr_scheduler_kwargs: warm-up takes {schedule.warmup} steps, but the run has {steps}: the "
+                       f"learning rate never reaches lm_lr ({peak:.2e}); lower num_warmup_steps or num_training_steps")
+    if -1 < total < steps:
+        notices.append(f"lr_scheduler_kwargs.num_training_steps is {total}, but the run has {steps} optimizer steps: "
+                       f"after step {total} the learning rate stays {schedule.learning_rate(total):.2e}; set "
+                       "num_training_steps to -1, or raise min_lr_ratio")
+    return notices

@@ -8,6 +8,7 @@ the number of processes.
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -24,7 +25,7 @@ from utils.config import FineTuneConfig
 from utils.devices import Place
 from utils.evaluation import Interrupted, NotFinite, never
 from utils.nonfinite import Guard, check_before_saving
-from utils.optimization import Schedule, make_schedule, restore_optimizer
+from utils.optimization import Schedule, make_schedule, restore_optimizer, schedule_notices
 from utils.out_of_memory import memory_error
 from utils.random_state import random_state, seed_everything, set_random_state
 from utils.run_folder import meanings
@@ -85,6 +86,7 @@ class Trainer:
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
+        notices += self.change_of_rate()
         generators = tensors["random"]
         same = len(generators) == self.place.world_size
         if of_objective := tensors.get("objective"):  # what is not of the process alone is the same in all
@@ -116,6 +118,9 @@ class Trainer:
                 weights are as before that step.
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
+        steps = self.total_steps(len(self.plan()), self.state)
+        for line in schedule_notices(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, steps):
+            self.log.say(line)
         while not self.finished():
             (self.finish_epoch if self.state.evaluation_pending else self.train_epoch)()
         if self.saved is None:
@@ -125,20 +130,50 @@ class Trainer:
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Step]:
-        data = self.config.dataset_kwargs
+    def plan(self, state: TrainState | None = None) -> list[Step]:
+        """All steps of the epoch of a state; None is that of now."""
+        data, state = self.config.dataset_kwargs, state or self.state
         return plan_epoch(
-            self.table.lengths, data.train_batch_size, self.state.accumulation, self.options.seed, self.state.epoch,
+            self.table.lengths, data.train_batch_size, state.accumulation, self.options.seed, state.epoch,
             data.tokens_per_batch, self.options.batches_per_epoch, self.objective.passes,
         )
 
-    def schedule(self, steps_in_epoch: int) -> Schedule:
-        """The learning rates, from the steps done before this epoch and those that are to come at its length."""
-        total = self.state.step - self.state.step_in_epoch
-        total += steps_in_epoch * (self.options.epochs - self.state.epoch)
-        if self.options.max_steps is not None:
-            total = min(total, self.options.max_steps)
+    def total_steps(self, steps_in_epoch: int, state: TrainState) -> int:
+        """Optimizer steps of the run: those done before a state's epoch, and those that are to come at its length."""
+        total = state.step - state.step_in_epoch + steps_in_epoch * (self.options.epochs - state.epoch)
+        return total if self.options.max_steps is None else min(total, self.options.max_steps)
+
+    def schedule(self, steps_in_epoch: int, state: TrainState | None = None) -> Schedule:
+        """The learning rates in the epoch of a state; None is that of now."""
+        total = self.total_steps(steps_in_epoch, state or self.state)
         return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, total)
+
+    def change_of_rate(self) -> list[str]:
+        """A line where the learning rates do not go on from those that led to a checkpoint, as with more epochs."""
+        state, held = self.state, self.optimizer.param_groups[0]["lr"]
+        taken = state.step - state.skipped_steps
+        if self.finished() or not taken:
+            return []
+        # Of a step that was left out the optimizer does not hold the rate.
+        steps = range(taken - 1, state.step)
+        if any(math.isclose(schedule.learning_rate(step), held, rel_tol=1e-6)
+               for schedule in self.schedules_before() for step in steps):
+            return []
+        now = self.schedule(len(self.plan()))
+        return [f"learning rate: {held:.2e} at the checkpoint's last step, {now.learning_rate(state.step):.2e} at the "
+                f"next: the schedule is not that of before, it now covers {now.total} steps from lm_lr {now.peak:.2e}; "
+                "set optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates"]
+
+    def schedules_before(self) -> Iterator[Schedule]:
+        """What today's config would have given for the last step: where it ended its epoch, at the length of that."""
+        state = self.state
+        if state.step_in_epoch:
+            yield self.schedule(len(self.plan()))
+            return
+        for accumulation in {state.accumulation, state.accumulation // 2 or 1}:  # a plateau may have doubled it since
+            epoch = replace(state, epoch=state.epoch - 1, accumulation=accumulation)
+            epoch.step_in_epoch = len(self.plan(epoch))
+            yield self.schedule(epoch.step_in_epoch, epoch)
 
     def train_epoch(self) -> None:
         plan = self.plan()
