@@ -30,10 +30,9 @@ from copy import deepcopy
 from functools import partial
 
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from benchmarks.interleaved import (
     Target,
@@ -44,6 +43,7 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
+from benchmarks.kd_work import number_tokenizer
 from model.decoding import greedy_decode, left_padded
 from model.language_model import LanguageModel
 from utils.command_line import OneLineParser, quiet_libraries
@@ -84,9 +84,7 @@ def make_model(size: str, device: str = "cpu") -> LanguageModel:
         head.weight.copy_(gpt2.get_output_embeddings().weight)
         head.bias.zero_()[END] = -1e4
     gpt2.set_output_embeddings(head)
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": END}, unk_token="<|endoftext|>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
-    return LanguageModel(gpt2.eval().to(device), tokenizer)
+    return LanguageModel(gpt2.eval().to(device), number_tokenizer(vocabulary))
 
 
 def spread(lowest: int, highest: int, count: int, seed: int) -> list[int]:

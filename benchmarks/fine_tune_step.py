@@ -15,8 +15,7 @@ import sys
 import time
 
 import torch
-from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.fine_tuning import FineTuning
 from model.language_model import IGNORED, LanguageModel
@@ -31,8 +30,7 @@ def make_model(size: str) -> LanguageModel:
     quiet_libraries()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**SIZES[size], **NO_DROPOUT))
-    vocabulary = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
-    return LanguageModel(model, PreTrainedTokenizerFast(tokenizer_object=vocabulary, eos_token="<|endoftext|>"))
+    return LanguageModel(model, number_tokenizer(model.config.vocab_size))
 
 
 def make_batch(batch: int, length: int, labels: int) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ import random
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -29,6 +29,14 @@ class Work(NamedTuple):
     tokens: int
 
 
+def number_tokenizer(vocabulary: int, **options) -> PreTrainedTokenizerFast:
+    """Every id is a token, its text the number; 0 is the end-of-text."""
+    words = {"<|endoftext|>": 0, **{str(token): token for token in range(1, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", **options)
+
+
 def make_models(size: str, device: str = "cpu") -> tuple[LanguageModel, LanguageModel]:
     """(teacher, student), the same weights at each call."""
     torch.manual_seed(0)
@@ -39,9 +47,7 @@ def make_models(size: str, device: str = "cpu") -> tuple[LanguageModel, Language
             n_layer=blocks, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0,
             **NO_DROPOUT,
         ))
-        words = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>")
-        made.append(LanguageModel(model.to(device), tokenizer))
+        made.append(LanguageModel(model.to(device), number_tokenizer(vocabulary)))
     return made[0], made[1]
 
 

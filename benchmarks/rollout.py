@@ -34,15 +34,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from benchmarks import interleaved
 from benchmarks.decode import CONTEXT, END, Rows, make_prompts
 from benchmarks.interleaved import Target, choose_variants, compare, take_turns
 from benchmarks.kd_step import plain_step
-from benchmarks.kd_work import SIZES, Work, collate, make_models
+from benchmarks.kd_work import SIZES, Work, collate, make_models, number_tokenizer
 from model.decoding import left_padded, make_voice
 from model.language_model import IGNORED, LanguageModel, position_ids
 from model.rollout_sets import RolloutSets
@@ -69,17 +68,14 @@ def make_pair(size: str, device: str = "cpu") -> tuple[LanguageModel, LanguageMo
     The end-of-text never comes: the first hidden feature is always 1, its weight for the end-of-text far below 0. The
     head stays tied to the embedding and without bias.
     """
-    words = {"<|endoftext|>": END, **{str(token): token for token in range(END + 1, SIZES[size][2])}}
     pair = []
     for made in make_models(size, device):
         with torch.no_grad():
             final = made.model.base_model.ln_f
             final.weight[0], final.bias[0] = 0, 1
             made.model.get_output_embeddings().weight[END, 0] = -1e4
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", padding_side="left")
-        pair.append(LanguageModel(made.model.eval(), fast))
+        tokenizer = number_tokenizer(SIZES[size][2], padding_side="left")
+        pair.append(LanguageModel(made.model.eval(), tokenizer))
     return pair[0], pair[1]
 
 

@@ -33,7 +33,8 @@ CASES: dict[str, dict | None] = {  # name -> distillation_kwargs; None is train.
     "policy_gradient": POLICY,
     "policy_gradient_penalties": {**POLICY, "penalty": True, "frequency_weight": 1.0, "diversity_weight": 1.0,
                                   "entropy_weight": 1.0},
-    "policy_gradient_sequence_weights": {**POLICY, "importance_weight": "sequence", "whiten": True, "rollout_epochs": 2},
+    "policy_gradient_sequence_weights": {**POLICY, "importance_weight": "sequence", "whiten": True,
+                                         "rollout_epochs": 2},
     "policy_gradient_labels": {**POLICY, "rollout": "labels"},
 }
 
@@ -104,8 +105,9 @@ def test_results_are_the_recorded_ones(name, tmp_path):
     """Fault: a rebuilt part changes a loss, a gradient, what is drawn, a text or a score."""
     expected = json.loads((FOLDER / f"{name}.json").read_text())
     found = result(name, tmp_path)
-    for part, tolerance in (("train", 1e-5), ("gradients", 1e-5), ("logits", 1e-4), ("predictions", 0), ("scores", 1e-6),
-                            ("validation", 1e-4)):
+    tolerances = {"train": 1e-5, "gradients": 1e-5, "logits": 1e-4, "predictions": 0, "scores": 1e-6,
+                  "validation": 1e-4}
+    for part, tolerance in tolerances.items():
         assert_close(found[part], expected[part], part, tolerance)
 
 

@@ -118,8 +118,8 @@ def test_what_no_row_can_hold_is_not_tokenised(monkeypatch):
     format_ = PromptFormat(byte_tokenizer(), max_length=40)
     text = "".join(f"word{number} " for number in range(1000))
     seen = []
-    encode = format_.encode
-    monkeypatch.setattr(format_, "encode", lambda texts: seen.extend(texts) or encode(texts))
+    encode = format_.encode_articles
+    monkeypatch.setattr(format_, "encode_articles", lambda texts: seen.extend(texts) or encode(texts))
     (ids, boundary), = format_.training_rows([text], ["the end"])
     whole = list(text.encode())
     assert ids[:20] == whole[:20] and len(ids) == 40
