@@ -17,6 +17,7 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.kd_work import number_tokenizer
 from model.fine_tuning import FineTuning
 from model.language_model import IGNORED, LanguageModel
 from utils.command_line import quiet_libraries
