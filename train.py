@@ -2,22 +2,10 @@
 
 import sys
 
-from data.interrupt import end_on_interrupt
-
-if __name__ == "__main__":
-    end_on_interrupt("train.py")  # before the imports that take seconds
-
 from data.console import put
-from model.fine_tuning import FineTuning
 from utils.command_line import run_command, training_parser
 from utils.config import FineTuneConfig
 from utils.config_files import config_json, load_config
-from utils.datasets import Tables, make_prompt_format
-from utils.devices import Place
-from utils.find_batch_size import find_batch_size
-from utils.run_folder import Start, load_model
-from utils.run_log import RunLog
-from utils.training_run import Parts, in_run_folder, set_up_model
 
 EXAMPLES = """\
 examples:
@@ -42,18 +30,12 @@ def train(options) -> int:
     if options.print_config:
         put(config_json(config), end="")
         return 0
-    return (find_batch_size if options.find_batch_size else in_run_folder)(config, build)
+    # torch and transformers take seconds to import: only once the config is valid.
+    from utils.build import build_fine_tuning
+    from utils.find_batch_size import find_batch_size
+    from utils.training_run import in_run_folder
 
-
-def build(place: Place, config: FineTuneConfig, log: RunLog, start: Start, keep: bool = True) -> Parts:
-    """The parts of a run. keep: nothing is kept here but tokenised rows, so it changes nothing."""
-    language_model = set_up_model(load_model(config, start), config, place, log, start)
-    parameters = language_model.parameter_count() / 1e6
-    log.say(f"model: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
-    prompt_format = make_prompt_format(config, language_model)
-    tables = Tables(config, prompt_format, place, log)
-    train_table = tables.open(config.dataset_kwargs.train_dataset)
-    return Parts(FineTuning(language_model), prompt_format, tables, train_table, {})
+    return (find_batch_size if options.find_batch_size else in_run_folder)(config, build_fine_tuning)
 
 
 if __name__ == "__main__":

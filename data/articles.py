@@ -40,6 +40,8 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 class DataError(ValueError):
     """A file or setting that cannot be used. The message is one line for the user."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Article:

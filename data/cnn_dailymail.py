@@ -20,11 +20,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
-
-if __name__ == "__main__":
-    end_on_interrupt("cnn_dailymail")  # before the imports that take a while
-
 from tqdm import tqdm
 
 from data.articles import DataError, describe_bad_rows, read_articles
@@ -329,7 +324,6 @@ def main(arguments: list[str] | None = None) -> int:
     130 for Ctrl-C."""
     options = parse_arguments(arguments)
     try:
-        raise_on_interrupt()
         lines = make_tables(options)
     except (UsageError, DataError, HubError) as error:
         print(f"cnn_dailymail: error: {one_line(error)}", file=CONSOLE)
@@ -339,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("cnn_dailymail: interrupted", file=CONSOLE)
-        return EXIT_CODE
+        return 130
     return show("cnn_dailymail", lines)
 
 

@@ -20,11 +20,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
-
-if __name__ == "__main__":
-    end_on_interrupt("demo_news")  # before the imports that take a while
-
 from data.console import CONSOLE, show
 from data.demo_templates import EVENTS, GENERIC, POOLS, Event
 from data.digest import file_digest
@@ -326,7 +321,6 @@ def main(arguments: list[str] | None = None) -> int:
     output_dir, settings = parse_arguments(arguments)
     folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
     try:
-        raise_on_interrupt()
         if is_complete(folder, settings):
             clear_dead(folder.parent)
             return show("demo_news", [f"{output_dir}: already complete with these settings, reused"])
@@ -337,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"demo_news: interrupted, {output_dir} is as it was", file=CONSOLE)
-        return EXIT_CODE
+        return 130
     except Exception as error:
         if (refused := refusal(error)) is None:
             raise

@@ -21,6 +21,8 @@ IGNORED = -100  # label of a position that takes no loss
 class ModelError(ValueError):
     """A model that cannot be had or used as asked: one line for the user."""
 
+    exit_code = 2
+
 
 class LabelPositions(NamedTuple):
     """index [N] int64: hidden states, flattened to [B * T, D], that predict a label; targets [N] int64: the labels."""

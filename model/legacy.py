@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.language_model import ModelError
-from model.torch_files import NotPlainError, TorchFileError, load_torch_file
 
-LONGEST_NAME = 1000
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 # Causal masks and rotary tables that old versions of the library kept as buffers: the model makes them itself.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -40,33 +38,31 @@ def load_legacy_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of the file, by name; optimizer states and the like beside a nested state dict are left out."""
-    if not Path(path).exists():
-        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict")
+    """The tensors of the file by name, without optimizer states and the like beside a nested state dict.
+
+    Raises:
+        ModelError: as `load_legacy_weights`.
+    """
     try:
-        content = load_torch_file(path)
-    except NotPlainError as error:
-        raise ModelError(
-            f"{path} holds more than tensors, or is damaged, and is not unpickled, since that could run code "
-            f"({error}): write it again with torch.save(model.state_dict(), path)"
-        ) from error
-    except TorchFileError as error:
-        raise ModelError(f"{path} is damaged or cut off ({error}): copy it again from where it was written") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): expected a .pt file with a state dict") from error
+    except Exception as error:  # damaged bytes make torch.load raise almost anything; its advice is to unpickle them
+        raise ModelError(f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run "
+                         "code: write it again with torch.save(model.state_dict(), path)") from error
     for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(inner := dict.get(content, wrapper), dict):
-            content = inner
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
             break
-    # dict's own methods: a pickle may put others into an OrderedDict.
-    entries = list(dict.items(content)) if isinstance(content, dict) else []
-    if not entries or not all(is_entry(*each) for each in entries):
+    if not isinstance(content, dict) or not content or not all(map(is_entry, content.items())):
         raise ModelError(f"{path} is not a state dict: expected parameter names with tensors")
-    return dict(entries)
+    return dict(content)
 
 
-def is_entry(name, value) -> bool:
-    return isinstance(name, str) and len(name) <= LONGEST_NAME and isinstance(value, Tensor)
+def is_entry(item: tuple) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def strip_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ output projection and MLP at the selected positions. Equal to the library's forw
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ def packed_hidden_states(
     sparse gradient; None is the module's own, for a dense one. compiled: what lies between the attentions of two blocks
     is compiled, once for all blocks and lengths.
     """
-    step = compiled_to_next if compiled else to_next
+    step = compiled_to_next() if compiled else to_next
     tokens = input_ids.flatten()[packing.tokens]
     embedded = base.wte(tokens) if lookup is None else F.embedding(tokens, lookup, sparse=True)
     hidden = base.drop(embedded + base.wpe(packing.positions))
@@ -103,7 +103,10 @@ def to_next(block: nn.Module, following: nn.Module, hidden: Tensor, attended: Te
     return hidden, normed.to(autocast_type(normed))  # as the product that reads it would do
 
 
-compiled_to_next = torch.compile(to_next, dynamic=True)
+@cache
+def compiled_to_next() -> Callable:
+    """Made when it is asked for: torch.compile imports its compiler, which takes seconds."""
+    return torch.compile(to_next, dynamic=True)
 
 
 def attention(attn: nn.Module, normed: Tensor, rows: Rows, keep: Keep | None = None) -> Tensor:

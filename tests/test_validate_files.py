@@ -21,6 +21,7 @@ from tests.test_validate_model import (  # noqa: F401
     texts,
     write_news,
 )
+from utils import score_table
 
 # -- columns and bad rows ----------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def test_mostly_empty_file_with_skipping(tmp_path, folder, shared):
 def legacy_file(tmp_path, folder):
     """A state dict as old scripts wrote it: data-parallel keys, a [PAD] row at the end of the embedding."""
     gpt2 = tiny_gpt2(seed=4, std=0.5)
-    gpt2.load_state_dict(validate_model.load_language_model(str(folder)).model.state_dict())
+    gpt2.load_state_dict(score_table.load_language_model(str(folder)).model.state_dict())
     state = {f"module.{key}": value for key, value in gpt2.state_dict().items()}
     for key in ("module.transformer.wte.weight", "module.lm_head.weight"):
         state[key] = torch.cat([state[key], torch.ones(1, 16)])
@@ -220,7 +221,7 @@ def test_output_dir_that_is_a_file(tmp_path, folder, capsys):
     (tmp_path / "out").write_text("mine")
     path = write_news(tmp_path / "news.csv", 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate_model, "predict", lambda *_: pytest.fail("decoded first"))
+        patch.setattr(score_table, "predict", lambda *_: pytest.fail("decoded first"))
         arguments = ["--csv_path", str(path), "--model_path", str(folder), "--output_dir", str(tmp_path / "out")]
         assert validate_model.main(arguments) == 2
     line = error_line(capsys)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import validate_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
+from utils import score_table
 from utils.validate_options import read_options, validate_parser
 
 TEMPLATE = "{article}\nTL;DR:"  # data.prompts.DEFAULT_TEMPLATE, as cases and README state it
@@ -142,7 +143,7 @@ def test_interval_is_the_percentiles_of_resampled_means(tmp_path, monkeypatch):
     """Fault: an interval of rows instead of means: for 0 and 1 in equal number it would be all of 0 to 1."""
     path = write_news(tmp_path / "news.csv")
     half = [row["highlights"] if index % 2 else "" for index, row in enumerate(news_rows())]
-    monkeypatch.setattr(validate_model, "lead_sentences", lambda article: half[ARTICLES.index(article)])
+    monkeypatch.setattr(score_table, "lead_sentences", lambda article: half[ARTICLES.index(article)])
     _, _, scores = run(tmp_path, "lead-3", path)
     # Means of 10 draws of a fair coin: P(mean <= 0.1) = 11/1024 < 2.5 % < P(mean <= 0.2) = 56/1024.
     assert scores["rouge1"] == 0.5
@@ -155,7 +156,7 @@ def news_rows() -> list[dict]:
 
 def test_empty_predictions_score_zero_and_count(tmp_path, monkeypatch):
     """Fault: empty predictions are left out of the mean, so a model that says nothing half the time looks perfect."""
-    monkeypatch.setattr(validate_model, "lead_sentences", lambda article: "" if article != ARTICLES[1] else article)
+    monkeypatch.setattr(score_table, "lead_sentences", lambda article: "" if article != ARTICLES[1] else article)
     _, predictions, scores = run(tmp_path, "lead-3", write_news(tmp_path / "news.csv", 2))
     assert texts(predictions) == ["", "Rain fell on the town."]
     assert predictions[0]["rouge"] == dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0)

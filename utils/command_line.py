@@ -1,33 +1,28 @@
-"""What the scripts share: arguments, quiet libraries, and errors told in one line."""
+"""What the scripts share: arguments, quiet libraries, and errors in one line.
+
+Nothing here imports torch or transformers: `--help` and errors of a config are there at once.
+"""
 
 import argparse
 import difflib
 import os
+import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import transformers
-
-from data.articles import DataError
 from data.console import CONSOLE, settle_output
-from data.interrupt import EXIT_CODE, raise_on_interrupt
 from data.named_path import named_path
 from data.os_errors import describe
-from model.language_model import ModelError
 from untrusted.text import one_line, printable, shorten
-from utils.checkpoint import CheckpointError
-from utils.config_files import ConfigError
-from utils.devices import DeviceError
-from utils.out_of_memory import OutOfMemory, memory_told
 from utils.signals import Stopped
-from utils.trainer import TrainingError
+from utils.strict_json import ConfigError
 
 LOST_WORKER = "DataLoader worker"  # how torch's messages begin, of a process that was killed
 LONGEST = 50  # signs of an unknown argument that are compared
-USER_ERRORS = (ConfigError, DataError, ModelError, DeviceError, CheckpointError)
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -66,26 +61,22 @@ def training_parser(name: str, description: str, examples: str, default_config: 
 def run_command(name: str, command: Callable[[], int], debug: bool = False) -> int:
     """The exit code of a script: 2 for what the user can mend (config, data, model), 1 for what went wrong later.
 
-    debug: show the traceback of an error.
+    An exception of ours says which in its `exit_code`. debug: show the traceback of an error.
     """
     try:
-        raise_on_interrupt()
-        quiet_libraries()
-        with memory_told(lambda done: "end other programs, or take a smaller model or batch"):
-            return command()
+        return command()
     except Stopped as stopped:
         print(f"{name}: {stopped}", file=CONSOLE)
         return stopped.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=CONSOLE)
-        return EXIT_CODE
-    except USER_ERRORS as error:  # only a config has several lines, one for each error
-        return fail(name, str(error) if isinstance(error, ConfigError) else printable(told(error)), 2, debug)
-    except (TrainingError, OutOfMemory) as error:
-        return fail(name, str(error), 1, debug)
+        return INTERRUPTED
     except OSError as error:
         return fail(name, describe(error), 1, debug)
     except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is not None:
+            # Only a config has several lines, one for each error.
+            return fail(name, str(error) if isinstance(error, ConfigError) else printable(told(error)), code, debug)
         if told(error).startswith(LOST_WORKER):
             return fail(name, f"{told(error).strip().rstrip('.')}: most often because memory is full: lower "
                         "dataset_kwargs.num_workers or end other programs, and start the same command again",
@@ -95,7 +86,8 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         return fail(name, f"{what}; this is a fault of the program: --debug shows where it is", 1, debug)
     finally:
         settle_output()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
@@ -117,6 +109,8 @@ def fail(name: str, message: str, code: int, debug: bool) -> int:
 
 def quiet_libraries() -> None:
     """One progress bar a phase is ours; the libraries' own, and their advice, would hide it."""
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -13,11 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-from data.interrupt import EXIT_CODE, end_on_interrupt, raise_on_interrupt
-
-if __name__ == "__main__":
-    end_on_interrupt("utils.compare")  # before the imports that take a while
-
 from data.console import CONSOLE, put, settle_output
 from data.named_path import named_path
 from data.os_errors import describe
@@ -46,7 +41,6 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        raise_on_interrupt()
         folders = named_folders(options.folders)
         settings = checked_settings(options, list(folders))
         evaluations = [read_evaluation(name, folder) for name, folder in folders.items()]
@@ -70,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("utils.compare: interrupted", file=CONSOLE)
-        return EXIT_CODE
+        return 130
     finally:
         settle_output()
     if options.format != "text":

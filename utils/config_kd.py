@@ -214,3 +214,11 @@ class DistillConfig(Section):
         if lines := [*contradictions(self), *model_contradictions(self)]:
             raise PydanticCustomError("contradiction", "{lines}", {"lines": "\n".join(lines)})
         return self
+
+
+def without_dropout(config: DistillConfig) -> DistillConfig:
+    """The config with model_arch.dropout 0 where policy_gradient finds it null."""
+    arch = config.model_arch
+    if config.distillation_kwargs.method != "policy_gradient" or arch.dropout is not None:
+        return config
+    return config.model_copy(update={"model_arch": arch.model_copy(update={"dropout": 0.0})})

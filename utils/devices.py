@@ -17,6 +17,8 @@ LAUNCHER = "start with torch's launcher, or unset WORLD_SIZE, RANK and LOCAL_RAN
 class DeviceError(ValueError):
     """A device that is not there: one line for the user."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Place:

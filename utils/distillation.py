@@ -12,14 +12,6 @@ from utils.devices import Place
 from utils.run_log import RunLog
 
 
-def without_dropout(config: DistillConfig) -> DistillConfig:
-    """The config with model_arch.dropout 0 where policy_gradient finds it null."""
-    arch = config.model_arch
-    if config.distillation_kwargs.method != "policy_gradient" or arch.dropout is not None:
-        return config
-    return config.model_copy(update={"model_arch": arch.model_copy(update={"dropout": 0.0})})
-
-
 def draws(kwargs: DistillationKwargs) -> bool:
     """Whether sequences are drawn in training."""
     return kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0

@@ -24,6 +24,8 @@ SEARCH = "or let --find_batch_size look for it"
 class OutOfMemory(RuntimeError):
     """One line for the user."""
 
+    exit_code = 1
+
 
 @contextmanager
 def memory_told(remedy: Callable[[list[Doing]], str]) -> Iterator[None]:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-from rouge_score import tokenizers
 from rouge_score.scoring import fmeasure
 
 LONGEST_LEAD = 100_000
@@ -41,6 +40,8 @@ class EnglishTokenizer:
 
     def __init__(self, cached_words: int = 1 << 16):
         """`cached_words`: how many distinct words are remembered (least recently used go first)."""
+        from rouge_score import tokenizers  # brings nltk, which takes seconds
+
         package = tokenizers.DefaultTokenizer(use_stemmer=True)
         self._stem = functools.lru_cache(cached_words)(lambda word: "".join(package.tokenize(word)))
 

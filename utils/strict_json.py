@@ -30,6 +30,8 @@ SYNTAX = {
 class ConfigError(ValueError):
     """A config that cannot be used: one line for each error."""
 
+    exit_code = 2
+
 
 def read_json(path: str | PathLike) -> dict:
     """The object in a JSON file (UTF-8, with or without byte order mark).

@@ -18,6 +18,8 @@ from utils.step_result import StepResult, means_of_all
 class TrainingError(RuntimeError):
     """Training cannot go on: one line for the user."""
 
+    exit_code = 1
+
 
 def add_gradients(
     objective: nn.Module, arguments: Iterable[tuple], place: Place, scale: float = 1.0

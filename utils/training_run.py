@@ -11,6 +11,7 @@ from data.token_cache import TokenTable
 from model.doing import LOADING, doing
 from model.language_model import LanguageModel
 from utils.checkpoint import Checkpoints
+from utils.command_line import quiet_libraries
 from utils.config import FineTuneConfig
 from utils.config_files import warnings_of
 from utils.datasets import Tables, make_validation
@@ -51,6 +52,7 @@ Build = Callable[..., Parts]
 
 def in_run_folder(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
     """Trains what `build` gives while this process holds the run folder; seeded, notices told. The exit code."""
+    quiet_libraries()
     arch, options = config.model_arch, config.trainer_kwargs
     launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
     place = find_place(
