@@ -44,8 +44,8 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
-from model.divergences import choose_divergence
 from model.language_model import IGNORED
+from model.losses.divergences import choose_divergence
 from model.output_head import OutputHead
 from model.vocabulary_loss import TeacherHidden, vocabulary_loss
 from utils.command_line import OneLineParser, quiet_libraries

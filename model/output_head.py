@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.divergences import FLOOR
+from model.losses.divergences import FLOOR
 
 
 class OutputHead(NamedTuple):

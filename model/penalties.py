@@ -14,7 +14,7 @@ linear in the positions and in B: pairs of positions are summed in closed form.
 import torch
 from torch import Tensor
 
-from model.divergences import FLOOR, check_range
+from model.losses.divergences import FLOOR, check_range
 
 
 def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.divergences import reverse_terms
+from model.losses.divergences import reverse_terms
 from model.output_head import OutputHead
 from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty
 from model.transfer import to_device

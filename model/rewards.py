@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.divergences import FLOOR
+from model.losses.divergences import FLOOR
 
 ROUNDING = 1e-14  # of a mean in float64, relative to it
 

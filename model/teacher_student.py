@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.divergences import choose_divergence
 from model.language_model import LanguageModel
+from model.losses.divergences import choose_divergence
 from model.objective import LossTerms, arguments_of, by_step
 from model.rollout_sets import RolloutBatch, RolloutSets
 from model.teacher import Teacher, are_finite
@@ -19,9 +19,10 @@ from model.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
 class TeacherStudent(nn.Module):
     """loss_sum = sum over label tokens of (1 - kd_weight) CE + kd_weight temperature^2 D(p, q).
 
-    p and q are the distributions of teacher and student at `temperature`, D the divergence `kl_div` of them
-    (`model/divergences.py` lists names and sources); CE is the cross-entropy of the label at temperature 1. The square
-    keeps the gradient's scale as the temperature changes (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    p and q are the distributions of teacher and student at `temperature`, D the divergence `kl_div` of them (names in
+    `model/losses/registry.py`, formulas and sources in `divergences.py` there); CE is the cross-entropy of the label
+    at temperature 1. The square keeps the gradient's scale as the temperature changes (Hinton et al. 2015,
+    arXiv 1503.02531, section 2).
 
     With on_policy_fraction, that share of the optimizer steps takes D on the student's own rollouts, as a mean over
     their tokens, and CE on the highlights (GKD, arXiv 2306.13649): where the prefixes come from and the divergence are
@@ -29,6 +30,7 @@ class TeacherStudent(nn.Module):
 
     language_model: the student. teacher: a `Teacher`, or what has its `outputs` and `ahead`.
     vocabulary: number of real tokens; None asks the two tokenizers.
+    parameters: those of the divergence, such as beta (`model/losses/registry.py`).
     chunk_size: label positions whose logits exist at a time. rollouts: draws for on_policy_fraction (source "student").
 
     Raises:
@@ -45,13 +47,11 @@ class TeacherStudent(nn.Module):
         kl_div: str = "forward",
         temperature: float = 1.0,
         kd_weight: float = 0.5,
-        beta: float = 0.5,
-        lambda_: float = 0.1,
-        mu: float = 0.5,
         chunk_size: int = 128,
         vocabulary: int | None = None,
         on_policy_fraction: float = 0.0,
         rollouts: RolloutSets | None = None,
+        **parameters: float,
     ):
         super().__init__()
         if not temperature > 0:
@@ -59,7 +59,7 @@ class TeacherStudent(nn.Module):
         if not 0 <= kd_weight <= 1:
             raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
         self.language_model, self.teacher = language_model, teacher
-        self.divergence = choose_divergence(kl_div, beta, lambda_, mu)
+        self.divergence = choose_divergence(kl_div, **parameters)
         self.temperature, self.kd_weight, self.chunk_size = temperature, kd_weight, chunk_size
         if vocabulary is None:
             vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)

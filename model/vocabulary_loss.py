@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.divergences import FLOOR, Divergence
 from model.doing import LOGITS, doing
+from model.losses.divergences import FLOOR, Divergence
 from model.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
 
 BLOCK = 16  # positions whose terms are formed at a time on a CPU

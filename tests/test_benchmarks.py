@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, flops, interleaved, kd_step, kd_work, loss_head, row_attention
-from model.divergences import choose_divergence
+from model.losses.divergences import choose_divergence
 from model.teacher_student import TeacherStudent
 
 QUICK = ["--size", "tiny", "--rounds", "2", "--skip_memory"]

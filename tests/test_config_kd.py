@@ -67,10 +67,10 @@ def test_monitored_metric(tmp_path):
 @pytest.mark.parametrize("name", KL_DIVS)
 def test_every_divergence_is_taken(tmp_path, name):
     """Fault: a documented divergence is refused, or not known to the code that computes it."""
-    divergences = pytest.importorskip("model.divergences")
+    divergences = pytest.importorskip("model.losses.divergences")
     config = load(tmp_path, distillation(kl_div=name)).distillation_kwargs
     assert config.kl_div == name
-    assert callable(divergences.choose_divergence(name, config.beta, config.lambda_, config.mu))
+    assert callable(divergences.choose_divergence(name, beta=config.beta, lambda_=config.lambda_, mu=config.mu))
 
 
 @pytest.mark.parametrize("values", config_samples.KD_EDGES)

@@ -1,4 +1,4 @@
-"""Divergences between teacher and student against their formulas in float64: model/divergences.py."""
+"""Divergences between teacher and student against their formulas in float64: model/losses/divergences.py."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import divergences as ours
-from model.divergences import choose_divergence, forward_kl, generalized_js, jensen_shannon, symmetric_kl
+from model.losses import divergences as ours
+from model.losses.divergences import choose_divergence, forward_kl, generalized_js, jensen_shannon, symmetric_kl
 
 INF = math.inf
 NUMBERS = {"generalized_js": {"beta": 0.3}, "skew_forward": {"lambda_": 0.1}, "skew_reverse": {"lambda_": 0.1},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from model.divergences import FLOOR
+from model.losses.divergences import FLOOR
 from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty, unit_embeddings
 
 INF, NAN = math.inf, math.nan

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import rewards
-from model.divergences import FLOOR
+from model.losses.divergences import FLOOR
 from model.rewards import completion_mask, immediate_rewards, importance_weights, long_term_rewards, reward_to_go
 
 INF, NAN = math.inf, math.nan

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.divergences import choose_divergence
+from model.losses.divergences import choose_divergence
 from model.output_head import OutputHead
 from model.vocabulary_loss import TeacherHidden, top_k_of, vocabulary_loss
 from tests.test_divergences import FORMULAS, NAMES, NUMBERS

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from model.losses.registry import DIVERGENCES, PARAMETERS
 from utils.config import (
     Architecture,
     CallbacksKwargs,
@@ -25,7 +26,7 @@ from utils.config import (
     TrainerKwargs,
 )
 from utils.config_checks import contradictions, monitored_metric
-from utils.config_kd_checks import model_contradictions
+from utils.config_kd_checks import OWNERS, model_contradictions
 
 # Keys of config.json that stand for one model there: where they are here.
 STUDENT_KEYS = {"lang_model": "student_lang_model", "gpu_device_id": "student_gpu_device_id"}
@@ -104,6 +105,14 @@ def check_layers(layers: list[int] | None) -> list[int] | None:
     return layers
 
 
+def parameter_field(key: str):
+    """The field of a divergence's parameter; `lambda_` is lambda outside of Python."""
+    default, lowest, highest, is_open, description = PARAMETERS[key]
+    ends = {"gt": lowest, "lt": highest} if is_open else {"ge": lowest, "le": highest}
+    alias = {"alias": key.rstrip("_")} if key.endswith("_") else {}
+    return Field(default, description=f"{', '.join(OWNERS[key])}: {description}", **ends, **alias)
+
+
 class DistillationKwargs(Section):
     """What the student learns from the teacher."""
 
@@ -113,10 +122,10 @@ class DistillationKwargs(Section):
         "divergence", description="divergence: one of teacher and student at each token of the highlights; "
         "policy_gradient: the reverse KL of whole sequences, on rollouts"
     )
-    kl_div: Literal[
-        "forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
-        "adaptive",
-    ] = Field("forward", description="the divergence D(teacher, student)")
+    kl_div: Literal[*DIVERGENCES] = Field(
+        "forward", description="the divergence D of teacher p and student q; "
+        + "; ".join(f"{name}: {entry.description}" for name, entry in DIVERGENCES.items())
+    )
     temperature: float = Field(
         1.0, ge=0.001, le=1000, description="of both softmaxes in the divergence D, which the loss multiplies by its "
         "square; with policy_gradient, in rewards and single-step part"
@@ -125,14 +134,9 @@ class DistillationKwargs(Section):
         0.5, ge=0, le=1, description="share w of the divergence; the rest is cross-entropy: the loss of a label token "
         "is (1 - w) cross-entropy + w temperature² D"
     )
-    beta: float = Field(
-        0.5, gt=0, lt=1, description="generalized_js: weight of the teacher in the mixture; the loss tends to 0 at "
-        "both ends"
-    )
-    lambda_: float = Field(
-        0.1, gt=0, lt=1, alias="lambda", description="skew_forward, skew_reverse: weight of the first argument"
-    )
-    mu: float = Field(0.5, ge=0, le=1, description="symmetric: share of forward KL; the rest is reverse KL")
+    beta: float = parameter_field("beta")
+    lambda_: float = parameter_field("lambda_")
+    mu: float = parameter_field("mu")
     chunk_size: int = Field(128, ge=1, le=1_000_000, description="label positions whose logits exist at a time")
     teacher_cache: TeacherCache | None = Field(
         None, description='keep the teacher\'s outputs on disk: the first epoch fills it, later ones do not need the '

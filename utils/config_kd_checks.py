@@ -1,7 +1,9 @@
 """Keys of config_kd.json that cannot both be meant, and keys that have no effect."""
 
-# Which divergences a number belongs to; it has no effect on the others.
-NUMBERS = {"beta": ("generalized_js",), "lambda_": ("skew_forward", "skew_reverse"), "mu": ("symmetric",)}
+from model.losses.registry import DIVERGENCES, PARAMETERS
+
+# Which divergences a parameter belongs to; it has no effect on the others.
+OWNERS = {key: [name for name, entry in DIVERGENCES.items() if key in entry.parameters] for key in PARAMETERS}
 DRAWING_KEYS = ("rollout_temperature", "rollout_top_k", "rollout_top_p", "rollout_batch_size")
 PENALTY_KEYS = ("frequency_weight", "diversity_weight", "entropy_weight", "entropy_floor")
 POLICY_KEYS = ("rollout", "alpha", "rollout_epochs", "importance_weight", "lm_weight", "clip_epsilon", "whiten",
@@ -75,10 +77,10 @@ def distillation_warnings(config) -> list[str]:
     by_policy, on_policy = kwargs.method == "policy_gradient", kwargs.on_policy_fraction > 0
     unused: dict[str, str] = {}  # key -> why it has no effect
     if by_policy:
-        unused |= dict.fromkeys(("kl_div", "kd_weight", *NUMBERS), "it belongs to method divergence")
+        unused |= dict.fromkeys(("kl_div", "kd_weight", *PARAMETERS), "it belongs to method divergence")
     else:
         unused |= {name: f"it belongs to kl_div {' and '.join(divergences)}, and kl_div is {kwargs.kl_div}"
-                   for name, divergences in NUMBERS.items() if kwargs.kl_div not in divergences}
+                   for name, divergences in OWNERS.items() if kwargs.kl_div not in divergences}
         if kwargs.kd_weight == 0:
             unused |= dict.fromkeys(("temperature", "on_policy_fraction"),
                                     "it belongs to the divergence, and kd_weight is 0")

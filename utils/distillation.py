@@ -2,12 +2,13 @@
 
 from model import policy_gradient, teacher_student
 from model.language_model import LanguageModel
+from model.losses.registry import DIVERGENCES
 from model.rollout_sets import RolloutSets
 from model.rollouts import RolloutOptions
 from model.teacher import Teacher
 from utils.cached_teacher import CachedTeacher
 from utils.config_kd import DistillationKwargs, DistillConfig
-from utils.config_kd_checks import DRAWING_KEYS, NUMBERS, PENALTY_KEYS, POLICY_KEYS
+from utils.config_kd_checks import DRAWING_KEYS, PENALTY_KEYS, POLICY_KEYS
 from utils.devices import Place
 from utils.run_log import RunLog
 
@@ -56,9 +57,10 @@ def make_objective(
             shorten=shorten, autocast=place.autocast, sum_over_group=place.sum_over_group, say=log.say,
             advice="lower distillation_kwargs.on_policy_fraction or kd_weight",
         )
+    parameters = {key: getattr(kwargs, key) for key in DIVERGENCES[kwargs.kl_div].parameters}
     return teacher_student.TeacherStudent(
-        student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.beta, kwargs.lambda_, kwargs.mu,
-        kwargs.chunk_size, vocabulary, kwargs.on_policy_fraction, rollouts,
+        student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.chunk_size, vocabulary,
+        kwargs.on_policy_fraction, rollouts, **parameters,
     )
 
 
@@ -73,7 +75,7 @@ def identity_of(config: DistillConfig, fingerprint: str) -> dict:
         keys += [] if kwargs.rollout == "labels" else DRAWING_KEYS
     else:
         keys += ["kl_div", "temperature", "kd_weight", "on_policy_fraction"]
-        keys += [key for key, names in NUMBERS.items() if kwargs.kl_div in names]
+        keys += DIVERGENCES[kwargs.kl_div].parameters
         keys += DRAWING_KEYS if kwargs.on_policy_fraction else []
     # How many rows are decoded at a time changes nothing but rounding.
     keys = [key for key in keys if key != "rollout_batch_size"]

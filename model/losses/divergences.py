@@ -2,54 +2,42 @@
 
 `forward_kl`, `reverse_kl` and so on take logits [N, V] of both and return values [N] in nats, differentiable in the
 student's logits; the teacher is a constant. `choose_divergence` gives the same by name for `vocabulary_loss`, as a
-function of log-probabilities that returns value and gradient together. The gradients are written out: nothing is
-multiplied by an infinite log, so they are finite for any finite logits.
+function of log-probabilities that returns value and gradient together. Most gradients are written out: nothing is
+multiplied by an infinite log, so they are finite for any finite logits. A formula without one is differentiated by
+autograd. Names and parameters are in model/losses/registry.py.
 
 In the notation of the docstrings p is the teacher's distribution and q the student's, both at the temperature.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from model.losses.registry import parameters_of
+
 # (log_p [N, V], log_q [N, V], q [N, V]) -> (values [N], gradient with respect to the student's logits [N, V])
 Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 FLOOR = -1e30  # stands in for log 0: finite, so that 0 * log 0 is 0
 
+FORMULAS: dict[str, Divergence] = {}  # filled by `formula`, below
 
-def choose_divergence(name: str, beta: float = 0.5, lambda_: float = 0.1, mu: float = 0.5) -> Divergence:
-    """The divergence of a config's `kl_div`.
 
-    name: "forward", "reverse", "JS", "generalized_js" (beta), "skew_forward", "skew_reverse" (lambda_),
-    "total_variation", "symmetric" (mu) or "adaptive".
+def choose_divergence(name: str, **parameters: float) -> Divergence:
+    """The divergence of a config's `kl_div`. parameters: `beta`, `lambda_` or `mu`, by default those of the registry.
 
     Raises:
         ValueError: an unknown name, or a number that is out of range.
     """
-    check_range("beta", beta, 0 < beta < 1, "between 0 and 1")
-    check_range("lambda", lambda_, 0 < lambda_ < 1, "between 0 and 1")
-    check_range("mu", mu, 0 <= mu <= 1, "from 0 to 1")
-    symmetric = {0: reverse_terms, 1: forward_terms}.get(mu, partial(symmetric_terms, mu=mu))
-    divergences = {
-        "forward": forward_terms,
-        "reverse": reverse_terms,
-        "JS": partial(generalized_js_terms, beta=0.5),
-        "generalized_js": partial(generalized_js_terms, beta=beta),
-        "skew_forward": partial(skew_forward_terms, lambda_=lambda_),
-        "skew_reverse": partial(skew_reverse_terms, lambda_=lambda_),
-        "total_variation": total_variation_terms,
-        "symmetric": symmetric,
-        "adaptive": adaptive_terms,
-    }
-    if name not in divergences:
-        raise ValueError(f"kl_div is {name!r}: expected one of {', '.join(divergences)}")
-    return divergences[name]
+    values = parameters_of(name, parameters)
+    if name == "symmetric" and values["mu"] in (0, 1):  # the other one, infinite perhaps, has no share
+        name, values = ("forward" if values["mu"] else "reverse"), {}
+    return partial(FORMULAS[name], **values) if values else FORMULAS[name]
 
 
 def check_range(name: str, value: float, good: bool, expected: str) -> None:
@@ -167,33 +155,65 @@ class FromLogits(torch.autograd.Function):
 
 def check_support(divergence: Divergence, teacher_excludes: Tensor, student_excludes: Tensor) -> None:
     """Raises ValueError where a token that one side alone excludes makes the divergence infinite."""
-    kind = getattr(divergence, "func", divergence)
-    both = (symmetric_terms, adaptive_terms)
-    for terms, who, excludes, other in (((reverse_terms, *both), "teacher", teacher_excludes, student_excludes),
-                                        ((forward_terms, *both), "student", student_excludes, teacher_excludes)):
-        if kind in terms and (infinite := excludes & ~other).any():
+    infinite_if = getattr(divergence, "func", divergence).infinite_if
+    for who, excludes, other in (("teacher", teacher_excludes, student_excludes),
+                                 ("student", student_excludes, teacher_excludes)):
+        if who in infinite_if and (infinite := excludes & ~other).any():
             position, token = infinite.nonzero()[0].tolist()
             raise ValueError(f"the divergence is infinite at position {position}: the {who} excludes token {token} "
                              "(logit -inf) and the other model does not")
+
+
+def formula(name: str, infinite_if: tuple[str, ...] = (), by_autograd: bool = False) -> Callable:
+    """Registers a function as the divergence `name`.
+
+    infinite_if: "teacher", "student": who makes it infinite by excluding a token that the other does not exclude.
+    by_autograd: the function returns values [N] of (log_p, log_q, **parameters) alone; its gradient is autograd's.
+    Otherwise it returns values and gradient of (log_p, log_q, q, **parameters), as `Divergence` says.
+    """
+
+    def register(function: Callable) -> Callable:
+        terms = with_gradient(function) if by_autograd else function
+        terms.infinite_if = infinite_if
+        FORMULAS[name] = terms
+        return terms
+
+    return register
+
+
+def with_gradient(values_of: Callable[..., Tensor]) -> Divergence:
+    @wraps(values_of)
+    def terms(log_p: Tensor, log_q: Tensor, q: Tensor, **parameters: float) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = log_q.detach().requires_grad_()
+            values = values_of(log_p, leaf, **parameters)
+            (slope,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach(), slope - q * slope.sum(-1, keepdim=True)
+
+    return terms
 
 
 # -- from log-probabilities: value and gradient with respect to the student's logits -----------------------------
 # With G = d value / d log q, the gradient is G - q sum_v G.
 
 
+@formula("forward", infinite_if=("student",))
 def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     values = torch.linalg.vecdot(p, log_p - log_q)
     return values, q - p
 
 
+@formula("reverse", infinite_if=("teacher",))
 def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     ratio = log_q - log_p
     values = torch.linalg.vecdot(q, ratio)
     return values, ratio.sub_(values[:, None]).mul_(q)
 
 
-def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+@formula("JS")
+@formula("generalized_js")
+def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     ratio = log_q - log_p
     # log(m / p) and log(m / q); each by its own logaddexp, since their difference would lose small ones.
     m_to_p = log_mixture(ratio, beta)
@@ -210,6 +230,7 @@ def log_mixture(ratio: Tensor, share: float) -> Tensor:
     return softplus(ratio if shift == 0 else ratio + shift, threshold=40).add_(math.log(share))
 
 
+@formula("skew_forward")
 def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
     m_to_p = log_mixture(log_q - log_p, lambda_)
     p = log_p.exp()
@@ -218,6 +239,7 @@ def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) 
     return values, (q * weight.sum(-1, keepdim=True)).sub_(weight).mul_(1 - lambda_)
 
 
+@formula("skew_reverse")
 def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
     m_to_q = log_mixture(log_p - log_q, lambda_)
     values = torch.linalg.vecdot(q, m_to_q).neg_()
@@ -225,6 +247,7 @@ def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) 
     return values, inner.sub_(torch.linalg.vecdot(q, inner)[:, None]).mul_(q)
 
 
+@formula("total_variation")
 def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     difference = q - log_p.exp()
     values = difference.abs().sum(-1).mul_(0.5)
@@ -232,6 +255,7 @@ def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tens
     return values, sign.sub_(torch.linalg.vecdot(q, sign)[:, None]).mul_(q)
 
 
+@formula("symmetric", infinite_if=("teacher", "student"))
 def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
     forward, forward_gradient = forward_terms(log_p, log_q, q)
     reverse, reverse_gradient = reverse_terms(log_p, log_q, q)
@@ -239,6 +263,7 @@ def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor)
     return mu * forward + (1 - mu) * reverse, share * forward_gradient + (1 - share) * reverse_gradient
 
 
+@formula("adaptive", infinite_if=("teacher", "student"))
 def adaptive_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     p, order = log_p.exp().sort(-1, descending=True)
     gap = (p - q.gather(-1, order)).abs_()
