@@ -1,14 +1,13 @@
 """Legacy `.pt` state dicts: loaded strictly, and without unpickling anything but tensors."""
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from model.language_model import ModelError
-from model.torch_files import NotPlainError, TorchFileError, load_torch_file
 
-LONGEST_NAME = 1000
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 # Causal masks and rotary tables that old versions of the library kept as buffers: the model makes them itself.
 OLD_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
@@ -40,51 +39,39 @@ def load_legacy_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of the file, by name; optimizer states and the like beside a nested state dict are left out."""
-    if not Path(path).exists():
-        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict")
+    """The tensors of the file by name, without optimizer states and the like beside a nested state dict.
+
+    Raises:
+        ModelError: as `load_legacy_weights`.
+    """
     try:
-        content = load_torch_file(path)
-    except NotPlainError as error:
-        raise ModelError(
-            f"{path} holds more than tensors, or is damaged, and is not unpickled, since that could run code "
-            f"({error}): write it again with torch.save(model.state_dict(), path)"
-        ) from error
-    except TorchFileError as error:
-        raise ModelError(f"{path} is damaged or cut off ({error}): copy it again from where it was written") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}): expected a .pt file with a state dict") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict") from error
+    except OSError as error:  # also of torch's seeking in a file that was cut off
+        raise ModelError(f"{path} cannot be read or is damaged ({error.strerror}): expected a state dict") from error
+    except Exception as error:  # damaged bytes raise almost anything; torch's own message advises to unpickle them
+        raise ModelError(f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run "
+                         "code: write it again with torch.save(model.state_dict(), path)") from error
     for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(inner := dict.get(content, wrapper), dict):
-            content = inner
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
             break
-    # dict's own methods: a pickle may put others into an OrderedDict.
-    entries = list(dict.items(content)) if isinstance(content, dict) else []
-    if not entries or not all(is_entry(*each) for each in entries):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise ModelError(f"{path} is not a state dict: expected parameter names with tensors")
     return dict(entries)
 
 
-def is_entry(name, value) -> bool:
-    return isinstance(name, str) and len(name) <= LONGEST_NAME and isinstance(value, Tensor)
-
-
 def strip_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
     """Without `module.` at the start of keys (never inside them), old buffers, and one prefix shared by all keys."""
-    state = {without_start(key, "module."): value for key, value in state.items()}
+    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key in expected or not key.endswith(OLD_BUFFERS)}
     while not expected & state.keys():
-        heads = {key.partition(".")[0] for key in state}
-        if len(heads) != 1 or not all("." in key for key in state):
+        if not all("." in key for key in state) or len({key.partition(".")[0] for key in state}) != 1:
             break
         state = {key.partition(".")[2]: value for key, value in state.items()}
     return state
-
-
-def without_start(key: str, start: str) -> str:
-    while key.startswith(start):
-        key = key.removeprefix(start)
-    return key
 
 
 def cut_pad_row(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -105,17 +92,12 @@ def tied_keys(model: nn.Module) -> dict[str, str]:
 
 
 def check_fit(path: str | Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises ModelError if names or shapes differ from the model's."""
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    of_type = [key for key in own if key in state
-               and own[key].dtype.is_floating_point != state[key].dtype.is_floating_point]
-    found = {"missing": missing, "unexpected": unexpected}
+    found = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys())}
     complaints = [f"{len(keys)} {what} ({keys[0]})" for what, keys in found.items() if keys]
-    if wrong:
+    if wrong := [key for key in own if key in state and own[key].shape != state[key].shape]:
         shapes = f"{wrong[0]} is {list(state[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}"
         complaints.append(f"{len(wrong)} of another shape ({shapes})")
-    if of_type:
-        complaints.append(f"{len(of_type)} of another type ({of_type[0]} is {state[of_type[0]].dtype})")
     if complaints:
         raise ModelError(f"{path} does not fit {type(model).__name__}: {', '.join(complaints)}: wrong model name?")

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from data.digest import file_digest
 from data.os_errors import OF_DISK, refusal, remedy_of
-from model.torch_files import TorchFileError, load_torch_file, save_torch_file
 from untrusted.files import load_json
 from untrusted.text import shorten
 from utils.files import delete, folder_lock, json_text, sync_folder, sync_tree, write_json
@@ -77,7 +77,7 @@ class Checkpoints:
             (new / "trainer_state").mkdir(parents=True)
             write_model(new)
             for name, value in tensors.items():
-                save_torch_file(value, new / "trainer_state" / f"{name}.pt")
+                _save_tensors(value, new / "trainer_state" / f"{name}.pt")
             added["saved_at"] = datetime.now(UTC).isoformat(timespec="seconds")
             write_json(new / _STATE, sealed({**state, **added}))
             write_json(new / _MANIFEST, sealed({"format_version": FORMAT_VERSION, "files": _describe(new)}))
@@ -338,6 +338,18 @@ def _check_sizes(folder: Path, model_only: bool = False) -> dict[str, dict]:
     return files
 
 
+def _save_tensors(value: object, path: Path) -> None:
+    """`torch.save` whose failure to write is an OSError: its zip writer raises a RuntimeError instead."""
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from error
+
+
 def _load_tensors(folder: Path, mmap: bool = False) -> dict[str, object]:
     tensors = {}
     for name in _read_json(folder / _MANIFEST)["files"]:
@@ -345,7 +357,8 @@ def _load_tensors(folder: Path, mmap: bool = False) -> dict[str, object]:
         if path.parent != folder / "trainer_state" or path.suffix != ".pt":
             continue
         try:
-            tensors[path.stem] = load_torch_file(path, mmap=mmap)
-        except (TorchFileError, OSError) as error:
-            raise CheckpointError(f"{path}: not readable with weights_only ({error}); {OTHER}") from error
+            tensors[path.stem] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # torch.load raises almost anything for damaged bytes
+            raise CheckpointError(f"{path}: not readable with weights_only: it holds more than tensors and plain "
+                                  f"values, or is damaged; {OTHER}") from error
     return tensors

@@ -1,4 +1,4 @@
-"""What is too large, too deep or endless ends in one line and little memory; what is not is read as before."""
+"""Limits of what is read: files, rows, cells and columns, and the text of which tokens are used."""
 
 import re
 
@@ -10,20 +10,8 @@ from data import articles, prompts
 from data.articles import DataError, read_articles
 from data.prompts import PromptFormat
 from tests.conftest import byte_tokenizer
-from tests.faults import hostile_sizes
-from tests.faults.hostile_confined import CAN_CONFINE, outcomes
 from untrusted.files import check_json_size, load_json, open_regular, read_limited
 from utils.evaluation import holds_words
-
-
-@pytest.mark.skipif(not CAN_CONFINE, reason="memory is bounded through Linux's /proc")
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_attacks(tmp_path, slow):
-    """Fault: a stranger's CSV or JSON takes all memory, or for ever, or ends in a traceback."""
-    found = outcomes(hostile_sizes.__name__, tmp_path, slow)
-    assert list(found) == [attack.name for attack in hostile_sizes.ATTACKS if attack.slow == slow]
-    assert {name: outcome.text for name, outcome in found.items() if outcome.kind == "FAILED"} == {}
-
 
 # -- files -----------------------------------------------------------------------------------------------------
 
