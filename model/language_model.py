@@ -392,7 +392,7 @@ def real_tokens(tokenizer) -> dict[int, str]:
 def other_ends(model: nn.Module, tokenizer, real: dict[int, str]) -> list[int]:
     """The ends of text that the model's generation_config lists beside the tokenizer's."""
     listed = model.generation_config.eos_token_id
-    listed = [listed] if isinstance(listed, int) else listed or []
+    listed = listed if isinstance(listed, list) else [listed]
     return [end for end in dict.fromkeys(listed) if end in real and end != tokenizer.eos_token_id]
 
 
