@@ -21,7 +21,7 @@ from untrusted.text import one_line, printable, shorten
 from utils.checkpoint import CheckpointError
 from utils.config_files import ConfigError
 from utils.devices import DeviceError
-from utils.out_of_memory import OutOfMemory, memory_told
+from utils.out_of_memory import OutOfMemory
 from utils.signals import Stopped
 from utils.trainer import TrainingError
 
@@ -58,7 +58,7 @@ def training_parser(name: str, description: str, examples: str, default_config: 
                         help="change one setting; may be given several times")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--find_batch_size", action="store_true",
-                        help="try steps on the longest rows, print the largest batch that fits into memory, and stop")
+                        help="on a GPU: try steps on the longest rows, print the largest batch that fits, and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -71,8 +71,7 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     try:
         raise_on_interrupt()
         quiet_libraries()
-        with memory_told(lambda done: "end other programs, or take a smaller model or batch"):
-            return command()
+        return command()
     except Stopped as stopped:
         print(f"{name}: {stopped}", file=CONSOLE)
         return stopped.exit_code
