@@ -2,7 +2,6 @@
 
 import sys
 
-from data.console import put
 from utils.command_line import run_command, training_parser
 from utils.config import FineTuneConfig
 from utils.config_files import config_json, load_config
@@ -28,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options) -> int:
     config = load_config(options.config, options.set, FineTuneConfig)
     if options.print_config:
-        put(config_json(config), end="")
+        print(config_json(config), end="")
         return 0
     # torch and transformers take seconds to import: only once the config is valid.
     from utils.build import build_fine_tuning

@@ -2,7 +2,6 @@
 
 import sys
 
-from data.console import put
 from utils.command_line import run_command, training_parser
 from utils.config_files import config_json, load_config
 from utils.config_kd import DistillConfig, without_dropout
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def distil(options) -> int:
     config = without_dropout(load_config(options.config, options.set, DistillConfig))
     if options.print_config:
-        put(config_json(config), end="")
+        print(config_json(config), end="")
         return 0
     # torch and transformers take seconds to import: only once the config is valid.
     from utils.build import build_distillation

@@ -1,6 +1,7 @@
 """Which rows make which optimizer step, and their collation: seeded, bucketed by length, resumable."""
 
 import signal
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from data.articles import DataError
 from data.os_errors import describe
 from data.token_cache import TokenTable
-from data.workers import as_many_as_asked, start_workers
 
 IGNORED = -100
 WINDOW = 256  # rows sorted by length together: enough for batches of like length, few enough to stay random
@@ -127,11 +127,10 @@ def leave_signals_to_the_loop(worker: int) -> None:
 def load_batches(
     table: TokenTable, batches: list[np.ndarray], pad_id: int, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """The collated batches, in order. Draws nothing from the global random generators.
-
-    Raises DataError at the first of them where the workers cannot be started.
-    """
-    with as_many_as_asked():
+    """The collated batches, in order. Draws nothing from the global random generators."""
+    with warnings.catch_warnings():
+        # The user has chosen the number of workers, also if it is more than the cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             BatchDataset(table, pad_id),
             sampler=batches,
@@ -141,4 +140,5 @@ def load_batches(
             generator=torch.Generator(),
             worker_init_fn=leave_signals_to_the_loop,
         )
-    yield from start_workers(loader)
+        collated = iter(loader)
+    yield from collated

@@ -23,13 +23,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.articles import DataError, describe_bad_rows, read_articles
-from data.console import CONSOLE, show
 from data.digest import file_digest
-from data.named_path import named_path
 from data.os_errors import describe
 from data.scratch import clear_dead, finish_moves, place_together, scratch_folder
-from untrusted.files import load_json
-from untrusted.text import one_line, printable
 
 VERSION = 1  # of the tables: raise it when the same settings give other rows
 HUB_DATASET, CONFIGURATION = "abisee/cnn_dailymail", "3.0.0"
@@ -127,7 +123,7 @@ def load_csv(path, on_bad_row):
     articles, bad_rows = read_articles(path, on_bad_row=on_bad_row)
     if bad_rows:
         told = describe_bad_rows(path, bad_rows, len(articles) + len(bad_rows))
-        print(f"skipped: {one_line(told)}", file=CONSOLE)
+        print(f"skipped: {told}", file=sys.stderr)
     return [{"id": row.id, "article": row.article, "highlights": row.highlights, **row.extra} for row in articles]
 
 
@@ -148,7 +144,7 @@ def write_table(path, rows, total, width):
     buckets = []
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for row in tqdm(rows, desc=printable(path.name), total=total, unit=" rows", disable=None, file=CONSOLE):
+        for row in tqdm(rows, desc=path.name, total=total, unit=" rows", disable=None, file=sys.stderr):
             words = len(row["article"].split())
             row = {name: text.replace("\r\n", "\n").replace("\r", "\n") for name, text in row.items()}
             lengths = {"article_length": words, "length_bucket": length_bucket(words, width)}
@@ -183,7 +179,7 @@ def write_tables(folder, tables, settings):
 def read_record(folder):
     """The folder's record: {"settings", "sha256": {file: digest}}, both {} where there is none or it is not ours."""
     try:
-        record = load_json(folder / RECORD)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         digests = dict(record["sha256"])
         if any(name != Path(name).name or not name.endswith(".csv") for name in digests):  # those may be deleted
             raise ValueError
@@ -279,7 +275,7 @@ def make_tables(options):
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"cnn_dailymail: error: {one_line(message)}\n")
+        self.exit(2, f"cnn_dailymail: error: {message}\n")
 
 
 def parse_arguments(arguments=None):
@@ -290,7 +286,7 @@ def parse_arguments(arguments=None):
         " files, with article lengths; and train_subset.csv, validation_subset.csv and test_subset.csv beside them.",
     )
     parser.add_argument(
-        "--output_dir", type=named_path, default=Path("data/cnn_dailymail"), help="default: %(default)s"
+        "--output_dir", type=Path, default=Path("data/cnn_dailymail"), help="default: %(default)s"
     )
     parser.add_argument(
         "--fraction",
@@ -303,7 +299,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--seed", type=int, default=1234, help="of the subsets; default: %(default)s")
     parser.add_argument(
         "--from_csv",
-        type=named_path,
+        type=Path,
         nargs="+",
         metavar="FILE",
         help="local files with the columns id, article, highlights, instead of the hub: NAME.csv gives NAME.csv and"
@@ -326,15 +322,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         lines = make_tables(options)
     except (UsageError, DataError, HubError) as error:
-        print(f"cnn_dailymail: error: {one_line(error)}", file=CONSOLE)
+        print(f"cnn_dailymail: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        print(f"cnn_dailymail: error: cannot write {describe(error, options.output_dir)}", file=CONSOLE)
+        print(f"cnn_dailymail: error: cannot write {describe(error, options.output_dir)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("cnn_dailymail: interrupted", file=CONSOLE)
+        print("cnn_dailymail: interrupted", file=sys.stderr)
         return 130
-    return show("cnn_dailymail", lines)
+    print("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":

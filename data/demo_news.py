@@ -20,14 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.console import CONSOLE, show
 from data.demo_templates import EVENTS, GENERIC, POOLS, Event
 from data.digest import file_digest
-from data.named_path import named_path
 from data.os_errors import describe, refusal
 from data.scratch import clear_dead, scratch_folder
-from untrusted.files import load_json
-from untrusted.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -226,7 +222,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 def read_record(folder: Path) -> dict[str, dict]:
     """The folder's demo.json: its `settings` and the `sha256` of each file. {} where this module did not write it."""
     try:
-        record = load_json(folder / "demo.json")
+        record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     parts = [record.get(key) for key in ("settings", "sha256")] if isinstance(record, dict) else [None]
@@ -291,13 +287,13 @@ class OneLineParser(argparse.ArgumentParser):
     """Usage errors in one line, with exit code 2."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"demo_news: error: {one_line(message)}\n")
+        self.exit(2, f"demo_news: error: {message}\n")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
     """(output folder, settings) from the command line. Exits with 2 and one line for a usage error."""
     parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's made-up news.")
-    parser.add_argument("--output_dir", type=named_path, default=Path("data/demo"), help="default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--test_seed", type=int, help="seed of test.csv alone; default: that of --seed")
     parser.add_argument("--noisy_share", type=float, default=0.25, help="of *_noisy highlights; default: %(default)s")
@@ -323,21 +319,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if is_complete(folder, settings):
             clear_dead(folder.parent)
-            return show("demo_news", [f"{output_dir}: already complete with these settings, reused"])
+            print(f"{output_dir}: already complete with these settings, reused")
+            return 0
         check_replaceable(folder)
         lines = write_folder(folder, settings)
     except ValueError as error:
-        print(f"demo_news: error: {one_line(error)}", file=CONSOLE)
+        print(f"demo_news: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"demo_news: interrupted, {output_dir} is as it was", file=CONSOLE)
+        print(f"demo_news: interrupted, {output_dir} is as it was", file=sys.stderr)
         return 130
     except Exception as error:
         if (refused := refusal(error)) is None:
             raise
-        print(f"demo_news: error: cannot write {describe(refused, output_dir)}", file=CONSOLE)
+        print(f"demo_news: error: cannot write {describe(refused, output_dir)}", file=sys.stderr)
         return 1
-    return show("demo_news", [f"{output_dir}/{line}" for line in lines])
+    print("\n".join([f"{output_dir}/{line}" for line in lines]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,24 +6,27 @@ A training row is
 
 where prefix and suffix are the template's text around `{article}`, and [start] is what the tokenizer puts before a
 text of its own accord, such as a begin-of-text. In the template special tokens are tokens; in articles and highlights
-their text is ordinary text. Article, suffix and highlights are tokenised apart, in training and in prediction alike, so
-that the prompt of a prediction is exactly the beginning of its training row, and the same as the tokenizer's own
-reading of the whole prompt: a tokenizer that begins every text with a space ("▁The") does not do so within a row.
+their text is ordinary text. The prompt is what the tokenizer makes of the whole text. Highlights are tokenised apart,
+so that the prompt of a prediction is exactly the beginning of its training row; a tokenizer that begins every text with
+a space ("▁The") does not do so within a row.
 If the template ends in white space or in a special token, the highlights follow directly; otherwise they begin with one
 space ("TL;DR:" + " The cat"), as GPT-2's words do.
 
-Of an article that is too long the END is cut: never its beginning, the suffix, the highlights or the end-of-text.
+Of an article that is too long the END is cut: never its beginning, the suffix, the highlights or the end-of-text. The
+suffix is then tokenised apart.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
+from itertools import chain
 
 from tokenizers import Tokenizer
 
 from data.articles import DataError
 
 DEFAULT_TEMPLATE = "{article}\nTL;DR:"
+ENDS = ("a", "The", "9", ".", '."', "?", "”", ")", " b ", "c\n")  # of articles: what texts around may be read with
 GROUP = 2_000_000  # characters tokenised at a time: a token in the making takes a hundred bytes
 
 
@@ -48,10 +51,12 @@ class PromptFormat:
         self.max_length = max_length
         self.tokenizer = tokenizer
         values = json.loads(tokenizer.backend_tokenizer.to_str())
+        special = set(tokenizer.all_special_ids)  # some files do not flag their end-of-text as special
+        values["added_tokens"] = [{**token, "special": token["special"] or token["id"] in special}
+                                  for token in values["added_tokens"]]
         # For a text at the row's beginning, one behind a special token, and one that follows another text.
         first, behind_token, within = backends_of([
             values, without_space_before(values, behind_token=True), without_space_before(values)])
-        added = first.get_added_tokens_decoder()
         # With most tokenizers an article that is longer than this in characters gives `_enough` tokens.
         self._enough = 2 * max_length  # so that no word is cut in its middle where its tokens are used
         self._beginning = self._enough * max(map(len, first.get_vocab()), default=1)
@@ -59,43 +64,42 @@ class PromptFormat:
         first.encode_special_tokens = False
         prefix, suffix = first.encode_batch([before, after], add_special_tokens=False)
         first.encode_special_tokens = True
+        starts, ends = token_places(prefix, before, first), token_places(suffix, after, first)
 
-        # The text before the article, from the last special token on, is read together with it.
-        special = [place for place, token in enumerate(prefix.ids) if token in added]
-        self._lead = before[prefix.offsets[special[-1]][1] :] if special else before
-        self.prefix_ids = prefix.ids[: special[-1] + 1] if special else []
-        start = start_ids(first)
+        # The article is read together with the template's text around it, as far as the next special tokens.
+        self._text_before = before[prefix.offsets[starts[-1]][1] :] if starts else before
+        self._text_behind = after[: suffix.offsets[ends[0]][0]] if ends else after
+        self._articles, start = behind_token if starts else first, start_ids(first)
+        self.prefix_ids = prefix.ids[: starts[-1] + 1] if starts else []
         if self.prefix_ids[: len(start)] != start:  # unless the template begins with it
             self.prefix_ids = start + self.prefix_ids
-        self._article_backend = behind_token if special else first
+        self._rest_ids = suffix.ids[ends[0] :] if ends else []
+        self.suffix_ids = ids_of([self._text_behind], within)[0] + self._rest_ids  # of an article that is cut
 
-        # The text behind the article, up to the first special token, continues it.
-        special = [place for place, token in enumerate(suffix.ids) if token in added]
-        continued = after[: suffix.offsets[special[0]][0]] if special else after
-        self.suffix_ids = ids_of([continued], within)[0] + (suffix.ids[special[0] :] if special else [])
-        ends_in_token = bool(special) and special[-1] == len(suffix.ids) - 1
-        self._highlights_backend = behind_token if ends_in_token else within
+        ends_in_token = bool(ends) and ends[-1] == len(suffix.ids) - 1
+        self._highlights = behind_token if ends_in_token else within
         self.highlight_start = "" if ends_in_token or template != template.rstrip() else " "
-
         self.end_id = tokenizer.eos_token_id
-        self._lead_length = len(self.encode_articles([""])[0])
-        self._fixed = len(self.prefix_ids) + self._lead_length + len(self.suffix_ids)
+        self._before_length = len(ids_of([self._text_before], self._articles)[0])
+        self._fixed = len(self.prefix_ids) + self._before_length + len(self.suffix_ids)
         if self._fixed + 2 >= max_length:
             raise DataError(
                 f"prompt_template takes {self._fixed} tokens of the {max_length} that a row may have (max_length, or "
                 "the model's context): nothing is left for an article; shorten it, or raise max_length"
             )
-        # The suffix only if its text does not say already what its ids are: earlier versions read the rest as now.
-        self._decisive = (template, str(max_length), str(self.prefix_ids), str(self.end_id), within.to_str(),
-                          *([str(self.suffix_ids)] if special else []))
+        # What decides the ids of a row. Earlier versions read all parts apart: where that is the same, so is this.
+        apart = [list(chain(*ids_of([before, end, after], first))) for end in ENDS]
+        joined = [self._prompt(ids, self._enough)[len(start) :] for ids in self._encode(list(ENDS))]
+        new = [] if apart == joined and first is within else [first.to_str(), str(self.suffix_ids)]
+        self._decisive = (template, str(max_length), str(start + prefix.ids), str(self.end_id), within.to_str(), *new)
 
-    def encode_articles(self, articles: list[str]) -> list[list[int]]:
-        """Token ids of each article with the template's text before it."""
-        return ids_of([self._lead + article for article in articles], self._article_backend)
+    def _encode(self, articles: list[str]) -> list[list[int]]:
+        """Token ids of each article with the template's text around it."""
+        return ids_of([self._text_before + article + self._text_behind for article in articles], self._articles)
 
     def encode_highlights(self, highlights: list[str]) -> list[list[int]]:
         """Token ids of each text as a continuation of the prompt, without the end-of-text."""
-        return ids_of([self.highlight_start + text.strip() for text in highlights], self._highlights_backend)
+        return ids_of([self.highlight_start + text.strip() for text in highlights], self._highlights)
 
     def training_rows(self, articles: list[str], highlights: list[str]) -> list[tuple[list[int], int] | RowTooLong]:
         """(ids, boundary) of each row: ids[:boundary] is the prompt, ids[boundary:] are labels.
@@ -117,8 +121,15 @@ class PromptFormat:
         return [*prompt, *summary, self.end_id], len(prompt)
 
     def _prompt(self, article: list[int], room: int) -> list[int]:
-        """article: of `encode_articles`. room: tokens that it may have."""
-        return self.prefix_ids + article[: self._lead_length + room] + self.suffix_ids
+        """article: of `_encode`. room: tokens that the article alone may have."""
+        kept = self._before_length + room
+        if len(article) <= kept + len(self.suffix_ids) - len(self._rest_ids):
+            return self.prefix_ids + article + self._rest_ids
+        return self.prefix_ids + article[:kept] + self.suffix_ids
+
+    def has_room(self, max_new_tokens: int) -> bool:
+        """Whether a prompt and so many new tokens leave room for an article."""
+        return self._fixed + max_new_tokens < self.max_length
 
     def prediction_prompts(self, articles: list[str], max_new_tokens: int) -> list[list[int]]:
         """Prompt ids of each article, with len(prompt) + max_new_tokens <= max_length.
@@ -127,7 +138,7 @@ class PromptFormat:
             DataError: max_new_tokens leaves no room for an article.
         """
         room = self.max_length - self._fixed - max_new_tokens
-        if room < 1:
+        if not self.has_room(max_new_tokens):
             raise DataError(
                 f"max_generation_length is {max_new_tokens}: too big beside the prompt in {self.max_length} tokens; "
                 f"expected at most {max_new_tokens + room - 1}"
@@ -142,7 +153,7 @@ class PromptFormat:
 
     def _encode_all(self, beginnings: list[str], whole: Iterator[str]) -> list[list[int]]:
         """Token ids of the next articles of `whole`, as many as a row can use. beginnings: of those articles."""
-        return [self._lengthened(ids, next(whole)) for ids in self.encode_articles(beginnings)]
+        return [self._lengthened(ids, next(whole)) for ids in self._encode(beginnings)]
 
     def _lengthened(self, ids: list[int], article: str) -> list[int]:
         """More token ids of an article, where those of its beginning may be too few: a word that the tokenizer does not
@@ -150,7 +161,7 @@ class PromptFormat:
         length = self._beginning
         while length < len(article) and len(ids) < self._enough:
             length *= 2
-            (ids,) = self.encode_articles([article[:length]])
+            (ids,) = self._encode([article[:length]])
         return ids
 
     def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -158,8 +169,7 @@ class PromptFormat:
         excess = len(prompt) + max_new_tokens - self.max_length
         if excess <= 0:
             return prompt
-        end = len(prompt) - len(self.suffix_ids)
-        return prompt[: end - excess] + prompt[end:]
+        return prompt[: len(prompt) - len(self.suffix_ids) - excess] + self.suffix_ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids: special tokens left out, spaces as generated, outer white space stripped."""
@@ -173,6 +183,13 @@ class PromptFormat:
 def ids_of(texts: list[str], backend: Tokenizer) -> list[list[int]]:
     """Token ids of each text alone; an empty text has none."""
     return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
+
+
+def token_places(encoding, text: str, backend: Tokenizer) -> list[int]:
+    """Places of added tokens that a text writes out; an unknown character may have the id of one without that."""
+    added = backend.get_added_tokens_decoder()
+    return [place for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True))
+            if token in added and added[token].content in text[start:end]]
 
 
 def start_ids(backend: Tokenizer) -> list[int]:
@@ -203,9 +220,11 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
     def changed(part: dict | None) -> dict | None:
         if part is None:
             return None
+        if part["type"] == "Sequence" and "pretokenizers" in part:
+            # Behind another one, which splits text into words, it is before each word that the space is put.
+            return {**part, "pretokenizers": [changed(part["pretokenizers"][0]), *part["pretokenizers"][1:]]}
         if part["type"] == "Sequence":
-            name = "normalizers" if "normalizers" in part else "pretokenizers"
-            return {**part, name: [each for each in map(changed, part[name]) if each is not None]}
+            return {**part, "normalizers": [each for each in map(changed, part["normalizers"]) if each is not None]}
         if part["type"] == "Metaspace" and (not behind_token or part["prepend_scheme"] == "first"):
             return {**part, "prepend_scheme": "never"}
         if part["type"] == "ByteLevel" and not behind_token:

@@ -25,7 +25,6 @@ from data.flat_array import FlatArray
 from data.os_errors import describe
 from data.scratch import made_folder, scratch_folder
 from data.token_cache import TokenTable
-from untrusted.files import load_json
 
 VERSION = 1  # raise it when the same key gives other files
 CHECKS, MANIFEST = "checks.bin", "manifest.json"
@@ -116,7 +115,7 @@ def cache_bytes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> int:
 def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> bool:
     """Whether a cache's files are all there, as long as they must be; rows may be missing."""
     try:
-        manifest = load_json(folder / MANIFEST)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         others, own = sorted(manifest["files"]), sizes(table, arrays)
         # They are written to: a link would lead that to a file elsewhere.
         if any(name != Path(name).name or (folder / name).is_symlink() for name in (*others, *own)):

@@ -22,8 +22,6 @@ from data.flat_array import FlatArray
 from data.os_errors import describe
 from data.prompts import PromptFormat, RowTooLong
 from data.scratch import clear_dead, made_folder, scratch_folder
-from untrusted.files import LARGE, load_json, read_limited
-from untrusted.text import shorten
 
 VERSION = 2  # raise it when the same input gives other files
 CHUNK = 512  # rows tokenised at a time, on all cores
@@ -39,14 +37,14 @@ class TokenTable:
     """
 
     def __init__(self, folder: Path):
-        manifest = load_json(folder / "manifest.json")
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.folder = folder
         self._tokens = FlatArray(folder / "tokens.bin", manifest["dtype"])
-        self._offsets = read_numbers(folder / "offsets.npy")
-        self.boundaries = read_numbers(folder / "boundaries.npy")
-        self.numbers = read_numbers(folder / "numbers.npy")
+        self._offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        self.boundaries = np.load(folder / "boundaries.npy", allow_pickle=False)
+        self.numbers = np.load(folder / "numbers.npy", allow_pickle=False)
         self.lengths = np.diff(self._offsets)
-        self.skipped = [BadRow(**row) for row in load_json(folder / "skipped.json", LARGE)]
+        self.skipped = [BadRow(**row) for row in json.loads((folder / "skipped.json").read_text(encoding="utf-8"))]
 
     def __reduce__(self):
         return TokenTable, (self.folder,)  # an open file cannot be sent to a worker process
@@ -65,14 +63,15 @@ class TokenTable:
 
     def names(self, rows) -> list[str]:
         """`id (row number)` of each row, for messages."""
-        ids = load_json(self.folder / "ids.json", LARGE)
-        return [f"{shorten(str(ids[row]))} (row {self.numbers[row]})" for row in rows]
+        ids = json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
+        return [f"{ids[row]} (row {self.numbers[row]})" for row in rows]
 
     def fits_together(self) -> bool:
         """Whether every row lies inside the tokens and has a name, which the sums of the files do not tell."""
         starts, ends, rows = self._offsets[:-1], self._offsets[1:], len(self.lengths)
         whole = rows > 0 and starts[0] == 0 and ends[-1] == len(self._tokens) and bool((starts < ends).all())
-        counts = {len(self.boundaries), len(self.numbers), len(load_json(self.folder / "ids.json", LARGE))}
+        ids = json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
+        counts = {len(self.boundaries), len(self.numbers), len(ids)}
         return whole and counts == {rows} and bool(((self.boundaries >= 0) & (self.boundaries <= self.lengths)).all())
 
 
@@ -114,25 +113,13 @@ def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_ba
 def is_whole(folder: Path) -> bool:
     """Whether every file of the cache is there with the sha256 it was written with."""
     try:
-        manifest = load_json(folder / "manifest.json")
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["version"] != VERSION or set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
             return False
         same = all(file_digest(folder / name) == value for name, value in manifest["files"].items())
         return same and TokenTable(folder).fits_together()
     except (OSError, ValueError, LookupError, TypeError, MemoryError, RecursionError):
         return False
-
-
-def read_numbers(path: Path) -> np.ndarray:
-    """The int64 values of a `.npy` file, in one row; ValueError for anything else in it, such as pickled objects."""
-    file = io.BytesIO(read_limited(path, LARGE))
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{path}: another version of the format")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    values = np.frombuffer(file.read(), np.int64) if dtype == np.int64 else None
-    if values is None or values.shape != shape:
-        raise ValueError(f"{path} holds {dtype} {shape}: expected a row of int64")
-    return values.copy()
 
 
 def build_table(folder: Path, csv_path, prompt_format, columns, on_bad_row, progress) -> None:

@@ -77,6 +77,9 @@ class LanguageModel(nn.Module):
         self._compiled = False
         self.decodes_together: dict[int, bool] = {}  # found out by model/slots.py: length -> whether rows of it can
         real = real_tokens(tokenizer)
+        if self.prompt_template is not None:  # our own folder says what its loss left out
+            left_out = {*(model.generation_config.suppress_tokens or ())}
+            real = {index: token for index, token in real.items() if index not in left_out}
         self.vocabulary = max(real) + 1
         self.unused_ids = [row for row in range(embedding_rows(model)) if row not in real]
         gaps = [row for row in self.unused_ids if row < self.vocabulary]
@@ -129,7 +132,8 @@ class LanguageModel(nn.Module):
     @property
     def max_new_tokens(self) -> int | None:
         """The length of a generated text that the model's folder records, or None."""
-        return self.model.generation_config.max_new_tokens
+        recorded = self.model.generation_config.max_new_tokens
+        return recorded if type(recorded) is int and recorded > 0 else None
 
     def record_training(self, prompt_template: str, prompt_max_length: int, max_new_tokens: int | None = None) -> None:
         """Keep with the weights what a later user needs to prompt the model and decode as in training."""
@@ -288,6 +292,9 @@ class LanguageModel(nn.Module):
         removed = embedding_rows(self.model) - rows
         if removed > 0:
             self.model.resize_token_embeddings(rows)
+            config = self.model.config.get_text_config()
+            if config.pad_token_id is not None and config.pad_token_id >= rows:  # no embedding could be made for it
+                config.pad_token_id = None
             self.unused_ids = [row for row in self.unused_ids if row < rows]
         return removed
 

@@ -25,6 +25,7 @@ from model.slot_lengths import SlotLengths
 FAMILY_ERRORS = (ModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 # Keys of a config whose numbers are lengths beyond which a row is read in another way.
 LIMITS = re.compile("window|local|chunk|original_max_position")
+READ_AGAIN = ("phi3", "phimoe", "phi4_multimodal")
 SHORT = 4  # tokens: a limit that every family is tried at
 
 
@@ -140,7 +141,8 @@ class SeparateSlots:
         self.rows: list[list[int]] = []
         self.caches: list[Cache] = []
         # Where Phi-3's rope changes its factors, what is cached no longer fits: `generate` reads such a row again too.
-        self.read_again_at = getattr(language_model.model.config, "original_max_position_embeddings", None)
+        config = language_model.model.config
+        self.read_again_at = config.original_max_position_embeddings if config.model_type in READ_AGAIN else None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         start = len(self.caches)
@@ -184,7 +186,8 @@ def decodes_together(language_model: LanguageModel, limit: int) -> bool:
 @torch.no_grad()
 def try_together(language_model: LanguageModel, limit: int) -> bool:
     steps, device = 3, language_model.device
-    lengths = [min(limit + 2, language_model.context - steps), limit - 1, 2]
+    most = language_model.context - steps
+    lengths = [min(limit + 2, most), min(limit - 1, most), 2]
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(language_model.vocabulary, (length,), generator=draw).tolist() for length in lengths]
     tokens = torch.randint(language_model.vocabulary, (steps, len(prompts)), generator=draw).to(device)

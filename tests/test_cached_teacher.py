@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_kd
 from data.prompts import DEFAULT_TEMPLATE
 from model.language_model import LanguageModel
 from model.teacher import Teacher
 from tests.conftest import byte_tokenizer, write_rows
 from tests.small_kd_runs import make_kd_project, random_rows, run_kd, save_model, tiny_teacher
 from tests.small_runs import assert_equal_weights, changed, largest_difference, make_rows, metrics, weights
+from utils import build
 from utils.cached_teacher import CachedTeacher
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
@@ -33,13 +33,13 @@ def project(tmp_path) -> dict:
 @pytest.fixture
 def loads(monkeypatch) -> list:
     """Grows by one whenever the teacher's weights are loaded."""
-    found, load = [], train_kd.load_teacher
+    found, load = [], build.load_teacher
 
     def recorded(*arguments):
         found.append(1)
         return load(*arguments)
 
-    monkeypatch.setattr(train_kd, "load_teacher", recorded)
+    monkeypatch.setattr(build, "load_teacher", recorded)
     return found
 
 
@@ -103,7 +103,7 @@ def test_a_second_run_needs_no_teacher(tmp_path, project, monkeypatch, capsys):
     def fail(*arguments):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(train_kd, "load_teacher", fail)
+    monkeypatch.setattr(build, "load_teacher", fail)
     assert_equal_weights(first, distil(project, "second", shared))
     # Stored states serve any temperature and divergence.
     assert largest_difference(first, distil(

@@ -6,6 +6,7 @@ import json
 import pytest
 
 import validate_model
+from model.loading import load_language_model
 from tests import small_runs
 from tests.conftest import write_rows
 from tests.score_folders import refusal, shown, write_evaluation, write_scores
@@ -181,7 +182,7 @@ def test_digest_of_articles_and_targets(tmp_path):
 
 def test_length_that_the_model_records(tmp_path, folder):
     """Fault: a model trained to write 80 tokens is scored with 100, or a flag does not win over what is recorded."""
-    model = validate_model.load_language_model(str(folder))
+    model = load_language_model(str(folder))
     model.model.generation_config.max_new_tokens = 5
     model.save(tmp_path / "five")
     path = write_news(tmp_path / "news.csv", 2)

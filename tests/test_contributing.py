@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import changed, write_config
 
-FOLDERS = ("model", "data", "utils", "untrusted")
+FOLDERS = ("model", "data", "utils")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "demo", "cnn_dailymail")
 PLACES = {"in DIVERGENCES": "DIVERGENCES = {\n", "at its end": None}
 

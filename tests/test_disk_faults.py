@@ -192,25 +192,3 @@ def test_a_teacher_cache_is_cut_short_in_use(run, cases, tmp_path, name):
     again = program(run, case, tmp_path / "other")
     assert again.code == 0
     assert last_weights(tmp_path / "out")["step"] == last_weights(tmp_path / "other")["step"]
-
-
-# -- the console ---------------------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_behind_the_console(run, cases, tmp_path, whole):
-    """`train.py 2> log` on a full disk ends hours of training for want of a progress bar, or with exit code 120."""
-    outcome = program(run, cases["train"], tmp_path / "out", "with_full_console", streams=[1, 2])
-    assert outcome.code == 0
-    assert last_weights(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize(("name", "code"), [("validate", 1), ("demo", 1), ("cnn", 1), ("compare-csv", 0)])
-def test_a_full_disk_behind_the_standard_output(run, cases, tmp_path, name, code):
-    """A table or score that was not printed counts as printed, or the interpreter ends in a traceback of its own."""
-    case = cases[name]
-    if name == "compare-csv":  # to a file nothing is printed but its name
-        case, code = Case(name, case.program, case.arguments, ()), 2
-    outcome = program(run, case, tmp_path / "out", "with_full_console", streams=[1])
-    assert outcome.code == code
-    [line] = outcome.output.replace("\r", "\n").strip().splitlines()[-1:]
-    assert "error: standard output: No space left on device" in line and "Exception ignored" not in outcome.output

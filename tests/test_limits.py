@@ -1,62 +1,27 @@
-"""Limits of what is read: files, rows, cells and columns, and the text of which tokens are used."""
+"""Long articles: how much of their text is tokenised; and words found in texts."""
 
 import re
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import prompts
 from data.prompts import PromptFormat
 from tests.conftest import byte_tokenizer
-from untrusted.files import check_json_size, load_json, open_regular, read_limited
 from utils.evaluation import holds_words
-
-# -- files -----------------------------------------------------------------------------------------------------
-
-
-def test_limits_are_exact(tmp_path):
-    """Fault: a file of the largest size is refused, or a larger one is read."""
-    path = tmp_path / "file"
-    path.write_bytes(b"12345")
-    assert read_limited(path, 5) == b"12345"
-    with pytest.raises(OSError, match="larger than 0 MB"):
-        read_limited(path, 4)
-    check_json_size(b"[1,2]", 2)
-    with pytest.raises(ValueError, match="more than 1 values"):
-        check_json_size(b"[1,2]", 1)
-    path.write_text('{"a": [1, "é"]}', encoding="utf-8")
-    assert load_json(path) == {"a": [1, "é"]}
-
-
-def test_only_files_are_opened(tmp_path):
-    """Fault: a folder, or a link to a device, is opened as a file; a link to a file is not."""
-    (tmp_path / "file").write_bytes(b"x")
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    (tmp_path / "device").symlink_to("/dev/zero")
-    with open_regular(tmp_path / "link") as file:
-        assert file.read() == b"x"
-    for name, error in (("device", OSError), ("", IsADirectoryError), ("none", FileNotFoundError)):
-        with pytest.raises(error):
-            open_regular(tmp_path / name)
-
 
 # -- tokens ----------------------------------------------------------------------------------------------------
 
 
-def test_what_no_row_can_hold_is_not_tokenised(monkeypatch):
-    """Fault: the tokens of a long article are not those of all of its text; or all of it is tokenised."""
+def test_an_article_longer_than_a_row():
+    """Fault: the tokens of a long article are not those of its beginning."""
     format_ = PromptFormat(byte_tokenizer(), max_length=40)
     text = "".join(f"word{number} " for number in range(1000))
-    seen = []
-    encode = format_.encode_articles
-    monkeypatch.setattr(format_, "encode_articles", lambda texts: seen.extend(texts) or encode(texts))
     (ids, boundary), = format_.training_rows([text], ["the end"])
     whole = list(text.encode())
     assert ids[:20] == whole[:20] and len(ids) == 40
     assert format_.prediction_prompts([text], 8) == [whole[: 40 - 8 - len(format_.suffix_ids)] + format_.suffix_ids]
     assert boundary == 40 - len(" the end") - 1
-    assert max(map(len, seen)) < len(text)
 
 
 def test_groups_of_rows_change_nothing(monkeypatch):

@@ -3,12 +3,10 @@
 import errno
 import io
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from data.console import CONSOLE, put, settle_output, show
 from data.os_errors import REMEDIES, describe, refusal
 
 
@@ -50,49 +48,3 @@ class Broken(io.StringIO):
 
     def flush(self) -> None:
         raise self.error
-
-
-@pytest.mark.parametrize("error", [
-    OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error"),
-    ValueError("I/O operation on closed file"), RuntimeError("reentrant call inside <_io.BufferedWriter>"),
-])
-def test_a_console_that_refuses_stops_nothing(monkeypatch, error):
-    """A closed terminal, a full disk behind `2> log` or a signal in the middle of a line end hours of training."""
-    monkeypatch.setattr(sys, "stderr", Broken(error))
-    assert CONSOLE.write("text") == 4
-    CONSOLE.flush()
-    print("more", file=CONSOLE)
-
-
-def test_the_console_is_where_standard_error_is_now(monkeypatch):
-    """Lines go to a stream that was replaced, and are lost."""
-    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    print("here", file=CONSOLE, flush=True)
-    assert stream.getvalue() == "here\n" and CONSOLE.isatty() is False
-
-
-def test_results_that_cannot_be_printed_are_an_error(monkeypatch, capsys):
-    """A table that was not printed counts as printed."""
-    assert show("program", ["a", "b"]) == 0
-    assert capsys.readouterr().out == "a\nb\n"
-    monkeypatch.setattr(sys, "stdout", Broken(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match="No space left") as caught:
-        put("text")
-    assert caught.value.filename == "standard output"
-    assert show("program", ["a"]) == 1
-    assert capsys.readouterr().err.startswith("program: error: standard output: No space left on device: free space")
-
-
-def test_closed_streams_are_told_and_stop_nothing(monkeypatch, capsys):
-    """With `>&-` every script ended in a traceback, and a result that nobody got counted as printed."""
-    monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        put("text")
-    assert caught.value.filename == "standard output"
-    assert show("program", ["a"]) == 1
-    assert capsys.readouterr().err == (
-        "program: error: standard output: Bad file descriptor: it is closed: redirect it to a file or /dev/null\n"
-    )
-    monkeypatch.setattr(sys, "stderr", None)
-    print("more", file=CONSOLE, flush=True)
-    settle_output()

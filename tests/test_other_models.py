@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from data.prompts import PromptFormat
@@ -133,6 +133,76 @@ def test_chat_format_of_gpt2_s_own_vocabulary(shared):
         assert prompt == tokenizer(template.format(article=TEXT)).input_ids
 
 
+MODERN = "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s+"  # as Llama 3 splits
+
+
+@pytest.mark.parametrize("template", [
+    "{article}\nTL;DR:", '"{article}"\nTL;DR:', "({article}) =>", "{article}. Summary:"])
+def test_article_and_template_are_read_together(template):
+    """Fault: a tokenizer that reads "." and a line end as one token (Llama 3, Qwen) was given two."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(MODERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    lines = [*SENTENCES, *(f"{text}\nTL;DR: a" for text in SENTENCES), '."\n', ".\n", "..", ".)"]
+    made.train_from_iterator(lines * 3, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    for text in (TEXT, TEXT + "\n", "He said:", "no end"):
+        prompt_format = PromptFormat(tokenizer, template, 200)
+        (prompt,) = prompt_format.prediction_prompts([text], 20)
+        assert prompt == tokenizer(template.format(article=text)).input_ids
+    (prompt,) = prompt_format.prediction_prompts([TEXT * 20], 20)
+    assert len(prompt) == 180 and prompt[-len(prompt_format.suffix_ids) :] == prompt_format.suffix_ids
+    ((ids, boundary),) = prompt_format.training_rows([TEXT], ["He left."])
+    shorter = prompt_format.shorten(ids[:boundary], 200 - boundary + 5)
+    assert len(shorter) <= boundary - 5 and shorter[-len(prompt_format.suffix_ids) :] == prompt_format.suffix_ids
+
+
+def test_spaces_before_words_stay():
+    """Fault: a tokenizer that splits at white space first and then puts "▁" before each word (T5, XLM-R) lost every
+    space in highlights and in the template."""
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    made.decoder = decoders.Metaspace()
+    made.train_from_iterator(SENTENCES + list("TLDR;:"), trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    ((ids, boundary),) = PromptFormat(tokenizer, "{article} TL;DR:", 200).training_rows([TEXT], [TEXT])
+    assert ids[:-1] == tokenizer(f"{TEXT} TL;DR: {TEXT}").input_ids
+    assert PromptFormat(tokenizer).decode(ids[boundary:]) == TEXT
+
+
+def test_what_changes_ids_changes_the_fingerprint():
+    """Fault: a token table was used again after the tokenizer's settings of leading spaces had changed."""
+    seen = {}
+    for kind in ("always", "first", "prepend", "bytes"):
+        for template in TEMPLATES:
+            prompt_format = PromptFormat(trained_tokenizer(kind, start=False), template, 200)
+            rows = str(prompt_format.training_rows([TEXT, "a", ""], [TEXT, "b", "c"]))
+            assert seen.setdefault(prompt_format.fingerprint(), rows) == rows
+    assert len(seen) == 4 * len(TEMPLATES)
+
+
+def test_unknown_characters_of_a_template_are_no_special_tokens():
+    """Fault: a character that becomes <unk> ended the text around it, as a special token does."""
+    tokenizer = trained_tokenizer("always")
+    for template in ('"{article}"', "é{article}é TL;DR:", "<unk>{article}"):
+        (prompt,) = PromptFormat(tokenizer, template, 200).prediction_prompts([TEXT], 20)
+        assert prompt == tokenizer(template.format(article=TEXT)).input_ids
+
+
+def test_an_end_that_its_file_does_not_flag_as_special():
+    """Fault: text of the end-of-text in an article became the token, for a tokenizer.json that says special: false."""
+    values = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)),
+                                        eos_token="<|endoftext|>")
+    (prompt,) = PromptFormat(tokenizer, "{article}", 100).prediction_prompts(["a<|endoftext|>b"], 5)
+    assert END not in prompt
+
+
 def test_long_article_is_cut_between_template_and_special_tokens():
     """Fault: of an article that is too long, a marker or the template's beginning is cut away."""
     tokenizer = trained_tokenizer("bytes")
@@ -220,6 +290,26 @@ def test_loss_leaves_the_same_rows_out(kind):
     assert not gradient[unused].any()
 
 
+def test_a_pad_id_among_the_removed_rows(tmp_path):
+    """Fault: rows were removed and config.json still named one as the pad: nothing could load what was saved."""
+    model = on_tokenizer(byte_tokenizer(), 300, "Llama")
+    model.model.config.pad_token_id = 299
+    assert model.remove_unused_rows() == 43
+    model.save(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.pad_token_id is None
+
+
+def test_rows_that_a_user_asks_for_stay(tmp_path):
+    """Fault: architecture.vocab_size, which aligns the embedding to 64 rows, had no effect."""
+    config = changed(make_project(tmp_path), model_arch={
+        "lang_model": "gpt2", "from_scratch": True, "tokenizer": str(tmp_path / "model"),
+        "architecture": {"vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 320}})
+    assert run(tmp_path, changed(config, trainer_kwargs={"max_steps": 1})) == 0
+    last = tmp_path / "run/model_checkpoints/last"
+    assert AutoModelForCausalLM.from_pretrained(last).config.vocab_size == 320
+    assert load_language_model(str(last)).unused_ids == list(range(257, 320))
+
+
 def test_a_pad_token_of_the_teacher_alone_is_never_generated(tmp_path):
     """Fault: a [PAD] that both have, and only the teacher pads with, was left out of the loss and not of decoding."""
     config = make_kd_project(tmp_path)
@@ -233,6 +323,7 @@ def test_a_pad_token_of_the_teacher_alone_is_never_generated(tmp_path):
     assert run_kd(tmp_path, config) == 0
     saved = json.loads((tmp_path / "run/model_checkpoints/last/generation_config.json").read_text())
     assert saved["suppress_tokens"] == [257] and saved["pad_token_id"] == END
+    assert load_language_model(str(tmp_path / "run/model_checkpoints/last")).unused_ids == [257]
 
 
 @pytest.mark.parametrize("kl_div", ["forward", "reverse", "JS", "skew_reverse", "adaptive"])
@@ -369,6 +460,7 @@ LIMITED = {
     "Cohere2": {"sliding_window": WINDOW, "logit_scale": 0.25},
     "Phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": WINDOW, "pad_token_id": None},
     "Llama": {"rope_parameters": LONG_ROPE},
+    "Llama longrope": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": WINDOW},
     "Llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0,
                                           "original_max_position_embeddings": WINDOW}},
 }

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import model.rollout_sets
-import train_kd
 from data.articles import DataError
 from data.prompts import PromptFormat
 from model.rollout_sets import COLLAPSED_SETS, RolloutSets
@@ -19,6 +18,7 @@ from tests.small_runs import assert_equal_weights, changed, make_rows, weights
 from tests.test_policy_runs import POLICY, STUDENT, strict_lines
 from tests.test_train_kd import STILL
 from tests.test_train_script import last_error
+from utils import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_a_teacher_that_gives_nan(tmp_path, capsys, monkeypatch, rollout):
     rows[4]["article"] = "^ " + rows[4]["article"]
     write_rows(tmp_path / "train.csv", rows)
     assert run_kd(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "whole")})) == 0
-    load = train_kd.load_teacher
+    load = build.load_teacher
 
     def spoilt(*each):
         teacher = load(*each)
@@ -48,7 +48,7 @@ def test_a_teacher_that_gives_nan(tmp_path, capsys, monkeypatch, rollout):
         return teacher
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_kd, "load_teacher", spoilt)
+        patch.setattr(build, "load_teacher", spoilt)
         assert run_kd(tmp_path, config) == 1
     error = last_error(capsys)
     step = int(re.search(r"optimizer step (\d+): ", error)[1])

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from untrusted.text import in_spreadsheet, one_line, printable, shorten
 from utils.files import json_text
+from utils.text import in_spreadsheet, one_line, printable, shorten
 
 
 def test_every_sign_is_shown_or_escaped():

@@ -97,7 +97,7 @@ def words_and_no_more() -> PreTrainedTokenizerFast:
 def test_tokens_of_many_characters(article):
     """An article is cut by its characters before it has filled the row, or in a word whose token is used."""
     prompt_format = PromptFormat(words_and_no_more(), "{article} TL", 20)
-    (ids,) = prompt_format.encode_articles([article])
+    ids = prompt_format.tokenizer(article).input_ids
     first, second = prompt_format.prediction_prompts(["a b", article], 5)
     assert (first, second) == ([1, 2, 3], [*ids[:14], 3])
     assert training_row(prompt_format, article, "a") == ([*ids[:17], 3, 1, 0], len(ids[:17]) + 1)
@@ -153,20 +153,19 @@ def test_gpt2_tokens_of_the_two_ways_to_write_the_separator(gpt2):
     assert row == ([14906, 2420, 13, 24811, 26, 7707, 25, 220, 464, 3797, 3332, 13, 50256], 8)
 
 
-def test_gpt2_words_do_not_merge_across_the_seam(gpt2):
-    """"He is a fire" + "fighter" joined into one word in training alone (A16)."""
-    prompt_format = PromptFormat(gpt2, "{article}fighter ")
+def test_gpt2_words_merge_within_the_prompt_alone(gpt2):
+    """"He is a fire" + "fighter" joined into one word in training alone, or across the seam to the highlights (A16)."""
+    prompt_format = PromptFormat(gpt2, "{article}fighter\n")
     (prompt,) = prompt_format.prediction_prompts(["He is a fire"], 10)
     ids, boundary = training_row(prompt_format, "He is a fire", "x")
-    assert 43105 not in prompt
-    assert 2046 in prompt
+    assert 43105 in prompt and prompt == gpt2("He is a firefighter\n").input_ids
     assert ids[:boundary] == prompt
 
 
 @pytest.mark.parametrize(("text", "expected"), [("</s>", [3556, 82, 29]), ("<|startoftext|>", None)])
 def test_signs_of_other_models_are_plain_text_for_gpt2(gpt2, text, expected):
     """Special tokens of other families taken for special ones of GPT-2: 3 and 7 tokens of plain text (A16)."""
-    (ids,) = PromptFormat(gpt2).encode_articles([text])
+    ids = PromptFormat(gpt2, "{article}\n").prediction_prompts([text], 8)[0][:-1]
     assert len(ids) == (3 if expected else 7)
     assert expected is None or ids == expected
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import train
+import utils.build
 import validate_model
 from tests.faults.runs import fork_server
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import assert_equal_weights, changed, make_project, run, weights, write_config
+from utils import score_table
 from utils.run_lock import hold
 
 TABLES = "data.token_cache:write_table"
@@ -78,14 +79,14 @@ def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
     line = capsys.readouterr().err.strip()
     assert line.startswith(f"validate_model.py: error: --output_dir: another run is writing to {tmp_path}: process "
                            f"{os.getpid()} on ")
-    inside, evaluate = [], validate_model.evaluate
+    inside, evaluate = [], score_table.evaluate
 
     def second(*values):
         if not inside:
             inside.append(validate_model.main(arguments(tmp_path, tmp_path / "out")))
         return evaluate(*values)
 
-    monkeypatch.setattr(validate_model, "evaluate", second)
+    monkeypatch.setattr(score_table, "evaluate", second)
     assert validate_model.main(arguments(tmp_path, tmp_path / "out")) == 0
     assert inside == [2]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json", "scores.json"]
@@ -94,13 +95,13 @@ def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
 def test_a_training_and_an_evaluation_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     """An evaluation overwrites the scores.json of a training that is under way."""
     config = make_project(tmp_path, rows=4)
-    codes, build = [], train.build
+    codes, build = [], utils.build.build_fine_tuning
 
     def evaluated_meanwhile(*values):
         codes.append(validate_model.main(arguments(tmp_path, tmp_path / "run")))
         return build(*values)
 
-    monkeypatch.setattr(train, "build", evaluated_meanwhile)
+    monkeypatch.setattr(utils.build, "build_fine_tuning", evaluated_meanwhile)
     assert run(tmp_path, config) == 0
     assert codes == [2]
     assert not (tmp_path / "run/scores.json").exists()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model.fine_tuning import FineTuning
+from model.language_model import real_tokens
 from utils.cached_teacher import CachedTeacher
 from utils.config import FineTuneConfig
 from utils.config_kd import DistillConfig
@@ -49,13 +50,15 @@ def build_distillation(
     train_table = tables.open(config.dataset_kwargs.train_dataset)
 
     fingerprint = source.fingerprint()
+    # A cache of a version that took the gaps between ids for tokens is another one.
+    gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
     if kwargs.teacher_cache is None:
         teacher = load_teacher(source, config, place)
     else:
         folder = kwargs.teacher_cache.dir or Path(config.trainer_kwargs.output_dir) / "teacher_cache"
         teacher = CachedTeacher(
-            lambda: load_teacher(source, config, place), fingerprint, source.width(), vocabulary, kwargs, folder, place,
-            log.say,
+            lambda: load_teacher(source, config, place), f"{fingerprint} without {gaps}" if gaps else fingerprint,
+            source.width(), vocabulary, kwargs, folder, place, log.say,
         )
         if keep:
             for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):

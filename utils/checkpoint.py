@@ -8,6 +8,7 @@ Only the main process of a run calls this module.
 """
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -21,10 +22,9 @@ from safetensors import SafetensorError
 
 from data.digest import file_digest
 from data.os_errors import OF_DISK, refusal, remedy_of
-from untrusted.files import load_json
-from untrusted.text import shorten
 from utils.files import delete, folder_lock, json_text, sync_folder, sync_tree, write_json
 from utils.seal import is_broken, sealed
+from utils.text import shorten
 
 FORMAT_VERSION = 1
 _STATE = "trainer_state/state.json"
@@ -290,7 +290,7 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, so this is no complete checkpoint of a run; {OTHER}")
     try:
-        value = load_json(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path}: cannot be read as JSON ({reason}); {OTHER}") from error

@@ -13,16 +13,19 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from data.console import CONSOLE, settle_output
-from data.named_path import named_path
 from data.os_errors import describe
-from untrusted.text import one_line, printable, shorten
 from utils.signals import Stopped
 from utils.strict_json import ConfigError
+from utils.text import one_line, printable, shorten
 
 LOST_WORKER = "DataLoader worker"  # how torch's messages begin, of a process that was killed
 LONGEST = 50  # signs of an unknown argument that are compared
 INTERRUPTED = 128 + signal.SIGINT
+
+
+def user_path(name: str) -> Path:
+    """A path of the command line; `~` in front is the user's home, also in `--flag=~/x`."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (that of Path fails for an unknown ~user)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -47,7 +50,7 @@ def training_parser(name: str, description: str, examples: str, default_config: 
     parser = OneLineParser(
         name, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=named_path, default=Path(default_config), metavar="FILE",
+    parser.add_argument("--config", type=user_path, default=Path(default_config), metavar="FILE",
                         help="JSON file with the settings (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE",
                         help="change one setting; may be given several times")
@@ -66,10 +69,10 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
     try:
         return command()
     except Stopped as stopped:
-        print(f"{name}: {stopped}", file=CONSOLE)
+        print(f"{name}: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=CONSOLE)
+        print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         return fail(name, describe(error), 1, debug)
@@ -85,7 +88,6 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         what = f"unexpected {type(error).__name__}: {' '.join(told(error).split())}"
         return fail(name, f"{what}; this is a fault of the program: --debug shows where it is", 1, debug)
     finally:
-        settle_output()
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -101,9 +103,9 @@ def told(error: Exception) -> str:
 
 def fail(name: str, message: str, code: int, debug: bool) -> int:
     if debug:
-        print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=CONSOLE)
+        print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=sys.stderr)
     for line in message.split("\n"):
-        print(f"{name}: error: {one_line(line)}", file=CONSOLE)
+        print(f"{name}: error: {one_line(line)}", file=sys.stderr)
     return code
 
 

@@ -13,13 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-from data.console import CONSOLE, put, settle_output
-from data.named_path import named_path
 from data.os_errors import describe
-from untrusted.text import in_spreadsheet, printable
+from utils.command_line import OneLineParser, user_path
 from utils.comparison import CompareError, compare, differing_origins, read_evaluation
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
+from utils.text import in_spreadsheet, printable
 
 HEADINGS = dict(zip(METRICS, ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"), strict=True))
 SIGNIFICANT = "significant (Holm, 5 %)"
@@ -29,13 +28,6 @@ examples:
   python -m utils.compare runs/demo/predictions/*
   python -m utils.compare teacher=runs/t/test plain=runs/s/test JS=runs/js/test --teacher teacher --baseline plain
 """
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Usage errors in one line, with exit code 2. (That of utils.command_line takes torch with it: seconds.)"""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"utils.compare: error: {printable(message)} (see --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,19 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output is not None:
             write_text(options.output, text)
             text = f"written: {printable(str(options.output))}\n"
-        put(text, end="")
+        print(text, end="")
     except (ValueError, OSError) as error:
         reason = describe(error) if isinstance(error, OSError) else str(error)
-        print(f"utils.compare: error: {printable(reason)}", file=CONSOLE)
+        print(f"utils.compare: error: {printable(reason)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("utils.compare: interrupted", file=CONSOLE)
+        print("utils.compare: interrupted", file=sys.stderr)
         return 130
-    finally:
-        settle_output()
     if options.format != "text":
         for remark in [*differing, *remarks]:
-            print(f"utils.compare: {remark}", file=CONSOLE)
+            print(f"utils.compare: {remark}", file=sys.stderr)
     return 0
 
 
@@ -89,7 +79,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metric", choices=METRICS, default="rougeL",
                         help="of gap, difference and significance (default: %(default)s)")
     parser.add_argument("--format", choices=("text", "csv", "json"), default="text", help="default: %(default)s")
-    parser.add_argument("--output", type=named_path, metavar="FILE", help="write there instead of to the console")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="write there instead of to the console")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -107,7 +97,7 @@ def named_folders(texts: list[str]) -> dict[str, Path]:
             raise CompareError(f"{text}: no name before the =: write NAME=FOLDER")
         if name in folders:
             raise CompareError(f"{name} is the name of two rows, {folders[name]} and {folder}: write NAME=FOLDER")
-        folders[name] = named_path(folder)
+        folders[name] = user_path(folder)
     return folders
 
 

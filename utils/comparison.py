@@ -8,13 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from untrusted.files import LARGE, check_json_size, read_limited
-from untrusted.text import printable, shorten
 from utils.files import finish_writing
 from utils.rouge import METRICS, paired_bootstrap
 from utils.run_log import split_lines
 from utils.seal import is_broken
 from utils.strict_json import parse, show
+from utils.text import printable, shorten
 from utils.weights import weights_of
 
 LEVEL = 0.05
@@ -75,7 +74,7 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     with suppress(OSError):  # a folder that may only be read is read as it is
         finish_writing(folder)
     try:
-        content = parse(read_limited(path).decode("utf-8-sig"))
+        content = parse(path.read_bytes().decode("utf-8-sig"))
         if is_broken(content):
             raise CompareError(f"{path} was changed since it was written (other SHA-256): write it again with {remedy}")
         if "step" in content:
@@ -91,7 +90,9 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
             predictions = folder / "predictions.json"
         kept_sum = content.get("predictions_sha256", {}).get(predictions.relative_to(folder).as_posix())
         gone, weights = None, content.get("weights") or {}
-        if weights.get("sha256") is not None and (found := digest_at(model)) != weights["sha256"]:
+        # A relative path may be of another working directory.
+        found = digest_at(model) or digest_at(weights.get("path"))
+        if weights.get("sha256") is not None and found != weights["sha256"]:
             place = model if weights["step"] is None else f"step {whole(weights['step'])}, {model}"
             gone = (f"the weights behind {name} ({place}) are no longer there, deleted or replaced since: score what "
                     f"is there now with {remedy}")
@@ -167,7 +168,7 @@ def training_speed(metrics: Path | None) -> float | None:
     try:
         if metrics is None or not metrics.is_file():
             return None
-        lines, damaged = split_lines(read_limited(metrics, LARGE))
+        lines, damaged = split_lines(metrics.read_bytes())
         if damaged:
             raise ValueError(f"line {damaged[0]} is damaged")
         speeds = [number(line["tokens_per_second"]) for line in lines
@@ -187,11 +188,10 @@ def read_scored_rows(evaluation: Evaluation, metric: str) -> dict[str, ScoredRow
     path, remedy = evaluation.predictions, f"write it again with {evaluation.remedy}"
     rows: dict[str, ScoredRow] = {}
     try:
-        text = read_limited(path, LARGE)
+        text = path.read_bytes()
         if evaluation.predictions_sum not in (None, hashlib.sha256(text).hexdigest()):
             raise CompareError(f"{path} is not the file behind the scores.json of {evaluation.name} (other SHA-256): "
                                f"{remedy}")
-        check_json_size(text)
         records = parse(text.decode("utf-8-sig"))
         if not isinstance(records, list):
             raise TypeError

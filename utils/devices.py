@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
-from untrusted.text import shorten
+from utils.text import shorten
 
 LAUNCHER = "start with torch's launcher, or unset WORLD_SIZE, RANK and LOCAL_RANK"
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from data.batches import load_batches
-from data.console import put
 from utils.batch_numbers import TOKENS, largest_divisor, rows_of_step, with_batch_size
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError
@@ -60,7 +59,7 @@ def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_ke
     if not largest:
         raise OutOfMemory(f"not even one row of {longest:,} tokens fits into {place.device}: lower "
                           f"dataset_kwargs.max_length (such as {longest // 2}), or take a smaller model")
-    put("\n".join(report(config, largest, rows, longest)))
+    print("\n".join(report(config, largest, rows, longest)))
     return 0
 
 

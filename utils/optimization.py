@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from untrusted.text import shorten
 from utils.checkpoint import CheckpointError
 from utils.strict_json import ConfigError, show
+from utils.text import shorten
 
 
 def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay_all: bool = False):

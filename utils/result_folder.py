@@ -1,5 +1,6 @@
 """Folders that scripts write into: looked at before hours of work, the results of which end in files even so."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from data.os_errors import describe
 from data.scratch import made_folder
-from untrusted.files import load_json
 from utils.config_files import ConfigError
 from utils.files import finish_writing, write_together
 from utils.run_lock import hold
@@ -66,7 +66,7 @@ def is_of_training(folder: Path) -> bool:
     if os.path.lexists(folder / CHECKPOINTS):
         return True
     with suppress(OSError, ValueError, TypeError):
-        return "_description_environment" in load_json(folder / "config.json")
+        return "_description_environment" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return False
 
 

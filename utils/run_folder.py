@@ -15,8 +15,6 @@ from data.os_errors import describe
 from data.token_cache import TokenTable
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
-from untrusted.files import load_json
-from untrusted.text import shorten
 from utils.batch_numbers import ACCUMULATION, BATCH, BOUND, TOKENS
 from utils.checkpoint import OTHER, CheckpointError, Checkpoints, load_state, read_state, verify
 from utils.config import FineTuneConfig
@@ -26,6 +24,7 @@ from utils.files import write_text
 from utils.own_checkpoints import check_model_folder, others
 from utils.result_folder import check_links, output_folder
 from utils.run_lock import hold
+from utils.text import shorten
 from utils.validation import Validation
 
 RUN_FILES = (  # the checkpoints first: once they are moved, no start goes on from them
@@ -103,7 +102,7 @@ def check_is_run_folder(output_dir: Path) -> list[str]:
     """Notices. Raises ConfigError for a folder with a config.json of something else, such as a model's."""
     path = output_dir / "config.json"
     try:
-        if not path.exists() or "_description_environment" in load_json(path):
+        if not path.exists() or "_description_environment" in json.loads(path.read_text(encoding="utf-8")):
             return []
     except OSError as error:
         raise ConfigError(f"trainer_kwargs.output_dir: {describe(error, path)}") from error

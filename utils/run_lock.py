@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from data.os_errors import describe
 from data.scratch import is_at
-from untrusted.text import printable
 from utils.config_files import ConfigError
 from utils.files import folder_lock
+from utils.text import printable
 
 try:
     import fcntl

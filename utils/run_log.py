@@ -4,17 +4,16 @@ import contextlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.console import CONSOLE
 from data.os_errors import describe
 from data.scratch import is_at
-from untrusted.files import LARGE, read_limited
-from untrusted.text import one_line
 from utils.curves import Curves
 from utils.files import sync_file, write_text
+from utils.text import one_line
 
 LONGEST_LINE = 100_000  # bytes of metrics.jsonl
 
@@ -47,7 +46,7 @@ class RunLog:
         if not self.is_main:
             return
         if self.path.exists():
-            lines, damaged = split_lines(read_limited(self.path, LARGE))
+            lines, damaged = split_lines(self.path.read_bytes())
             if damaged:
                 copy = keep_copy(self.path)
                 self.say(f"{self.path}: line {', '.join(map(str, damaged[:8]))}{' ...' * (len(damaged) > 8)} cannot "
@@ -79,7 +78,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar."""
         if self.is_main:
-            tqdm.write(one_line(text), file=CONSOLE)
+            tqdm.write(one_line(text), file=sys.stderr)
 
     def settle(self) -> str | None:
         """Puts all lines on the disk; why that cannot be, in one line, or None.
@@ -145,13 +144,13 @@ def progress_bar(description: str, total: int | None, unit: str, initial: int = 
     """The one bar of a phase, with rate and time left."""
     return tqdm(
         desc=one_line(description), total=total, unit=unit, initial=initial, disable=not is_main, dynamic_ncols=True,
-        mininterval=0.5, smoothing=0.1, file=CONSOLE,
+        mininterval=0.5, smoothing=0.1, file=sys.stderr,
     )
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a `metrics.jsonl` that can be read. Raises OSError."""
-    return split_lines(read_limited(path, LARGE))[0]
+    return split_lines(path.read_bytes())[0]
 
 
 def split_lines(content: bytes) -> tuple[list[dict], list[int]]:

@@ -1,14 +1,13 @@
 """Decode the articles of a table with a model and score them: predictions.json and scores.json."""
 
+import os
 import time
 from pathlib import Path
 
 from data.articles import Article, BadRow, describe_bad_rows, read_articles
-from data.console import put
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, has_tokenizer, load_language_model
-from untrusted.text import printable
 from utils.command_line import quiet_libraries
 from utils.devices import Place, find_place
 from utils.evaluation import Generation, predict, score_lines, scored_predictions
@@ -19,6 +18,7 @@ from utils.result_folder import result_folder, write_results
 from utils.rouge import lead_sentences
 from utils.run_log import RunLog
 from utils.seal import sealed, sha256_of_text
+from utils.text import printable
 from utils.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions
 from utils.weights import weights_of
 
@@ -58,8 +58,8 @@ def evaluate(
                "settings": {**options.model_dump(), "max_generation_length": most},
                "predictions_sha256": {"predictions.json": sha256_of_text(predictions)}}
     write_results(output_dir, {"predictions.json": predictions, "scores.json": json_text(sealed(scores))})
-    put("\n".join(score_lines(scores)))
-    put(printable(f"written: {', '.join(str(output_dir / name) for name in RESULTS)}"))
+    print("\n".join(score_lines(scores)))
+    print(printable(f"written: {', '.join(str(output_dir / name) for name in RESULTS)}"))
     return 0
 
 
@@ -79,11 +79,16 @@ def model_predictions(
     max_length = min(language_model.prompt_max_length or language_model.context, language_model.context)
     prompt_format = PromptFormat(language_model.tokenizer, template, max_length)
     most = options.max_generation_length or language_model.max_new_tokens or DEFAULT_LENGTH
+    if options.max_generation_length is None and not prompt_format.has_room(most):
+        log.say(f"the model's folder records max_new_tokens {most}, which leaves no room for an article in "
+                f"{max_length} tokens: using --max_generation_length {DEFAULT_LENGTH}")
+        most = DEFAULT_LENGTH
     generation = Generation(most, options.num_beams, options.early_stopping, options.batch_size)
     texts = predict(language_model, prompt_format, articles, generation, place)
     return texts, {
         "prompt_template": template, "prompt_max_length": max_length, "precision": place.precision,
-        "device": str(place.device), "parameters": language_model.parameter_count(), "weights": weights_of(path),
+        "device": str(place.device), "parameters": language_model.parameter_count(),
+        "weights": {**weights_of(path), "path": os.path.abspath(options.model_path)},  # noqa: PTH100 (a link stays one)
     }, most
 
 

@@ -2,9 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
-
-from data.console import CONSOLE
+from contextlib import suppress
 
 HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each is not None]
@@ -54,8 +54,9 @@ class StopRequest:
             return
         if self.number in (None, HANGUP):
             self.number = number
-            print(f"\n{signal.Signals(number).name}: stopping at the next step; once more to stop at once",
-                  file=CONSOLE)
+            with suppress(RuntimeError, OSError):  # a handler may interrupt another print
+                print(f"\n{signal.Signals(number).name}: stopping at the next step; once more to stop at once",
+                      file=sys.stderr)
         else:
             stop_at_once(number, frame, self.before[number])
 

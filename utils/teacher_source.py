@@ -168,8 +168,8 @@ def check_same_reading(teacher_tokenizer, prompt_format: PromptFormat, texts: li
     readings = [(f"prompt_template {template}", *(each.prefix_ids + each.suffix_ids
                                                   for each in (teacher_format, prompt_format)))]
     for text in texts:
-        for encode in (PromptFormat.encode_articles, PromptFormat.encode_highlights):
-            readings.append((repr(text), encode(teacher_format, [text])[0], encode(prompt_format, [text])[0]))
+        readings.append((repr(text), *(each.prediction_prompts([text], 0)[0] + each.encode_highlights([text])[0]
+                                       for each in (teacher_format, prompt_format))))
     for what, theirs, ours in readings:
         if theirs != ours:
             same = next((place for place, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]),

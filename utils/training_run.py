@@ -73,8 +73,9 @@ def set_up_model(
 ) -> LanguageModel:
     """The model that is trained: on its device, checked, with the switches of its forward pass."""
     arch = config.model_arch
-    # A checkpoint keeps its rows, of which its optimizer state is.
-    if start.folder is None and (removed := language_model.remove_unused_rows()) > 0:
+    # A checkpoint keeps its rows, of which its optimizer state is, and a user those that model_arch asks for.
+    keeps_rows = start.folder is not None or "vocab_size" in arch.architecture
+    if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
         log.say(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
     if len(language_model.end_ids) > 1:
         ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)

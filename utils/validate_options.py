@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from data.named_path import named_path
-from untrusted.text import shorten
-from utils.command_line import OneLineParser
+from utils.command_line import OneLineParser, user_path
 from utils.config import MOST_BEAMS, ColumnName, Name, check_template
 from utils.config_files import validate_model
 from utils.strict_json import ConfigError, parse, read_json
+from utils.text import shorten
 
 LEAD_3 = "lead-3"
 DEFAULT_LENGTH = 100  # tokens of a summary, where neither the user nor the model says another number
@@ -64,7 +63,7 @@ def validate_parser(description: str) -> argparse.ArgumentParser:
         "validate_model.py", description=description, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
-    parser.add_argument("--config", type=named_path, metavar="FILE", help="JSON object with the same names; flags win")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="JSON object with the same names; flags win")
     for name, field in ValidateOptions.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **argument_kind(name, field.annotation),

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from data.digest import file_digest
-from untrusted.files import load_json
 
 
 def weights_of(model_path: str | Path) -> dict[str, str | int | None]:
@@ -48,7 +47,7 @@ def weight_files(path: Path) -> list[Path]:
 def json_object(path: Path) -> dict:
     """{} where there is none."""
     try:
-        value = load_json(path)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
