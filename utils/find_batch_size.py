@@ -18,7 +18,7 @@ from utils.config_files import ConfigError
 from utils.config_kd import DistillConfig
 from utils.devices import Place, find_place, group_numbers
 from utils.optimization import build_optimizer
-from utils.out_of_memory import OutOfMemory, memory_error, out_of_memory_remedy, training_remedy
+from utils.out_of_memory import OutOfMemory, memory_error, out_of_memory_remedy
 from utils.random_state import seed_everything
 from utils.run_folder import Start
 from utils.run_log import RunLog
@@ -43,7 +43,7 @@ def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_ke
     log = RunLog(Path(options.output_dir))
     for line in (*place.notices, place.describe()):
         log.say(line)
-    with out_of_memory_remedy(training_remedy(config)):
+    with out_of_memory_remedy("the model does not fit: take a smaller one, or end other programs"):
         probe = Probe(config, build, place, log)
 
     def fits(size: int) -> bool:
