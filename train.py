@@ -16,7 +16,7 @@ examples:
   python train.py --find_batch_size                    the largest train_batch_size that fits into memory
 
 The same command goes on where an earlier one was stopped. A run makes everything in trainer_kwargs.output_dir;
-the model is in model_checkpoints/best and model_checkpoints/last there. README.md lists all keys.
+the model is in model_checkpoints/best and model_checkpoints/last there. docs/config.md lists all keys.
 """
 
 

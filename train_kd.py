@@ -20,7 +20,7 @@ examples:
   python train_kd.py --find_batch_size                     the largest train_batch_size that fits into memory
 
 The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command goes on
-where an earlier one was stopped. README.md lists all keys.
+where an earlier one was stopped. docs/config.md lists all keys.
 """
 
 

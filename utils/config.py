@@ -1,6 +1,6 @@
 """The fine-tuning config (`config.json`) as pydantic models: every key, its type, range, default and meaning.
 
-The descriptions below are the only reference: `config.schema.json` and the tables in README.md are generated from them
+The descriptions below are the only reference: `config.schema.json` and docs/config.md are generated from them
 (`python -m utils.config_reference`). Values are never converted: only a whole number where a number is expected is
 taken as it is. The config of train_kd.py, `utils/config_kd.py`, is made of the same sections. Nothing here imports
 torch, so that a wrong config is refused at once.
