@@ -104,13 +104,27 @@ class LanguageModel(nn.Module):
 
     @property
     def prompt_template(self) -> str | None:
-        """Template of the prompts this model was trained on; travels with its weights in config.json."""
-        return getattr(self.model.config, "prompt_template", None)
+        """Template of the prompts this model was trained on; travels with its weights in config.json.
+
+        Raises:
+            ModelError: the config.json has something else there.
+        """
+        template = getattr(self.model.config, "prompt_template", None)
+        if not isinstance(template, str | None):
+            raise ModelError(f"prompt_template in the model's config.json is {template!r}: expected text")
+        return template
 
     @property
     def prompt_max_length(self) -> int | None:
-        """`max_length` of the rows this model was trained on, or None."""
-        return getattr(self.model.config, "prompt_max_length", None)
+        """`max_length` of the rows this model was trained on, or None.
+
+        Raises:
+            ModelError: the config.json has something else there.
+        """
+        length = getattr(self.model.config, "prompt_max_length", None)
+        if length is not None and not (type(length) is int and length > 0):
+            raise ModelError(f"prompt_max_length in the model's config.json is {length!r}: expected a number of tokens")
+        return length
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -380,7 +394,7 @@ def real_tokens(tokenizer) -> dict[int, str]:
 def other_ends(model: nn.Module, tokenizer, real: dict[int, str]) -> list[int]:
     """The ends of text that the model's generation_config lists beside the tokenizer's."""
     listed = model.generation_config.eos_token_id
-    listed = [listed] if isinstance(listed, int) else listed or []
+    listed = listed if isinstance(listed, list) else [listed]
     return [end for end in dict.fromkeys(listed) if end in real and end != tokenizer.eos_token_id]
 
 

@@ -1,5 +1,6 @@
 """Legacy `.pt` state dicts: loaded strictly, and without unpickling anything but tensors."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -47,40 +48,30 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist: expected a .pt file with a state dict") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}): expected a .pt file with a state dict") from error
-    except Exception as error:  # damaged bytes make torch.load raise almost anything; its advice is to unpickle them
+    except OSError as error:  # also of torch's seeking in a file that was cut off
+        raise ModelError(f"{path} cannot be read or is damaged ({error.strerror}): expected a state dict") from error
+    except Exception as error:  # damaged bytes raise almost anything; torch's own message advises to unpickle them
         raise ModelError(f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run "
                          "code: write it again with torch.save(model.state_dict(), path)") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not content or not all(map(is_entry, content.items())):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise ModelError(f"{path} is not a state dict: expected parameter names with tensors")
-    return dict(content)
-
-
-def is_entry(item: tuple) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    return dict(entries)
 
 
 def strip_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
     """Without `module.` at the start of keys (never inside them), old buffers, and one prefix shared by all keys."""
-    state = {without_start(key, "module."): value for key, value in state.items()}
+    state = {re.sub(r"^(module\.)+", "", key): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if key in expected or not key.endswith(OLD_BUFFERS)}
     while not expected & state.keys():
-        heads = {key.partition(".")[0] for key in state}
-        if len(heads) != 1 or not all("." in key for key in state):
+        if not all("." in key for key in state) or len({key.partition(".")[0] for key in state}) != 1:
             break
         state = {key.partition(".")[2]: value for key, value in state.items()}
     return state
-
-
-def without_start(key: str, start: str) -> str:
-    while key.startswith(start):
-        key = key.removeprefix(start)
-    return key
 
 
 def cut_pad_row(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -101,17 +92,12 @@ def tied_keys(model: nn.Module) -> dict[str, str]:
 
 
 def check_fit(path: str | Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Raises ModelError if names or shapes differ from the model's."""
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
-    of_type = [key for key in own if key in state
-               and own[key].dtype.is_floating_point != state[key].dtype.is_floating_point]
-    found = {"missing": missing, "unexpected": unexpected}
+    found = {"missing": sorted(own.keys() - state.keys()), "unexpected": sorted(state.keys() - own.keys())}
     complaints = [f"{len(keys)} {what} ({keys[0]})" for what, keys in found.items() if keys]
-    if wrong:
+    if wrong := [key for key in own if key in state and own[key].shape != state[key].shape]:
         shapes = f"{wrong[0]} is {list(state[wrong[0]].shape)}, expected {list(own[wrong[0]].shape)}"
         complaints.append(f"{len(wrong)} of another shape ({shapes})")
-    if of_type:
-        complaints.append(f"{len(of_type)} of another type ({of_type[0]} is {state[of_type[0]].dtype})")
     if complaints:
         raise ModelError(f"{path} does not fit {type(model).__name__}: {', '.join(complaints)}: wrong model name?")

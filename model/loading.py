@@ -2,22 +2,21 @@
 
 import difflib
 import http.client
+import json
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import constants as hub
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
-from transformers.utils import cached_file
 
-from model.claims import MOST_TENSORS, Amount, check_amount, stored_in
 from model.language_model import LanguageModel, ModelError, token_rows
 from model.legacy import load_legacy_weights
-from model.model_folder import check_config_file, check_folder, check_numbers, check_text_file, weight_files
 
 # Radford et al. (2019), "Language Models are Unsupervised Multitask Learners", table 2; distilgpt2: Sanh et al. (2019).
 GPT2_SHAPES = {
@@ -34,8 +33,7 @@ DEMO_SHAPES = {
 }
 DEMO_TOKENIZER = Path("data/demo/tokenizer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-TEXTS = ("config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-NO_CODE = {None, "eager", "sdpa", "grouped_mm", "batched_mm"}  # other implementations may be fetched from the hub
+WEIGHT_SUFFIXES = (".pt", ".bin", ".safetensors")
 
 
 def load_language_model(
@@ -71,8 +69,7 @@ def load_language_model(
     if dropout is not None:
         set_dropout(config, dropout)
     if weights is not None:
-        size = Path(weights).stat().st_size if Path(weights).is_file() else 0
-        model = build_model(name, config, Amount(size, MOST_TENSORS))
+        model = build_model(name, config)
         load_legacy_weights(model, weights)
     else:
         model = build_model(name, config) if random_weights else pretrained_model(name, config)
@@ -82,29 +79,28 @@ def load_language_model(
 
 
 def model_config(name: str, without_hub: bool = False):
-    """The architecture of `name`. without_hub: GPT-2's family is known here, so that its shapes need no hub."""
+    """The architecture of `name`. without_hub: GPT-2's family is known here, so that its shapes need no hub.
+
+    Raises:
+        ModelError: no config that can be read, or one of an adapter or of quantized weights.
+    """
     family = name.removeprefix("openai-community/")
     if name in DEMO_SHAPES:
         return GPT2Config(**DEMO_SHAPES[name], **_NO_DROPOUT)
     if Path(name).is_dir():
+        if Path(name, "adapter_config.json").is_file():
+            raise ModelError(f"{name} is an adapter (adapter_config.json): merge it into its base model and save that")
         if not Path(name, "config.json").is_file() or Path(name, "model_checkpoints").is_dir():
             raise ModelError(no_config_message(Path(name)))
     elif without_hub and family in GPT2_SHAPES:
         return GPT2Config(**GPT2_SHAPES[family])
-    config = from_source(AutoConfig, name, "config.json", TEXTS[:1])
-    use_own_code(config)
+    config = from_source(AutoConfig, name, "config.json")
+    # A config may name an implementation on the hub, which is code: None lets the library choose one of its own.
+    config._attn_implementation = config._experts_implementation = None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{name}: its weights are quantized (quantization_config), so they cannot be trained: give "
+                         "the model with floating-point weights")
     return config
-
-
-def use_own_code(config) -> None:
-    """Attention and experts as the library itself computes them: a config may name code on the hub for that."""
-    for key in ("_attn_implementation", "_experts_implementation"):
-        value = getattr(config, key, None)
-        if not isinstance(value, str | None) or value not in NO_CODE:
-            setattr(config, key, None)
-    for name in getattr(config, "sub_configs", {}):
-        if (part := getattr(config, name, None)) is not None:
-            use_own_code(part)
 
 
 def no_config_message(folder: Path) -> str:
@@ -127,7 +123,7 @@ def load_tokenizer(source: str):
             f"{source} has no tokenizer (tokenizer.json): name another, in model_arch.tokenizer (train.py) or by "
             "--model_name (validate_model.py)"
         )
-    return from_source(AutoTokenizer, source, "tokenizer.json", TEXTS)
+    return from_source(AutoTokenizer, source, "tokenizer.json")
 
 
 def has_tokenizer(folder: str) -> bool:
@@ -135,15 +131,20 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def check_can_be_saved(name: str, config) -> None:
-    """Before hours of training: what the library checks only when it saves a config."""
+    """Before hours of training: what the library checks only when it saves a config. Raises ModelError."""
     with told(f"the config.json of {name} cannot be saved again"):
         if hasattr(config, "validate"):
             config.validate()
 
 
 def pretrained_model(name: str, config):
+    """The model with its stored weights, all of which must be there and fit.
+
+    Raises:
+        ModelError: no weights, or weights that cannot be read or do not fit the config.
+    """
     with told(f"{name} cannot be loaded"):
-        check_amount(name, config, stored_in(weight_files(Path(name))) if Path(name).is_dir() else None)
+        check_weight_index(Path(name))
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below with their name
@@ -154,16 +155,23 @@ def pretrained_model(name: str, config):
     return model
 
 
-def build_model(name: str, config, stored: Amount | None = None):
-    """A model with random weights; stored: what will replace them."""
+def check_weight_index(folder: Path) -> None:
+    """Raises ModelError if an index names weights outside the folder: the library would follow such a path."""
+    for index in folder.rglob("*.index.json"):
+        for file in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
+            if Path(file).name != file:
+                raise ModelError(f"{index} names {file!r}: expected a file in the same folder")
+
+
+def build_model(name: str, config):
+    """A model with random weights."""
     with told(f"'{name}' cannot be built with this architecture"):
-        check_amount(name, config, stored)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 @contextmanager
 def told(text: str, why: bool = True) -> Iterator[None]:
-    """What a library raises for a file or a value that is wrong (almost anything) becomes one line for the user.
+    """Whatever a library raises for a wrong file or value becomes a ModelError of one line.
 
     why: with the library's own words.
     """
@@ -171,22 +179,25 @@ def told(text: str, why: bool = True) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
-            raise
-        raise ModelError(f"{text}: {one_line(error)}" if why else text) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, UnpicklingError):  # torch's own words advise to unpickle it
+            reason = "its weights are damaged or more than tensors, and are not unpickled: save them as safetensors"
+        raise ModelError(f"{text}: {reason}" if why else text) from error
 
 
 def apply_architecture(config, overrides: dict, tokenizer) -> None:
     """Overrides on a config whose weights will be random; vocabulary and end-of-text are the tokenizer's."""
     known = {**config.to_dict(), **dict.fromkeys(config.attribute_map)}
-    check_numbers(overrides, "architecture.")
     for key, value in overrides.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{config.model_type} has no such value"
             raise ModelError(f"architecture.{key} is unknown: {hint}")
-        check_size(key, value, getattr(config, key, None))
+        old = getattr(config, key, None)
+        is_size = type(old) is int and old > 0 and not key.endswith("_id")
+        if is_size and isinstance(value, (int, float)) and value < 1:  # 0 layers would be built without a word
+            raise ModelError(f"architecture.{key} is {value}: expected at least 1")
         with told(f"architecture.{key} is {value!r}"):
             setattr(config, key, value)
     if "vocab_size" not in overrides:
@@ -194,13 +205,6 @@ def apply_architecture(config, overrides: dict, tokenizer) -> None:
     config.bos_token_id = tokenizer.bos_token_id
     config.eos_token_id = tokenizer.eos_token_id
     config.pad_token_id = None  # Llama's embedding would have no gradient there
-
-
-def check_size(key: str, value, old) -> None:
-    """Raises ModelError for a size below 1: the library would build a model without layers or positions."""
-    is_size = type(old) is int and old > 0 and not key.endswith("_id")
-    if is_size and isinstance(value, (int, float)) and value < 1:
-        raise ModelError(f"architecture.{key} is {value}: expected at least 1")
 
 
 def set_dropout(config, rate: float) -> None:
@@ -222,15 +226,12 @@ def check_same_architecture(config, name: str) -> None:
 # -- hub -------------------------------------------------------------------------------------------------------
 
 
-def from_source(library_class, name: str, file: str, texts: tuple[str, ...] = (), **arguments):
-    """`library_class.from_pretrained`, with one line for the user where that fails.
-
-    file: what a hub is asked for. texts: files that are looked at first.
-    """
+def from_source(library_class, name: str, file: str, **arguments):
+    """`library_class.from_pretrained`, with one line for the user where that fails. file: what a hub is asked for."""
     local = Path(name).is_dir()
     if Path(name).exists() and not local:
         raise ModelError(f"{name} is a file: expected a model folder or a hub id; only a .pt state dict is one file")
-    if not local and looks_like_path(name):
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(WEIGHT_SUFFIXES)):
         raise ModelError(f"{name} does not exist: expected a model folder or a hub id such as gpt2")
     out_of_reach = (
         f"cannot get '{name}' from the hub, and it is not in this machine's cache: download it once with "
@@ -238,27 +239,9 @@ def from_source(library_class, name: str, file: str, texts: tuple[str, ...] = ()
     )
     with told(f"{name} cannot be loaded" if local else out_of_reach, why=local):
         # trust_remote_code=False: never run, nor ask to run, code that lies beside a model.
-        options = {"local_files_only": local or not hub_reachable(name, file)}
-        look_at(name, texts, **options)
-        return library_class.from_pretrained(name, trust_remote_code=False, **options, **arguments)
-
-
-def look_at(name: str, texts: tuple[str, ...], local_files_only: bool) -> None:
-    """Raises ModelError for files that no library should open. texts: names; of a hub they are fetched for that."""
-    if texts and Path(name).is_dir():
-        check_folder(Path(name))
-    for text in texts:
-        try:
-            path = Path(cached_file(name, text, local_files_only=local_files_only))
-        except (OSError, TypeError):  # not there, or out of reach: the library will say what it misses
-            continue
-        check_text_file(path)
-        if text == "config.json":
-            check_config_file(path)
-
-
-def looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".pt", ".bin", ".safetensors"))
+        return library_class.from_pretrained(
+            name, trust_remote_code=False, local_files_only=local or not hub_reachable(name, file), **arguments
+        )
 
 
 def hub_reachable(name: str, file: str) -> bool:
@@ -275,7 +258,3 @@ def hub_reachable(name: str, file: str) -> bool:
     except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

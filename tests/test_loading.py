@@ -119,7 +119,7 @@ def test_folder_without_weights(folder):
     """A folder that has no weights gives random ones in silence."""
     (folder / "model.safetensors").unlink()
     message = refusal(folder)
-    assert str(folder) in message and "has no weights" in message and "from_scratch" in message
+    assert message.startswith(f"{folder} cannot be loaded: ") and "no file named model.safetensors" in message
     assert load_language_model(str(folder), from_scratch=True).parameter_count() == 9472
 
 

@@ -9,7 +9,7 @@ import pytest
 import validate_model
 from tests.conftest import write_rows
 from tests.small_kd_runs import make_kd_project, run_kd
-from tests.small_runs import changed, make_project, make_rows, run
+from tests.small_runs import changed, make_project, make_rows, metrics, run
 from tests.test_damaged_files import error_line
 from tests.test_run_lock import snapshot
 from utils import result_folder
@@ -168,3 +168,17 @@ def test_no_empty_folder_where_neither_disk_has_room(tmp_path, monkeypatch):
         write_results(tmp_path, {"scores.json": ""})
     assert caught.value.filename == str(tmp_path)
     assert not list((tmp_path / "system").iterdir())
+
+
+def test_folders_on_another_disk(tmp_path):
+    """Fault: whoever keeps checkpoints and curves on another disk, by links to folders, is refused."""
+    config = changed(make_project(tmp_path, rows=4), trainer_kwargs={"metrics": ["rouge"], "save_predictions": True})
+    assert run(tmp_path, config) == 0
+    (tmp_path / "disk").mkdir()
+    for name in ("model_checkpoints", "tensorboard", "predictions"):
+        (tmp_path / "run" / name).rename(tmp_path / "disk" / name)
+        (tmp_path / "run" / name).symlink_to(tmp_path / "disk" / name)
+    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert {path.name for path in (tmp_path / "disk/predictions").iterdir()} == {
+        "validation-step-2.json", "validation-step-4.json"}

@@ -132,7 +132,7 @@ def test_too_short_a_context(tmp_path, project, capsys):
 
 
 @pytest.mark.parametrize(("file", "told"), [
-    ("model.safetensors", "has no weights (model.safetensors)"), ("tokenizer.json", "has no tokenizer"),
+    ("model.safetensors", "no file named model.safetensors"), ("tokenizer.json", "has no tokenizer"),
     ("config.json", "has no config.json"),
 ])
 def test_a_part_of_the_teacher_is_missing(tmp_path, project, capsys, file, told):

@@ -258,9 +258,10 @@ class CallbacksKwargs(Section):
 
 
 class DatasetKwargs(Section):
-    """The CSVs with id, article and highlights, and how rows become batches."""
+    """The tables with id, article and highlights (.csv, .tsv, .jsonl, each also .gz, or .parquet), and how rows become
+    batches."""
 
-    data_dir: Name = Field("data/cnn_dailymail", description="folder of the CSVs")
+    data_dir: Name = Field("data/cnn_dailymail", description="folder of the tables")
     train_dataset: Name = Field("train.csv", description="file name in data_dir")
     validation_dataset: Name | None = Field("validation.csv", description="file name in data_dir; for loss, perplexity")
     validation_subset: Name | None = Field(
@@ -279,7 +280,7 @@ class DatasetKwargs(Section):
     )
     columns: Columns = Field(
         default={key: key for key in COLUMNS},
-        description="names of the columns in your CSVs; id may be null: rows are numbered",
+        description="names of the columns in your tables; id may be null: rows are numbered",
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row stops the run, or is left out, listed")
     max_length: Annotated[int, Field(ge=1)] | None = Field(

@@ -29,7 +29,7 @@ class ValidateOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
-    csv_path: Name = Field(description="CSV with id, article, highlights")
+    csv_path: Name = Field(description="table with id, article, highlights: .csv, .tsv, .jsonl (also .gz) or .parquet")
     model_path: Name = Field(
         description="checkpoint folder, save_pretrained folder, hub id, legacy .pt file, or lead-3 (a baseline)"
     )

@@ -49,7 +49,7 @@ TEXTS = [
 OTHERS = [
     None, True, False, [], {}, [1], [None], ["rouge"], ["rouge", "rouge"], [[]], [0, 0], [-1], {"a": 1}, {"": ""},
     {"_description": "x"}, {"kind": "top_k"}, {"kind": "hidden", "dir": "data"}, {"id": None}, {"article": "id"},
-    {"n_layer": 1}, {"n_layer": 2, "n_embd": 12}, {"n_embd": 7}, {"n_embd": 10**7}, {"n_head": 3}, {"n_layer": 0},
+    {"n_layer": 1}, {"n_layer": 2, "n_embd": 12}, {"n_embd": 7}, {"n_embd": 10**9}, {"n_head": 3}, {"n_layer": 0},
     {"vocab_size": 10}, {"n_positions": 5}, {"activation_function": "none"}, {"n_layer": "two"}, {"n_layer": 1.5},
     {"model_type": "bert"}, {"resid_pdrop": 2}, {"weight_decay": "0.1"}, {"lr": 1}, {"betas": [0.9, 1.5]},
     {"fused": True, "foreach": True}, {"eps": 0}, {"maximize": True}, {"params": []}, {"momentum": 0.9},
