@@ -13,7 +13,7 @@ examples:
   python train.py --config demo/train_teacher.json     the demo: no hub, no GPU
   python train.py --set model_arch.lang_model=gpt2 --set trainer_kwargs.output_dir=runs/gpt2
   python train.py --print_config                       what would be run, with all defaults
-  python train.py --find_batch_size                    the largest train_batch_size that fits into memory
+  python train.py --find_batch_size                    the largest train_batch_size that fits into the GPU
 
 The same command goes on where an earlier one was stopped. A run makes everything in trainer_kwargs.output_dir;
 the model is in model_checkpoints/best and model_checkpoints/last there. docs/config.md lists all keys.

@@ -17,7 +17,7 @@ examples:
   python train_kd.py --set distillation_kwargs.method=policy_gradient --set distillation_kwargs.penalty=true
                                                            on the student's own summaries, rewarded by the teacher
   python train_kd.py --print_config                        what would be run, with all defaults
-  python train_kd.py --find_batch_size                     the largest train_batch_size that fits into memory
+  python train_kd.py --find_batch_size                     the largest train_batch_size that fits into the GPU
 
 The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command goes on
 where an earlier one was stopped. docs/config.md lists all keys.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from model.decoding import make_voice
-from model.doing import ROLLOUTS, doing
 from model.language_model import LanguageModel, evaluating, label_positions
 from model.objective import ObjectiveError, arguments_of
 from model.policy_loss import PolicyTokens
@@ -150,11 +149,6 @@ class RolloutSets:
         if not rows:
             return [], self.nothing()
         prompts = [self.shorten(prompt) for batch in batches for prompt in split_rows(batch)[0]]
-        longest = max(map(len, prompts)) + self.options.max_new_tokens
-        with doing(ROLLOUTS, "", min(self.options.slots, len(prompts)), longest):
-            return self.draw_from(prompts, batches, rows)
-
-    def draw_from(self, prompts: list[list[int]], batches: list[dict], rows: list[int]):
         options = self.options
         uniforms = row_uniforms(options.seed, self.made, rows, options.max_new_tokens)
         student = make_voice(self.student, vocabulary=self.vocabulary)

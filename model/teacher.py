@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from model.doing import TEACHER, doing
 from model.language_model import LanguageModel
 from model.objective import arguments_of
 from model.output_head import OutputHead, autocast_type
@@ -45,7 +44,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Hidden states [N, Dt] at the label positions, on the teacher's device; nothing here waits for it."""
-        with doing(TEACHER, "", *input_ids.shape), self.autocast():
+        with self.autocast():
             return self.language_model.label_hidden(input_ids, attention_mask, labels)[0]
 
     def to_student(self, hidden: Tensor) -> TeacherHidden:

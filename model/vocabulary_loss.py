@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.doing import LOGITS, doing
 from model.losses.divergences import FLOOR, Divergence
 from model.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
 
@@ -147,7 +146,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Work):
         wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         product_type = autocast_type(hidden)
-        with torch.autocast(hidden.device.type, enabled=False), doing(LOGITS):
+        with torch.autocast(hidden.device.type, enabled=False):
             sums, gradients = all_chunks(hidden, weight, bias, work, wanted, product_type)
         ctx.gradients = gradients
         loss, others = sums[0].clone(), sums[1:]

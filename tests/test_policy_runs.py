@@ -280,3 +280,12 @@ def test_two_processes_equal_one_and_one_goes_on(tmp_path, options):
     for found, lines in others:
         assert largest_difference(one[0], found) < 1e-5
         assert_same_lines(one[1], lines)
+
+
+def test_rollouts_of_other_micro_batches(tmp_path):
+    """Fault: a run that goes on in smaller batches finds a set of rollouts cut into the old ones, and fails."""
+    config = make_kd_project(tmp_path, method="policy_gradient", rollout="student", rollout_epochs=2)
+    first = changed(config, dataset_kwargs={"train_batch_size": 4}, trainer_kwargs={"max_steps": 1})
+    assert run_kd(tmp_path, first) == 0
+    assert run_kd(tmp_path, changed(config, trainer_kwargs={"gradient_accumulation_steps": 2})) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]

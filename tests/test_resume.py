@@ -310,3 +310,30 @@ def test_signals_end_with_a_checkpoint_and_say_how_to_go_on(tmp_path, number, co
     assert "Traceback" not in errors
     state = json.loads((tmp_path / "run/model_checkpoints/last/trainer_state/state.json").read_text())
     assert state["step"] == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_plateaus_accumulation_is_kept(tmp_path):
+    """Fault: a run that had doubled its accumulation goes on in smaller batches with smaller steps."""
+    config = changed(
+        make_project(tmp_path), dataset_kwargs={"train_batch_size": 4}, optimizer_kwargs={"lm_lr": 1e-9},
+        trainer_kwargs={"epochs": 2, "gradient_accumulation_steps": 2},
+        callbacks_kwargs={"kwargs": {"patience": 1, "threshold": 9}},
+        lr_scheduler_kwargs={"increase_batch_size_on_plateau": True},
+    )
+    assert run(tmp_path, config) == 0
+    smaller = changed(config, dataset_kwargs={"train_batch_size": 2},
+                      trainer_kwargs={"epochs": 3, "gradient_accumulation_steps": 4})
+    assert run(tmp_path, smaller) == 0
+    steps = [line["epoch"] for line in metrics(tmp_path / "run")]
+    assert [steps.count(epoch) for epoch in range(3)] == [5, 5, 3]  # of 8, 8 and 16 rows
+
+
+def test_a_bound_in_micro_batches_forbids_other_ones(tmp_path, capsys):
+    """Fault: a run whose epochs are bounded by micro-batches goes on with other rows."""
+    config = changed(make_project(tmp_path), dataset_kwargs={"train_batch_size": 8},
+                     trainer_kwargs={"ckpt_training_batch": 4, "gradient_accumulation_steps": 2})
+    assert run(tmp_path, config) == 0
+    other = changed(config, trainer_kwargs={"epochs": 2, "gradient_accumulation_steps": 4},
+                    dataset_kwargs={"train_batch_size": 4})
+    assert run(tmp_path, other) == 2
+    assert "train_batch_size was 8 and is 4" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""Another number of rows in a micro-batch with the same optimizer steps: what to write into a config for it.
+"""The same optimizer steps in other micro-batches: the keys to change together.
 
-The rows of a step depend on train_batch_size x accumulation alone (`data/batches.py`), so a smaller batch with as much
-more accumulation trains on the same rows in the same steps.
+The rows of a step depend on train_batch_size x gradient_accumulation_steps alone (`data/batches.py`), so a smaller
+batch with as much more accumulation trains on the same rows in the same steps.
 """
 
 from utils.config import FineTuneConfig
@@ -15,19 +15,15 @@ def rows_of_step(config: FineTuneConfig) -> int:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most` (at least 1)."""
-    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
-
-
-def smaller_batch(batch_size: int, rows: int) -> int:
-    """The largest number of rows that divides `batch_size` and is less than `rows`: half, where both are the same power
-    of two."""
-    return largest_divisor(batch_size, max(1, rows - 1))
+    """The largest divisor of `number` that is at most `most`, but at least 1."""
+    return next(size for size in range(max(1, min(number, most)), 0, -1) if number % size == 0)
 
 
 def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
-    """The keys to set, with their values, for the same steps in micro-batches of `batch_size` rows, which must divide
-    the rows of a step. Keys that count micro-batches keep the rows between them, rounded where they must be."""
+    """The keys to set for the same steps in micro-batches of `batch_size` rows, a divisor of the rows of a step.
+
+    Keys that count micro-batches are scaled too, so that they keep meaning the same number of rows.
+    """
     options = config.trainer_kwargs
     before = config.dataset_kwargs.train_batch_size
     values = {BATCH: batch_size, ACCUMULATION: rows_of_step(config) // batch_size}
@@ -39,17 +35,11 @@ def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
     return values
 
 
-def instead(config: FineTuneConfig, values: dict[str, object]) -> str:
-    """`key 4 (now 8) and key 2 (now 1)`; keys as in `with_batch_size`."""
-    parts = [f"{key} {value} (now {shown(value_of(config, key))})" for key, value in values.items()]
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def value_of(config, key: str):
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def shown(value) -> str:
-    return "null" if value is None else str(value)
+def instead(config: FineTuneConfig, values: dict[str, int]) -> str:
+    """`dataset_kwargs.train_batch_size 4 (now 8) and ...`, for keys as in `with_batch_size`."""
+    parts = []
+    for key, value in values.items():
+        section, name = key.split(".")
+        now = getattr(getattr(config, section), name)
+        parts.append(f"{key} {value} (now {'null' if now is None else now})")
+    return " and ".join(parts)

@@ -53,7 +53,7 @@ def training_parser(name: str, description: str, examples: str, default_config: 
                         help="change one setting; may be given several times")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--find_batch_size", action="store_true",
-                        help="try steps on the longest rows, print the largest batch that fits into memory, and stop")
+                        help="on a GPU: try steps on the longest rows, print the largest batch that fits, and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -17,11 +17,9 @@ from data.batches import evaluation_batches, load_batches
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
 from model.decoding import beam_search, evaluating, greedy_decode
-from model.doing import DECODING, MEASURING, doing
 from model.language_model import LanguageModel
 from utils import rouge
 from utils.devices import Place
-from utils.memory_limit import within_memory
 from utils.random_state import forked_random_state
 from utils.run_log import progress_bar
 
@@ -78,12 +76,12 @@ def measure_loss(
     sums: dict[str, float] = {}
     bad: list[int] = []
     bar = progress_bar(name, len(batches), "batch", is_main=place.is_main)
-    with apart(objective), bar, within_memory(place.device.type):
+    with apart(objective), bar:
         steps = objective.ahead(table, load_batches(table, batches, pad_id), [1] * len(batches))
-        for rows, arguments in zip(batches, measured(steps, name), strict=True):
+        for rows, arguments in zip(batches, chain.from_iterable(steps), strict=True):
             if interrupted():
                 raise Interrupted
-            with doing(MEASURING, name, *arguments[0].shape), place.autocast():
+            with place.autocast():
                 terms = objective(*arguments)
             values = {"loss": terms.loss_sum, **terms.parts, "tokens": terms.token_count}
             for part, value in values.items():
@@ -102,12 +100,6 @@ def measure_loss(
         raise NotFinite(name, means["loss"], table, bad)
     nats = means.get("cross_entropy", means["loss"])
     return {**means, "perplexity": math.exp(nats) if nats < 700 else math.inf}
-
-
-def measured(steps: Iterator[Iterator[tuple]], name: str) -> Iterator[tuple]:
-    """The arguments of all steps; what comes before the objective, such as a teacher, belongs to the measuring too."""
-    with doing(MEASURING, name):
-        yield from chain.from_iterable(steps)
 
 
 def predict(
@@ -136,9 +128,7 @@ def predict(
 
     arguments = [language_model, [prompts[row] for row in own], generation.max_new_tokens]
     options = {"batch_size": generation.batch_size, "progress": progress}
-    longest = max((len(prompts[row]) for row in own), default=0) + generation.max_new_tokens
-    work = doing(DECODING, name, min(generation.batch_size, len(own)), longest)
-    with apart(language_model), bar, work, within_memory(place.device.type), place.autocast():
+    with apart(language_model), bar, place.autocast():
         if generation.num_beams > 1:
             beams = {"num_beams": generation.num_beams, "early_stopping": generation.early_stopping}
             ids = beam_search(*arguments, **beams, **options)

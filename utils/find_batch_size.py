@@ -1,94 +1,71 @@
-"""`--find_batch_size`: the largest micro-batch that fits into memory, by trying whole steps on the longest rows.
+"""`--find_batch_size`: the largest micro-batch that fits into a GPU, found by real optimizer steps on the longest rows.
 
-Sizes are doubled until one does not fit, then the gap is bisected. On a GPU all tries are in this process. On a CPU
-each is in a process of its own, which the system may refuse memory, or end, without harm; this process builds nothing.
-Nothing is trained and nothing written but tokenised rows that are not in the cache yet.
+Sizes are doubled until one does not fit, then bisected. Nothing is trained, and nothing written but tokenized rows.
 """
 
-import json
-import multiprocessing
-import pickle
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from io import StringIO
+import gc
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from data.batches import load_batches
 from data.console import put
-from model.doing import TRAINING, Doing
 from utils.batch_numbers import TOKENS, largest_divisor, rows_of_step, with_batch_size
 from utils.config import FineTuneConfig
 from utils.config_files import ConfigError
 from utils.config_kd import DistillConfig
 from utils.devices import Place, find_place, group_numbers
-from utils.memory_limit import Limit, impose, memory_limit, peak_of_this_process
-from utils.out_of_memory import OutOfMemory, memory_error, memory_told, smaller_rows, training_remedy, what_was_done
+from utils.optimization import build_optimizer
+from utils.out_of_memory import OutOfMemory, memory_error, out_of_memory_remedy, training_remedy
+from utils.random_state import seed_everything
+from utils.run_folder import Start
 from utils.run_log import RunLog
-from utils.signals import cleaning_up
-from utils.step_trial import free, make_trial, peak_on_gpu, try_step
+from utils.train_step import add_gradients, add_up, update
 from utils.training_run import Build
 
 
-class Answer(NamedTuple):
-    """Of one try. peak: bytes that were taken; None where it did not fit, and then `reason`."""
-
-    peak: int | None
-    reason: str = ""
-
-
-class Tries(NamedTuple):
-    """lengths: of all training rows, the longest first. of: how much memory there is, and what says so."""
-
-    lengths: np.ndarray
-    of: str
-    attempt: Callable[[int], Answer]
-
-
 def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
-    """Prints what fits and what to write for it; the exit code. build: the script's function that makes the parts.
+    """Print the largest micro-batch that fits, and the keys to set for it. Returns the exit code.
 
     Raises:
+        ConfigError: there is no GPU to use, or this is one of a group of processes.
         OutOfMemory: not even one row fits.
-        ConfigError: started in a group of processes.
     """
     if group_numbers()[0] > 1:
-        raise ConfigError("--find_batch_size tries in one process: start it without torch's launcher")
+        raise ConfigError("--find_batch_size runs in one process: start it without torch's launcher")
     options = config.trainer_kwargs
     place = find_place(options.device, config.model_arch.gpu_device_id, options.precision, key=gpu_key)
+    if place.device.type != "cuda":
+        raise ConfigError("--find_batch_size needs a GPU, and this run would use the CPU: if memory gets full there, "
+                          "halve dataset_kwargs.train_batch_size and double trainer_kwargs.gradient_accumulation_steps")
     log = RunLog(Path(options.output_dir))
     for line in (*place.notices, place.describe()):
         log.say(line)
-    config = with_most_work(config)
-    with (in_this_process if place.device.type == "cuda" else in_child_processes)(config, build, place, log) as tries:
-        rows, longest = len(tries.lengths), int(tries.lengths[0])
-        log.say(f"trying steps on the longest of {rows:,} training rows (up to {longest:,} tokens); memory: {tries.of}")
-        peaks: dict[int, int] = {}
+    with out_of_memory_remedy(training_remedy(config)):
+        probe = Probe(config, build, place, log)
 
-        def fits(size: int) -> bool:
-            rows_told = f"{size:,} row{'s' * (size > 1)}"
-            log.say(f"trying {rows_told} ...")
-            answer = tries.attempt(size)
-            told = f"does not fit ({answer.reason})" if answer.peak is None else f"fits, peak {gigabytes(answer.peak)}"
-            log.say(f"{rows_told}: {told}")
-            if answer.peak is not None:
-                peaks[size] = answer.peak
-            return answer.peak is not None
+    def fits(size: int) -> bool:
+        torch.cuda.reset_peak_memory_stats(place.device)
+        fitting = probe.fits(size)
+        peak = torch.cuda.max_memory_reserved(place.device) / 1e9
+        log.say(f"train_batch_size {size:,}: {f'fits, peak {peak:.2f} GB' if fitting else 'does not fit'}")
+        return fitting
 
-        largest = largest_that_fits(fits, rows)
+    rows, longest = len(probe.order), int(probe.table.lengths.max())
+    log.say(f"trying optimizer steps on the longest of {rows:,} training rows (up to {longest:,} tokens)")
+    largest = largest_that_fits(fits, rows)
     if not largest:
-        one_row = Doing(TRAINING, rows=1, longest=longest)
-        raise OutOfMemory(f"not even one row of {longest:,} tokens fits into {tries.of}: "
-                          f"{smaller_rows(one_row, place.precision)}")
-    put("\n".join(report(config, largest, peaks[largest], tries)))
+        raise OutOfMemory(f"not even one row of {longest:,} tokens fits into {place.device}: lower "
+                          f"dataset_kwargs.max_length (such as {longest // 2}), or take a smaller model")
+    put("\n".join(report(config, largest, rows, longest)))
     return 0
 
 
 def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
-    """The largest size from 1 to `most` that fits, or 0; a size fits where a larger one does."""
+    """The largest size from 1 to `most` that fits, 0 if none does. Assumes that whatever is smaller fits as well."""
     fitting, failing = 0, most + 1
     while failing - fitting > 1:
         size = min(max(1, 2 * fitting), most) if failing > most else (fitting + failing) // 2
@@ -99,159 +76,67 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> int:
     return fitting
 
 
-def with_most_work(config: FineTuneConfig | DistillConfig) -> FineTuneConfig | DistillConfig:
-    """The config in which every step is one of those that take most."""
-    kwargs = getattr(config, "distillation_kwargs", None)
-    if kwargs is None or not kwargs.on_policy_fraction:
-        return config
-    return config.model_copy(update={"distillation_kwargs": kwargs.model_copy(update={"on_policy_fraction": 1.0})})
-
-
-def report(config: FineTuneConfig, largest: int, peak: int, tries: Tries) -> list[str]:
-    """Lines for the user."""
-    all_rows = " (all of them)" if largest == len(tries.lengths) else ""
-    lines = [f"largest batch that fits: {largest:,} of the longest rows{all_rows}, peak {gigabytes(peak)}; memory: "
-             f"{tries.of}"]
+def report(config: FineTuneConfig, largest: int, rows: int, longest: int) -> list[str]:
+    """Lines for the user: what fits, and the settings with which the optimizer steps stay the same."""
+    all_rows = " (all of them)" if largest == rows else ""
     if config.dataset_kwargs.tokens_per_batch is not None:
-        values: dict[str, int] = {TOKENS: largest * int(tries.lengths[0])}
+        values = {TOKENS: largest * longest}
     else:
-        step = rows_of_step(config)
-        values = with_batch_size(config, largest_divisor(step, largest))
-    lines.append(f"write into the config (the steps stay the same, of {rows_of_step(config):,} rows):")
-    sections: dict[str, dict[str, int]] = {}
-    for key, value in values.items():
-        section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
-    lines += [f'  in "{section}": {json.dumps(pairs)[1:-1]}' for section, pairs in sections.items()]
-    return [*lines, f"or add to the command: {' '.join(f'--set {key}={value}' for key, value in values.items())}"]
+        values = with_batch_size(config, largest_divisor(rows_of_step(config), largest))
+    return [f"largest batch that fits: {largest:,} of the longest rows{all_rows}",
+            f"for the same optimizer steps, of {rows_of_step(config):,} rows, set:",
+            *(f"  {key} = {value}" for key, value in values.items()),
+            f"or add to the command: {' '.join(f'--set {key}={value}' for key, value in values.items())}"]
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+class Probe:
+    """A run's objective and optimizer, to try steps with. The weights do not change, and nothing is saved."""
 
+    def __init__(self, config: FineTuneConfig | DistillConfig, build: Build, place: Place, log: RunLog):
+        distillation = getattr(config, "distillation_kwargs", None)
+        if distillation is not None and distillation.on_policy_fraction:  # then every step is one that takes most
+            distillation = distillation.model_copy(update={"on_policy_fraction": 1.0})
+            config = config.model_copy(update={"distillation_kwargs": distillation})
+        seed_everything(config.trainer_kwargs.seed)
+        parts, kwargs = build(place, config, log, Start(""), keep=False), config.optimizer_kwargs
+        self.objective, self.table, self.place = parts.objective, parts.train_table, place
+        self.optimizer = build_optimizer(self.objective, kwargs.type, kwargs.kwargs, kwargs.lm_lr, kwargs.decay_all)
+        self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        self.order = np.argsort(-self.table.lengths, kind="stable")  # the longest rows first
+        self.step_rows, self.clip_norm = rows_of_step(config), config.trainer_kwargs.clip_norm
+        self.objective.train()
 
-# -- on a GPU ------------------------------------------------------------------------------------------------------
+    def fits(self, rows: int) -> bool:
+        """Whether an optimizer step in micro-batches of the `rows` longest rows fits into memory.
 
-
-@contextmanager
-def in_this_process(config: FineTuneConfig, build: Build, place: Place, log: RunLog) -> Iterator[Tries]:
-    with memory_told(training_remedy(config, place.precision)):
-        trial = make_trial(config, build, place, log)
-    size = torch.cuda.get_device_properties(place.device).total_memory
-
-    def attempt(rows: int) -> Answer:
-        answer = answer_of(lambda: peak_on_gpu(place.device, lambda: try_step(trial, rows)))
-        free(trial)  # here, where no traceback holds the tensors of a step that failed any more
-        return answer
-
-    yield Tries(trial.table.lengths[trial.order], f"{gigabytes(size)} on {place.device}", attempt)
-
-
-def answer_of(work: Callable[[], int]) -> Answer:
-    try:
-        return Answer(work())
-    except Exception as error:
-        if memory_error(error) is None:
-            raise
-        kinds = [each.kind for each in what_was_done(error)]
-        return Answer(None, f"memory is full in {kinds[0]}" if kinds else "memory is full")
-
-
-# -- on a CPU ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def in_child_processes(config: FineTuneConfig, build: Build, place: Place, log: RunLog) -> Iterator[Tries]:
-    limit = memory_limit()
-
-    def ask(rows: int) -> Answer | np.ndarray:
-        return in_child(answer_in_child, config, build, place, log.path.parent, rows, limit)
-
-    with cleaning_up():
-        lengths = ask(0)
-        if isinstance(lengths, Answer):
-            raise OutOfMemory(f"the model does not fit ({lengths.reason}): take a smaller one, or end other programs")
-        of = "no limit known" if limit is None else f"{gigabytes(limit.size)} {limit.name}"
-        yield Tries(lengths, of, ask)
-
-
-def in_child(function: Callable, *arguments):
-    """What the function returns in a process of its own, or raises there; an `Answer` where that process was ended."""
-    context = start_method()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=run_in_child, args=(sender, function, arguments), daemon=True)
-    try:
-        process.start()
-        sender.close()
+        Of its micro-batches two are computed: the second one meets the gradients of the first. The others are handed
+        over as well, since an on-policy step samples for all its rows at once.
+        """
         try:
-            result = receiver.recv()
-        except EOFError:
-            process.join()
-            return Answer(None, f"its process was ended by {ending(process.exitcode)}")
-        process.join()
-    finally:
-        if process.is_alive():
-            process.kill()
-        receiver.close()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def start_method():
-    """No fork of this process, whose threads might leave it hanging, but of one that has only imported, where the
-    system can do that."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-def run_in_child(sender, function: Callable, arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes: the other one ends this one
-    try:
-        sender.send(function(*arguments))
-    except Exception as error:
-        sender.send(error if can_be_sent(error) else RuntimeError(f"{type(error).__name__}: {error}"))
-
-
-def can_be_sent(error: Exception) -> bool:
-    """Many that take other arguments than their message can be taken apart, but not put together again."""
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
+            if not self.optimizer.state:
+                self.step([self.order[-1:]])  # so that the moments are there during the step that counts
+            step_rows = np.resize(self.order[:rows], max(2 * rows, self.step_rows))
+            self.step([step_rows[start : start + rows] for start in range(0, len(step_rows), rows)])
+            return True
+        except Exception as error:
+            if memory_error(error) is None:
+                raise
+        # Past the except clause no traceback holds the tensors of the failed step any more.
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()
         return False
 
-
-def ending(exit_code: int) -> str:
-    if exit_code < 0:
-        return signal.Signals(-exit_code).name
-    return f"exit code {exit_code}"
-
-
-def answer_in_child(
-    config: FineTuneConfig, build: Build, place: Place, output_dir: Path, rows: int, limit: Limit | None
-) -> Answer | np.ndarray:
-    """A step of `rows` rows in this process; rows 0: only the lengths of all rows, the longest first."""
-    from utils.command_line import quiet_libraries
-
-    quiet_libraries()
-    impose(limit)
-
-    def work() -> int:
-        try_step(make_trial(config, build, place, RunLog(output_dir, is_main=False)), rows)
-        return peak_of_this_process()
-
-    if rows:
-        with redirect_stderr(StringIO()):  # of the same bars again
-            return answer_of(work)
-    found: list[np.ndarray] = []
-
-    def look() -> int:
-        trial = make_trial(config, build, place, RunLog(output_dir))
-        found.append(trial.table.lengths[trial.order])
-        return 0
-
-    answer = answer_of(look)
-    return found[0] if found else answer
+    def step(self, batches: list[np.ndarray]) -> None:
+        """An optimizer step with learning rate 0, over the first two of its micro-batches."""
+        pad_id = self.objective.language_model.tokenizer.pad_token_id
+        self.optimizer.zero_grad(set_to_none=True)
+        steps = self.objective.ahead(self.table, load_batches(self.table, batches, pad_id), [len(batches)])
+        _, sums = add_gradients(self.objective, islice(next(steps), 2), self.place)
+        tokens = int(self.table.label_counts[np.concatenate(batches[:2])].sum())
+        result = add_up(self.parameters, sums, tokens, 0.0, self.place)
+        # A gradient that is not finite would ruin the weights for the next try, even at learning rate 0.
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        result.grad_norm = 0.0
+        update(self.optimizer, self.parameters, result, self.clip_norm)

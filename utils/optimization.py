@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from model.doing import LOADING, doing
 from untrusted.text import shorten
 from utils.checkpoint import CheckpointError
 from utils.strict_json import ConfigError, show
@@ -62,7 +61,6 @@ def try_a_step(cls, lr: float, settings: dict) -> None:
     cls([parameter], lr=lr, **settings).step()
 
 
-@doing(LOADING, "the optimizer's state")
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """The moments that a checkpoint holds; the settings stay the config's, but the rate of the last step, which every
     step sets anew, is the checkpoint's: saved again, it is the same.

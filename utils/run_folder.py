@@ -13,7 +13,6 @@ from uuid import uuid4
 
 from data.os_errors import describe
 from data.token_cache import TokenTable
-from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
 from untrusted.files import load_json
@@ -182,7 +181,6 @@ def meanings(config: FineTuneConfig, validation: Validation) -> dict[str, str | 
     return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}
 
 
-@doing(LOADING, "the model")
 def load_model(config: FineTuneConfig, start: Start) -> LanguageModel:
     """The checkpoint's model where one is resumed, else what model_arch asks for."""
     arch = config.model_arch

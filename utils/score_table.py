@@ -6,7 +6,6 @@ from pathlib import Path
 from data.articles import Article, BadRow, describe_bad_rows, read_articles
 from data.console import put
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
-from model.doing import LOADING, doing
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, has_tokenizer, load_language_model
 from untrusted.text import printable
@@ -14,7 +13,7 @@ from utils.command_line import quiet_libraries
 from utils.devices import Place, find_place
 from utils.evaluation import Generation, predict, score_lines, scored_predictions
 from utils.files import json_text
-from utils.out_of_memory import decoding_remedy, memory_told
+from utils.out_of_memory import decoding_remedy, out_of_memory_remedy
 from utils.own_checkpoints import check_model_folder
 from utils.result_folder import result_folder, write_results
 from utils.rouge import lead_sentences
@@ -33,8 +32,7 @@ def score_table(options: ValidateOptions) -> int:
                        options.precision, key="--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    told = memory_told(decoding_remedy(options, place.precision))
-    with told, result_folder(output_dir, RESULTS) as notices:
+    with out_of_memory_remedy(decoding_remedy(options)), result_folder(output_dir, RESULTS) as notices:
         for line in notices:
             log.say(line)
         return evaluate(options, articles, bad_rows, place, log)
@@ -72,9 +70,8 @@ def model_predictions(
     for line in (*place.notices, place.describe()):
         log.say(line)
     path = Path(options.model_path).resolve()  # of a link: a training may point it to other weights meanwhile
-    with doing(LOADING, "the model"):
-        language_model = load_model(options).to(place.device)
-        language_model.check_family()
+    language_model = load_model(options).to(place.device)
+    language_model.check_family()
     template = language_model.prompt_template if options.prompt_template is None else options.prompt_template
     if template is None:
         template = DEFAULT_TEMPLATE

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from data.console import CONSOLE
 
@@ -64,20 +62,6 @@ class StopRequest:
     def leave(self, step: int) -> None:
         """Raises Stopped."""
         raise Stopped(self.number or signal.SIGTERM, step, self.how_to_go_on)
-
-
-@contextmanager
-def cleaning_up() -> Iterator[None]:
-    """While this lasts, SIGTERM and a hangup raise SystemExit, so that the process clears away what it has made."""
-    before = {}
-    for number in SIGNALS:
-        if signal.getsignal(number) == signal.SIG_DFL:
-            before[number] = signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stop_at_once(number: int, frame, handler: Handler) -> None:

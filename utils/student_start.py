@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
     DEMO_SHAPES,
@@ -21,7 +20,6 @@ from utils.teacher_source import TeacherSource, check_weights_path
 KEY = "trainer_kwargs.student_ckpt_path"
 
 
-@doing(LOADING, "the student")
 def load_student(config: DistillConfig, start: Start, source: TeacherSource) -> LanguageModel:
     """The student on the CPU.
 

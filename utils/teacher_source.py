@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 
 from data.digest import file_digest
 from data.prompts import PromptFormat
-from model.doing import LOADING, doing
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
     DEMO_SHAPES,
@@ -188,7 +187,6 @@ def layer_size(config: PreTrainedConfig) -> int:
     return config.num_hidden_layers * config.hidden_size**2
 
 
-@doing(LOADING, "the teacher")
 def load_teacher(source: TeacherSource, config: DistillConfig, place: Place) -> Teacher:
     """The teacher on its device, its head on the student's."""
     device, _ = teacher_device(config, place)

@@ -1,6 +1,6 @@
 """One optimizer step over micro-batches: gradients added up, looked at, divided once, applied.
 
-What a training step and the tries of `--find_batch_size` share.
+Shared by training and `--find_batch_size`.
 """
 
 import math
@@ -9,7 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from model.doing import TRAINING, UPDATE, doing
 from utils.devices import Place
 from utils.gradients import divide_and_clip, gradient_norm, sum_gradients
 from utils.step_result import StepResult, means_of_all
@@ -31,11 +30,10 @@ def add_gradients(
     sums: dict[str, Tensor] = {}
     losses = []
     for each in arguments:
-        with doing(TRAINING, rows=each[0].shape[0], longest=each[0].shape[1]):
-            with place.autocast():
-                terms = objective(*each)
-            loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
-            loss.backward()
+        with place.autocast():
+            terms = objective(*each)
+        loss = terms.loss_sum if scale == 1.0 else terms.loss_sum * scale
+        loss.backward()
         losses.append(loss.detach())
         for name, value in {"loss": loss.detach(), **terms.parts}.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -72,5 +70,4 @@ def update(
     divide_and_clip(parameters, result.label_tokens, result.grad_norm, clip_norm)
     for group in optimizer.param_groups:
         group["lr"] = result.learning_rate
-    with doing(UPDATE):
-        optimizer.step()
+    optimizer.step()

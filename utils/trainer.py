@@ -16,7 +16,6 @@ from torch import nn
 
 from data.batches import Step, load_batches, plan_epoch
 from data.token_cache import TokenTable
-from model.doing import TRAINING, doing
 from model.language_model import LanguageModel
 from model.objective import ObjectiveError
 from utils.batch_numbers import BATCH
@@ -26,7 +25,7 @@ from utils.devices import Place
 from utils.evaluation import Interrupted, NotFinite, never
 from utils.nonfinite import Guard, check_before_saving
 from utils.optimization import Schedule, make_schedule, restore_optimizer, schedule_notices
-from utils.out_of_memory import memory_error
+from utils.out_of_memory import OutOfMemory, evaluation_remedy, out_of_memory_remedy
 from utils.random_state import random_state, seed_everything, set_random_state
 from utils.run_folder import meanings
 from utils.run_log import RunLog, progress_bar
@@ -238,16 +237,15 @@ class Trainer:
         """
         scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
         self.optimizer.zero_grad(set_to_none=True)
-        with doing(TRAINING, str(self.state.step + 1)):
-            losses, sums = add_gradients(self.objective, self.arguments_of_step(steps), self.place, scale)
-            tokens = int(self.table.label_counts[list(chain(*step))].sum())
-            result = add_up(self.parameters, sums, tokens, learning_rate, self.place)
-            if is_finite(result):
-                update(self.optimizer, self.parameters, result, self.options.clip_norm)
-            else:
-                own = zip(self.own_share(step), losses, strict=True)
-                bad = [rows for rows, loss in own if not math.isfinite(loss.item())]
-                self.guard.leave_out(self.state, result, self.table, step, bad)
+        losses, sums = add_gradients(self.objective, self.arguments_of_step(steps), self.place, scale)
+        tokens = int(self.table.label_counts[list(chain(*step))].sum())
+        result = add_up(self.parameters, sums, tokens, learning_rate, self.place)
+        if is_finite(result):
+            update(self.optimizer, self.parameters, result, self.options.clip_norm)
+        else:
+            own = zip(self.own_share(step), losses, strict=True)
+            bad = [rows for rows, loss in own if not math.isfinite(loss.item())]
+            self.guard.leave_out(self.state, result, self.table, step, bad)
         return result
 
     def arguments_of_step(self, steps: Iterator[Iterator]) -> Iterator:
@@ -278,14 +276,15 @@ class Trainer:
         if not self.state.scaling_pending or not self.options.adaptive_loss_scaling:
             return
         try:
-            score = self.validation.score(self.options.scaling_metric, self.interruption())
+            with out_of_memory_remedy(evaluation_remedy(self.config)):
+                score = self.validation.score(self.options.scaling_metric, self.interruption())
         except Interrupted:
             self.save()
             self.stop.leave(self.state.step)
         except NotFinite as error:
             self.guard.refuse(error, self.state.step)
-        except Exception as error:
-            self.keep_after(error)
+        except OutOfMemory:
+            self.save_after_full_memory()
             raise
         self.state.scaling_pending = False
         if score is not None:
@@ -299,9 +298,9 @@ class Trainer:
         if stopping:
             self.stop.leave(self.state.step)
 
-    def keep_after(self, error: Exception) -> None:
-        """Where an evaluation fills the memory, the weights are good, and so is the work since the last checkpoint."""
-        if memory_error(error) and self.place.world_size == 1:  # in a group the others wait elsewhere
+    def save_after_full_memory(self) -> None:
+        """When an evaluation fills the memory, the weights are good, and so is the work since the last checkpoint."""
+        if self.place.world_size == 1:  # in a group the others wait elsewhere
             self.save()
 
     def interruption(self):
@@ -317,7 +316,8 @@ class Trainer:
             if self.options.monitor_train and state.epoch_tokens:
                 self.log.record("train_epoch", state.step, epoch=epoch, loss=state.epoch_loss / state.epoch_tokens)
             if epoch >= self.options.first_val_epoch:
-                metrics = self.validation.run(state.step, epoch, self.interruption())
+                with out_of_memory_remedy(evaluation_remedy(self.config)):
+                    metrics = self.validation.run(state.step, epoch, self.interruption())
                 self.check_written(self.validation.refusals)
                 score = metrics.get(self.config.monitored_metric)
                 if score is not None:
@@ -328,8 +328,8 @@ class Trainer:
             self.stop.leave(state.step)
         except NotFinite as error:
             self.guard.refuse(error, self.state.step)
-        except Exception as error:
-            self.keep_after(error)
+        except OutOfMemory:
+            self.save_after_full_memory()
             raise
         state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
         if best or callbacks.save_final_model or state.best_step is None or not self.finished():

@@ -8,7 +8,6 @@ from torch import nn
 
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
-from model.doing import LOADING, doing
 from model.language_model import LanguageModel
 from utils.checkpoint import Checkpoints
 from utils.command_line import quiet_libraries
@@ -17,7 +16,7 @@ from utils.config_files import warnings_of
 from utils.datasets import Tables, make_validation
 from utils.devices import Place, find_place, launch_group
 from utils.optimization import build_optimizer
-from utils.out_of_memory import memory_told, training_remedy
+from utils.out_of_memory import out_of_memory_remedy, training_remedy
 from utils.random_state import seed_everything
 from utils.run_folder import (
     Start,
@@ -59,18 +58,16 @@ def in_run_folder(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devi
         options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
     )
     output_dir = Path(options.output_dir)
-    told = memory_told(training_remedy(config, place.precision))
-    with told, claimed(output_dir, place.is_main) as taken_over, StopRequest(how_to_go_on(config)) as stop:
+    stop_request, remedy = StopRequest(how_to_go_on(config)), out_of_memory_remedy(training_remedy(config))
+    with remedy, claimed(output_dir, place.is_main) as taken_over, stop_request as stop:
         log = RunLog(output_dir, place.is_main)
-        with doing(LOADING, "the checkpoint"):
-            start = place.from_main(find_start(config) if place.is_main else None)
+        start = place.from_main(find_start(config) if place.is_main else None)
         for line in (*warnings_of(config), *place.notices, place.describe(), *taken_over, *start.notices):
             log.say(line)
         seed_everything(options.seed)
         return train_objective(build(place, config, log, start), config, place, stop, log, start)
 
 
-@doing(LOADING, "the model")
 def set_up_model(
     language_model: LanguageModel, config: FineTuneConfig, place: Place, log: RunLog, start: Start
 ) -> LanguageModel:

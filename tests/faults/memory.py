@@ -8,7 +8,7 @@ import torch
 
 from model.language_model import LanguageModel
 
-# What torch, Python and the C++ library say when memory is full, on a GPU and on a CPU.
+# What torch and Python say when memory is full, on a GPU and on a CPU.
 GPU = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.12 GiB is free."
 )
@@ -17,7 +17,7 @@ CPU_ERRORS = (
                  "to allocate 4294967296 bytes. Error code 12 (Cannot allocate memory)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:90] data. DefaultCPUAllocator: not enough memory: you tried to "
                  "allocate 4294967296 bytes."),
-    MemoryError(), RuntimeError("std::bad_alloc"), MemoryError("std::bad_alloc"), OSError(12, "Cannot allocate memory"),
+    MemoryError(),
 )
 
 

@@ -3,8 +3,8 @@ values), so that a failing example can be read, repeated and made smaller.
 
 Bounded, because a run that takes them at their word has no end: whole numbers that are a count of work to do are huge
 or small, where the other bound of the run (epochs and max_steps) stays; architectures have at most a few blocks;
-num_workers is at most 2, or beyond what is accepted; `compile` (minutes of compilation) and --find_batch_size (tries in
-fresh processes, seconds each) are left out. A run that is still going on after its time is stopped by SIGTERM, which
+num_workers is at most 2, or beyond what is accepted; `compile` (minutes of compilation) and --find_batch_size (which
+needs a GPU) are left out. A run that is still going on after its time is stopped by SIGTERM, which
 must end it in order.
 """
 
