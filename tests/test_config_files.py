@@ -202,7 +202,7 @@ def test_every_key_is_explained():
             if key not in ("generation_kwargs",) and not (key == "kwargs" and "patience" in value)]
     assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in cells)
     assert set(flat) <= set(names) and {"kwargs.patience", "generation_kwargs.num_beams"} <= set(names)
-    expected = "| `lm_lr` | number greater than 0 | `5e-05` | highest learning rate of the language model |"
+    expected = "| `lm_lr` | number greater than 0 | `5e-05` | peak learning rate of the language model |"
     assert expected in rows
 
 
