@@ -14,8 +14,8 @@ examples:
   python train.py --print_config                       what would be run, with all defaults
   python train.py --find_batch_size                    the largest train_batch_size that fits into the GPU
 
-The same command goes on where an earlier one was stopped. A run makes everything in trainer_kwargs.output_dir;
-the model is in model_checkpoints/best and model_checkpoints/last there. README.md lists all keys.
+The same command resumes a run that was stopped. A run writes everything into trainer_kwargs.output_dir;
+the model is in model_checkpoints/best and model_checkpoints/last there. docs/config.md lists all keys.
 """
 
 

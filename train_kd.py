@@ -18,8 +18,8 @@ examples:
   python train_kd.py --print_config                        what would be run, with all defaults
   python train_kd.py --find_batch_size                     the largest train_batch_size that fits into the GPU
 
-The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command goes on
-where an earlier one was stopped. README.md lists all keys.
+The teacher is fine-tuned first, with train.py, and named in trainer_kwargs.teacher_ckpt_path. The same command resumes
+a run that was stopped. docs/config.md lists all keys.
 """
 
 

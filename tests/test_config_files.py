@@ -186,13 +186,11 @@ def test_shipped_distillation_config_is_the_recipe():
 
 
 def test_schema_and_reference_are_in_step():
-    """A schema or README.md lags behind utils/config.py or utils/config_kd.py."""
+    """A schema or docs/config.md lags behind utils/config.py or utils/config_kd.py."""
     assert json.loads((ROOT / "config.schema.json").read_text(encoding="utf-8")) == schema()
     assert json.loads((ROOT / "config_kd.schema.json").read_text(encoding="utf-8")) == schema(DistillConfig)
-    readme = ROOT / "README.md"
-    if readme.is_file() and START in readme.read_text(encoding="utf-8"):
-        between = readme.read_text(encoding="utf-8").split(START)[1].split(END)[0]
-        assert between.strip() == reference().strip()
+    between = (ROOT / "docs/config.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    assert between.strip() == reference().strip()
 
 
 def test_every_key_is_explained():
@@ -204,7 +202,7 @@ def test_every_key_is_explained():
             if key not in ("generation_kwargs",) and not (key == "kwargs" and "patience" in value)]
     assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in cells)
     assert set(flat) <= set(names) and {"kwargs.patience", "generation_kwargs.num_beams"} <= set(names)
-    expected = "| `lm_lr` | number greater than 0 | `5e-05` | highest learning rate of the language model |"
+    expected = "| `lm_lr` | number greater than 0 | `5e-05` | peak learning rate of the language model |"
     assert expected in rows
 
 
@@ -249,20 +247,20 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
     run = config_reference.main
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "config.schema.json and config_kd.schema.json out of step with utils/config.py and utils/config_kd.py: run "
-        "python -m utils.config_reference"]
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n{START}\nold\n{END}\nrest\n", encoding="utf-8")
+        "out of date: config.schema.json, config_kd.schema.json; run python -m utils.config_reference"]
+    page = tmp_path / "docs/config.md"
+    page.parent.mkdir()
+    page.write_text(f"# Title\n{START}\nold\n{END}\nrest\n", encoding="utf-8")
     assert run([], tmp_path) == 0 and run(["--check"], tmp_path) == 0
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith(f"# Title\n{START}\n") and text.endswith(f"{END}\nrest\n")
     assert "`lm_lr`" in text and "`lambda`" in text
-    readme.write_text(text.replace("lm_lr", "lr"), encoding="utf-8")
+    page.write_text(text.replace("lm_lr", "lr"), encoding="utf-8")
     capsys.readouterr()
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "README.md out of step with utils/config.py and utils/config_kd.py: run python -m utils.config_reference"]
-    readme.write_text("# no markers\n", encoding="utf-8")
+        "out of date: docs/config.md; run python -m utils.config_reference"]
+    page.write_text("# no markers\n", encoding="utf-8")
     assert run(["--check"], tmp_path) == 1 and len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -278,10 +276,10 @@ def test_editors_accept_a_distillation_config():
         assert list(validator.iter_errors(bad))
 
 
-def test_readme_lists_what_differs_and_nothing_twice():
-    """Fault: a key of config_kd.json is in no table of README.md, is told twice, or its section is not in full."""
-    between = (ROOT / "README.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
-    first, second = between.split("\n## Config reference: `config_kd.json`\n")
+def test_reference_lists_what_differs_and_nothing_twice():
+    """Fault: a key of config_kd.json is in no table of docs/config.md, is in two, or its section is not in full."""
+    between = (ROOT / "docs/config.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    first, second = between.split("\n## `config_kd.json` (`train_kd.py`)\n")
     found = {section.split("`")[0]: [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
              for section in second.split("\n### `")[1:]}
     generation = ["max_generation_length", "num_beams", "early_stopping"]

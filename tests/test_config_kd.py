@@ -94,14 +94,14 @@ def test_lambda_keeps_its_name_all_the_way(tmp_path):
 
 
 def test_lambda_is_called_lambda_in_what_users_see(tmp_path):
-    """Fault: an error, a warning, the schema or README.md tells of a key lambda_ that cannot be set."""
+    """Fault: an error, a warning, the schema or docs/config.md names a key lambda_ that cannot be set."""
     assert refusal(tmp_path, distillation(lambda_=0.3)) == [
         "config.json: distillation_kwargs.lambda_ is unknown: did you mean lambda?"]
     assert warnings_of(load(tmp_path, distillation(**{"lambda": 0.3}))) == [
         "distillation_kwargs.lambda has no effect: it belongs to kl_div skew_forward and skew_reverse, and kl_div is "
         "forward"]
     assert "lambda" in schema(DistillConfig)["$defs"]["DistillationKwargs"]["properties"]
-    reference = (ROOT / "README.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    reference = (ROOT / "docs/config.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
     assert "| `lambda` |" in reference and "lambda_" not in reference + json.dumps(schema(DistillConfig))
 
 

@@ -33,27 +33,27 @@ STUDENT_KEYS = {"lang_model": "student_lang_model", "gpu_device_id": "student_gp
 
 
 class DistillModelArch(Section):
-    """Teacher and student, and where they reside. The keys from from_scratch on are the student's."""
+    """Teacher and student, and their GPUs. The keys from from_scratch on are for the student."""
 
     teacher_lang_model: Name | None = Field(
-        None, description="hub id or local folder of the teacher; null is what teacher_ckpt_path holds"
+        None, description="hub id or local folder of the teacher; null: the model in teacher_ckpt_path"
     )
     student_lang_model: Name = Field(
         "gpt2", description="hub id, local folder, or a built-in demo size (demo-student)"
     )
     teacher_gpu_device_id: GpuNumber = Field(
-        0, description="number of the teacher's GPU; null is 0; may be the student's; ignored with a notice where "
-        "there is no GPU, and with multi_gpu, where each process holds a teacher beside its student"
+        0, description="index of the teacher's GPU; null: 0; may be the student's; ignored, with a notice, without "
+        "a GPU, and with multi_gpu: each process then has a teacher beside its student"
     )
     student_gpu_device_id: GpuNumber = Field(
-        0, description="number of the student's GPU; null is 0; ignored with a notice where there is no GPU"
+        0, description="index of the student's GPU; null: 0; without a GPU ignored, with a notice"
     )
     from_scratch: FromScratch = False
     architecture: Architecture = Field(default={})
     tokenizer: TokenizerName = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="one number for all dropouts of the student; null keeps the model's own, and is 0 with "
-        "policy_gradient, where the probabilities must be the same while drawing and in the loss"
+        None, description="one value for all dropouts of the student; null: the model's own, or 0 with "
+        "policy_gradient, whose probabilities must be the same during sampling and in the loss"
     )
     pack_rows: PackRows = True
     prune_last_block: PruneLastBlock = True
@@ -71,31 +71,31 @@ class DistillModelArch(Section):
 
 
 class DistillTrainerKwargs(TrainerKwargs):
-    """The training loop: how long, on what, what is measured and what is kept."""
+    """The training loop: length, device, evaluation and checkpoints."""
 
-    output_dir: Name = Field("runs/distill", description="folder for logs and checkpoints; made if absent")
+    output_dir: Name = Field("runs/distill", description="folder for logs and checkpoints; created if missing")
     teacher_ckpt_path: Name | None = Field(
         None, description="the fine-tuned teacher: a checkpoint folder, a save_pretrained folder or a legacy .pt state "
-        "dict; null is the weights of teacher_lang_model itself"
+        "dict; null: the weights of teacher_lang_model"
     )
     student_ckpt_path: Name | None = Field(
-        None, description="start the student from there (the same kinds); null is the weights of student_lang_model"
+        None, description="initial weights of the student (the same formats); null: the weights of student_lang_model"
     )
 
 
 class TeacherCache(Section):
-    """Teacher outputs kept on disk."""
+    """Teacher outputs stored on disk."""
 
     kind: Literal["hidden", "top_k"] = Field(
-        "hidden", description="hidden is the hidden states, exact; top_k is the log-probabilities of the top_k best "
-        "tokens and of all the others together, smaller, a lower bound of the divergence"
+        "hidden", description="hidden: the hidden states, exact; top_k: the log-probabilities of the top_k most likely "
+        "tokens and of all others together, smaller, a lower bound of the divergence"
     )
-    top_k: int = Field(64, ge=1, description="with kind top_k: tokens kept at each label position")
+    top_k: int = Field(64, ge=1, description="with kind top_k: tokens stored per label position")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="with kind hidden: stored precision; auto is that of the forward pass, which loses nothing"
+        "auto", description="with kind hidden: stored precision; auto: that of the forward pass, lossless"
     )
     dir: Name | None = Field(
-        None, description="folder of the cache, shared by runs; null is teacher_cache in output_dir"
+        None, description="folder of the cache, shared by runs; null: teacher_cache in output_dir"
     )
 
 
@@ -119,7 +119,7 @@ class DistillationKwargs(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     method: Literal["divergence", "policy_gradient"] = Field(
-        "divergence", description="divergence: one of teacher and student at each token of the highlights; "
+        "divergence", description="divergence: of teacher and student at each token of the highlights; "
         "policy_gradient: the reverse KL of whole sequences, on rollouts"
     )
     kl_div: Literal[*DIVERGENCES] = Field(
@@ -139,62 +139,63 @@ class DistillationKwargs(Section):
     mu: float = parameter_field("mu")
     chunk_size: int = Field(128, ge=1, le=1_000_000, description="label positions whose logits exist at a time")
     teacher_cache: TeacherCache | None = Field(
-        None, description='keep the teacher\'s outputs on disk: the first epoch fills it, later ones do not need the '
-        'teacher; {"kind": "hidden"} is the simplest; null is off'
+        None, description='store the teacher\'s outputs on disk: the first epoch fills the cache, later ones do not '
+        'need the teacher; {"kind": "hidden"} is the simplest; null: off'
     )
     on_policy_fraction: float = Field(
         0.0, ge=0, le=1, description="method divergence: share of the optimizer steps whose divergence is taken on the "
         "student's own rollouts; cross-entropy stays on the highlights"
     )
     rollout: Literal["mixed", "student", "teacher", "labels"] = Field(
-        "mixed", description="policy_gradient: what sequences, of up to generation_kwargs.max_generation_length "
-        "tokens, are drawn from; mixed is alpha teacher + (1 - alpha) student; labels takes the highlights instead"
+        "mixed", description="policy_gradient: the source of sequences, of up to "
+        "generation_kwargs.max_generation_length tokens; mixed: alpha teacher + (1 - alpha) student; labels: the "
+        "highlights, without sampling"
     )
     alpha: float = Field(0.2, ge=0, le=1, description="rollout mixed: share of the teacher")
     rollout_temperature: float = Field(
-        1.0, ge=0.001, le=1000, description="of both models while drawing"
+        1.0, ge=0.001, le=1000, description="of both models during sampling"
     )
     rollout_top_k: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="draw among so many most likely tokens; null is all"
+        None, description="sample from the N most likely tokens; null: from all"
     )
     rollout_top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="draw among the fewest tokens that have this mass together; null is all"
+        None, description="sample from the smallest set of tokens with this total probability; null: from all"
     )
     rollout_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="rows decoded at a time; null is dataset_kwargs.val_batch_size"
+        None, description="rows decoded at a time; null: dataset_kwargs.val_batch_size"
     )
     rollout_epochs: int = Field(
         1, ge=1, le=1000, description="policy_gradient: optimizer steps in a row that use one set of rollouts"
     )
     importance_weight: Literal["token", "sequence"] = Field(
-        "token", description="policy_gradient: what corrects for drawing from the mixture; token is each token's own "
-        "ratio (with rollout_top_k or rollout_top_p under 1), sequence their product, unbiased and of high variance"
+        "token", description="policy_gradient: importance weight for sampling from the mixture; token: each token's "
+        "own ratio (below 1 with rollout_top_k or rollout_top_p); sequence: their product, unbiased, high variance"
     )
     lm_weight: float = Field(
         0.5, ge=0, le=1, description="policy_gradient: share of the cross-entropy on the highlights"
     )
     clip_epsilon: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        0.2, description="policy_gradient: the long-term part learns nothing more from a token whose importance weight "
-        "times change of probability since it was drawn is further than this from 1; null is no clipping"
+        0.2, description="policy_gradient: PPO clipping range, in the long-term loss, of the importance weight times "
+        "the probability ratio; null: no clipping"
     )
     whiten: bool = Field(
-        False, description="policy_gradient: long-term rewards with mean 0 and standard deviation 1 in each step"
+        False, description="policy_gradient: normalise the long-term rewards of a step to mean 0, standard deviation 1"
     )
-    penalty: bool = Field(False, description="policy_gradient: adds the three penalties that follow")
-    frequency_weight: float = Field(0.1, ge=0, description="penalty: of using the same tokens again and again")
-    diversity_weight: float = Field(0.1, ge=0, description="penalty: of tokens that all mean alike")
-    entropy_weight: float = Field(0.01, ge=0, description="penalty: of over-confident predictions")
+    penalty: bool = Field(False, description="policy_gradient: add the three penalties that follow")
+    frequency_weight: float = Field(0.1, ge=0, description="penalty: weight for repeated tokens")
+    diversity_weight: float = Field(0.1, ge=0, description="penalty: weight for tokens of similar meaning")
+    entropy_weight: float = Field(0.01, ge=0, description="penalty: weight for over-confident predictions")
     entropy_floor: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="penalty: entropy in nats from which on a prediction is not punished; null is a tenth of the "
-        "log of the vocabulary's size"
+        None, description="penalty: predictions with at least this entropy, in nats, have no penalty; null: a tenth of "
+        "the log of the vocabulary size"
     )
     student_init: Literal["teacher_layers"] | None = Field(
-        None, description="teacher_layers copies blocks of a teacher of the same width; null is the student's weights"
+        None, description="teacher_layers: copy blocks of a teacher of the same width; null: the student's own weights"
     )
     student_layers: Annotated[
         list[Annotated[int, Field(ge=0)]] | None, AfterValidator(check_layers)
-    ] = Field(None, description="with student_init: numbers of the teacher's blocks, from 0; null spreads "
-            "them evenly from first to last")
+    ] = Field(None, description="with student_init: indices of the teacher's blocks, from 0; null: spread "
+            "evenly from first to last")
 
 
 class DistillConfig(Section):

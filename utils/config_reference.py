@@ -1,10 +1,10 @@
 """The JSON Schemas of the configs, and what is generated from them: `config.schema.json`, `config_kd.schema.json` and
-the reference in README.md.
+the key reference in docs/config.md.
 
-    python -m utils.config_reference            writes all
-    python -m utils.config_reference --check    exit code 1 where one is out of step
+    python -m utils.config_reference            write all three
+    python -m utils.config_reference --check    write nothing; exit code 1 if one is out of date
 
-Where README.md is absent, only the schemas. The reference stands between the two marker lines below.
+The reference stands between the two marker lines below. Without docs/config.md, only the schemas are written.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from utils.config_kd import STUDENT_KEYS, DistillConfig
 from utils.files import json_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA_FILES, README = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": DistillConfig}, "README.md"
+SCHEMA_FILES = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": DistillConfig}
+PAGE = "docs/config.md"
 OTHER_SCRIPT = {FineTuneConfig: ("train_kd.py", DistillConfig), DistillConfig: ("train.py", FineTuneConfig)}
 LONGEST = 200  # characters of a key that are compared: it takes as many steps as it has characters
 CLOSE = 0.6  # of SequenceMatcher.ratio, as difflib.get_close_matches has it
@@ -183,8 +184,8 @@ def allow_free_text(node: dict) -> None:
 def markdown_reference(model: type[BaseModel] = FineTuneConfig, above: type[BaseModel] | None = None) -> str:
     """A table of the keys for each section.
 
-    above: a model whose reference stands above: sections that are the same are left out, and of one that has all the
-    keys of `above` only those that differ are shown.
+    above: a model whose reference stands above. Sections that are the same are omitted; of a section that has all the
+    keys of `above`, only those that differ are shown.
     """
     tree = model.model_json_schema()
     known = {} if above is None else dict(leaves(above.model_json_schema()))
@@ -195,7 +196,7 @@ def markdown_reference(model: type[BaseModel] = FineTuneConfig, above: type[Base
         theirs = {path for path in known if path[0] == name}
         if theirs and theirs <= own.keys():
             own = {path: node for path, node in own.items() if known.get(path) != node}
-            meaning = "As above, but for:"
+            meaning = "As above, except:"
         if own:
             rows = [row(path[1:], node) for path, node in own.items()]
             parts.append("\n".join([f"### `{name}`", "", meaning, "", *TABLE_HEAD, *rows]))
@@ -203,8 +204,8 @@ def markdown_reference(model: type[BaseModel] = FineTuneConfig, above: type[Base
 
 
 def reference() -> str:
-    """What stands in README.md between the markers: config.json in full, then what differs in config_kd.json."""
-    heading = ("## Config reference: `config_kd.json`\n\n"
+    """What stands in docs/config.md between the markers: config.json in full, then what differs in config_kd.json."""
+    heading = ("## `config_kd.json` (`train_kd.py`)\n\n"
                "Sections that are not listed here are those of `config.json` above.\n")
     return f"{markdown_reference()}\n{heading}\n{markdown_reference(DistillConfig, FineTuneConfig)}"
 
@@ -217,32 +218,31 @@ def row(path: tuple, node: dict) -> str:
 
 
 def generated(root: Path = ROOT) -> tuple[dict[str, str], list[str]]:
-    """({file name: text as it should be}, problems); README.md only where it is there."""
+    """({file name: text as it should be}, problems); docs/config.md only if it exists."""
     texts, problems = {name: json_text(schema(model)) for name, model in SCHEMA_FILES.items()}, []
-    if (root / README).is_file():
-        text = (root / README).read_text(encoding="utf-8")
+    if (root / PAGE).is_file():
+        text = (root / PAGE).read_text(encoding="utf-8")
         if text.count(START) == 1 and text.count(END) == 1 and text.index(START) < text.index(END):
             before, after = text.split(START)[0], text.split(END)[1]
-            texts[README] = f"{before}{START}\n\n{reference()}\n{END}{after}"
+            texts[PAGE] = f"{before}{START}\n\n{reference()}\n{END}{after}"
         else:
-            problems.append(f"{README} needs the lines {START} and {END}, once each, where the reference belongs")
+            problems.append(f"{PAGE} needs the lines {START} and {END}, once each, where the reference belongs")
     return texts, problems
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser("python -m utils.config_reference", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is out of step")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     texts, problems = generated(root)
     stale = [name for name, text in texts.items() if not same(root / name, text)]
     if check and stale:
-        problems.append(f"{' and '.join(stale)} out of step with utils/config.py and utils/config_kd.py: run "
-                        "python -m utils.config_reference")
+        problems.append(f"out of date: {', '.join(stale)}; run python -m utils.config_reference")
     if not check:
         for name in stale:
             write_text(root / name, texts[name])
-        print(f"written: {', '.join(stale)}" if stale else "in step already")
+        print(f"written: {', '.join(stale)}" if stale else "up to date")
     if problems:
         print("; ".join(problems), file=sys.stderr)
     return 1 if problems else 0
