@@ -72,7 +72,7 @@ def test_scores_say_their_weights(tmp_path):
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["weights"] == {"sha256": digest(root / "step-8/model.safetensors"), "step": 8}
     assert not is_broken(scores)
-    assert validate(tmp_path, root / "step-4")["weights"] == {
+    assert validate(tmp_path, root / "step-4")["weights"] == {"path": str(root / "step-4"),
         "sha256": digest(root / "step-4/model.safetensors"), "step": 4}
     assert validate(tmp_path, tmp_path / "model")["weights"]["step"] is None
     assert validate(tmp_path, "lead-3")["weights"] == {"sha256": None, "step": None}
