@@ -44,7 +44,7 @@ from benchmarks.interleaved import (
     take_turns,
 )
 from benchmarks.kd_work import number_tokenizer
-from model.decoding import greedy_decode, left_padded
+from model.decoding.loop import greedy_decode, left_padded
 from model.language_model import LanguageModel
 from utils.command_line import OneLineParser, quiet_libraries
 

@@ -11,7 +11,7 @@ gradients of the student's hidden states and head; random weights, float32. A ba
   trl_chunked     TRL's ChunkedDivergenceFunction on the gathered label positions
   liger           Liger's fused linear JSD on the gathered label positions, without torch.compile
   liger_compiled  the same with torch.compile, which is its default; compiling is not timed
-  ours            model/vocabulary_loss.py on the gathered label positions
+  ours            model/losses/vocabulary_loss.py on the gathered label positions
 Loss and gradients are compared first. Variants take turns, the first round is dropped. Peak memory is measured in a
 process of its own for each variant, with the default allocator, gradients included; on a GPU it is
 what torch allocates. Large temporaries are mapped anew in each step by glibc's default allocator; so that this does not
@@ -46,8 +46,8 @@ from benchmarks.interleaved import (
 )
 from model.language_model import IGNORED
 from model.losses.divergences import choose_divergence
-from model.output_head import OutputHead
-from model.vocabulary_loss import TeacherHidden, vocabulary_loss
+from model.losses.output_head import OutputHead
+from model.losses.vocabulary_loss import TeacherHidden, vocabulary_loss
 from utils.command_line import OneLineParser, quiet_libraries
 
 SIZES = {"tiny": (16, 24, 211), "small": (256, 384, 50257), "real": (768, 1024, 50257)}  # widths, vocabulary

@@ -42,11 +42,11 @@ from benchmarks.decode import CONTEXT, END, Rows, make_prompts
 from benchmarks.interleaved import Target, choose_variants, compare, take_turns
 from benchmarks.kd_step import plain_step
 from benchmarks.kd_work import SIZES, Work, collate, make_models, number_tokenizer
-from model.decoding import left_padded, make_voice
+from model.decoding.loop import left_padded, make_voice
+from model.decoding.rollout_buffer import RolloutBuffer
+from model.decoding.rollouts import RolloutOptions, Rollouts, draw_rollouts
+from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import IGNORED, LanguageModel, position_ids
-from model.rollout_sets import RolloutSets
-from model.rollouts import RolloutOptions, Rollouts, draw_rollouts
-from model.sampling import SamplingOptions, row_uniforms
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from utils.command_line import OneLineParser, quiet_libraries
@@ -218,7 +218,7 @@ def check_processor(pair: tuple, prompts: Rows, new: int, alpha: float) -> None:
 def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
     (teacher, student), vocabulary = pair, SIZES[size][2]
     held, drawing = Teacher(teacher), RolloutOptions("student", max_new_tokens=new, slots=len(prompts), seed=SEED)
-    sets = RolloutSets(student, held, drawing, vocabulary, say=lambda told: None)
+    sets = RolloutBuffer(student, held, drawing, vocabulary, say=lambda told: None)
     objective = TeacherStudent(student, held, kl_div="JS", kd_weight=1.0, vocabulary=vocabulary, on_policy_fraction=1.0,
                                rollouts=sets).train()
     highlights = torch.randint(END + 1, vocabulary, (len(prompts), new))

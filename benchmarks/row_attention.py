@@ -3,8 +3,8 @@
     python -m benchmarks.row_attention [--device cpu|cuda] [--precision float32|bfloat16] [--heads 12] [--rows 16]
                                        [--shortest 300] [--longest 1023] [--rounds 20]
 
-  row_by_row  one call for each row (model/row_attention.py, on a CPU)
-  padded      the rows padded for attention alone (model/row_attention.py, on a GPU)
+  row_by_row  one call for each row (model/gpt2/row_attention.py, on a CPU)
+  padded      the rows padded for attention alone (model/gpt2/row_attention.py, on a GPU)
   nested      torch's jagged nested tensors, on a GPU
   varlen      torch.nn.attention.varlen, on a GPU in bfloat16 (it knows no dropout)
   operator    torch's private operator beneath it, the same (this one knows dropout)
@@ -29,7 +29,7 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
-from model.row_attention import Rows, causal_attention, padded_places, place_rows
+from model.gpt2.row_attention import Rows, causal_attention, padded_places, place_rows
 from utils.command_line import OneLineParser
 
 HEAD_DIM = 64

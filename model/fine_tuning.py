@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from model.language_model import LanguageModel
+from model.losses.vocabulary_loss import vocabulary_loss
 from model.objective import LossTerms, arguments_of, by_step
-from model.vocabulary_loss import vocabulary_loss
 
 
 class FineTuning(nn.Module):

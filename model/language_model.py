@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from model.output_head import OutputHead
-from model.packed_gpt2 import can_pack, packed_hidden_states, plan_packing
-from model.tied_weight import tied
+from model.gpt2.packed_forward import can_pack, packed_hidden_states, plan_packing
+from model.gpt2.tied_weight import tied
+from model.losses.output_head import OutputHead
 from model.transfer import to_device
 
 IGNORED = -100  # label of a position that takes no loss
@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
         self._logit_scale, self._logit_cap = logit_transform(model)
         self.pack_rows = self.prune_last_block = True
         self._compiled = False
-        self.decodes_together: dict[int, bool] = {}  # found out by model/slots.py: length -> whether rows of it can
+        self.decodes_together: dict[int, bool] = {}  # by length, found out by model/decoding/kv_cache.py
         real = real_tokens(tokenizer)
         if self.prompt_template is not None:  # our own folder says what its loss left out
             left_out = {*(model.generation_config.suppress_tokens or ())}

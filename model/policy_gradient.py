@@ -8,16 +8,16 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from model.decoding.rollout_buffer import RolloutBatch, RolloutBuffer, on_highlights
+from model.decoding.rollouts import RolloutOptions
 from model.language_model import LanguageModel
+from model.losses.penalties import unit_embeddings
+from model.losses.policy_loss import Penalties, PolicyTokens, policy_loss
+from model.losses.vocabulary_loss import vocabulary_loss
 from model.objective import LossTerms, arguments_of
-from model.penalties import unit_embeddings
-from model.policy_loss import Penalties, PolicyTokens, policy_loss
-from model.rollout_sets import RolloutBatch, RolloutSets, on_highlights
-from model.rollouts import RolloutOptions
 from model.teacher import Teacher, are_finite
 from model.transfer import to_device
 from model.vocabulary import shared_vocabulary
-from model.vocabulary_loss import vocabulary_loss
 
 
 class TeacherStudent(nn.Module):
@@ -39,8 +39,8 @@ class TeacherStudent(nn.Module):
     clip_epsilon 0.2 0.25 at alpha 0.2, and with normalize_rewards too, which is the default, 0.35.
 
     language_model: the student, without dropout: the probabilities must be the same while drawing and in the loss.
-    penalty: adds the penalties of `model/penalties.py` on the student's distributions along the sequences; with rollout
-    "labels" those are its conditional distributions on the highlights, not on what it generates.
+    penalty: adds the penalties of `model/losses/penalties.py` on the student's distributions along the sequences; with
+    rollout "labels" those are its conditional distributions on the highlights, not on what it generates.
     rollout: "mixed" (alpha), "student", "teacher" or "labels" (the highlights themselves: no sampling, weights 1).
     rollout_epochs: optimizer steps in a row that use one set of rollouts. rollout_batch_size: rows decoded at a time.
     shorten: cuts a row's prompt so that max_generation_length tokens fit behind it. vocabulary: number of real tokens;
@@ -101,7 +101,7 @@ class TeacherStudent(nn.Module):
             rollout, alpha, rollout_temperature, rollout_top_k, rollout_top_p, max_generation_length,
             rollout_batch_size, seed,
         )
-        self.sets = RolloutSets(
+        self.sets = RolloutBuffer(
             language_model, teacher, options, vocabulary, temperature=temperature, importance_weight=importance_weight,
             normalize=normalize_rewards, whiten=whiten, epochs=rollout_epochs, chunk_size=chunk_size, shorten=shorten,
             autocast=autocast, sum_over_group=sum_over_group, say=say,

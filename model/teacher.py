@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from model.language_model import LanguageModel
+from model.losses.output_head import OutputHead, autocast_type
+from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK
 from model.objective import arguments_of
-from model.output_head import OutputHead, autocast_type
 from model.transfer import to_device
-from model.vocabulary_loss import TeacherHidden, TeacherTopK
 
 
 class Teacher:

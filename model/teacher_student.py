@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.decoding.rollout_buffer import RolloutBatch, RolloutBuffer
 from model.language_model import LanguageModel
 from model.losses.divergences import choose_divergence
+from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
 from model.objective import LossTerms, arguments_of, by_step
-from model.rollout_sets import RolloutBatch, RolloutSets
 from model.teacher import Teacher, are_finite
 from model.vocabulary import shared_vocabulary
-from model.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
 
 
 class TeacherStudent(nn.Module):
@@ -50,7 +50,7 @@ class TeacherStudent(nn.Module):
         chunk_size: int = 128,
         vocabulary: int | None = None,
         on_policy_fraction: float = 0.0,
-        rollouts: RolloutSets | None = None,
+        rollouts: RolloutBuffer | None = None,
         **parameters: float,
     ):
         super().__init__()
@@ -67,7 +67,7 @@ class TeacherStudent(nn.Module):
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction is {on_policy_fraction}: expected a number from 0 to 1")
         if on_policy_fraction and rollouts is None:
-            raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutSets")
+            raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutBuffer")
         self.on_policy_fraction, self.rollouts, self.steps = on_policy_fraction, rollouts, 0
 
     def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:

@@ -1,10 +1,10 @@
-"""How a chunked loss goes through its positions: model/vocabulary_loss.py."""
+"""How a chunked loss goes through its positions: model/losses/vocabulary_loss.py."""
 
 import pytest
 import torch
 
-from model.output_head import OutputHead
-from model.vocabulary_loss import chunked_loss, vocabulary_loss
+from model.losses.output_head import OutputHead
+from model.losses.vocabulary_loss import chunked_loss, vocabulary_loss
 
 
 @pytest.mark.parametrize("in_blocks", [True, False])

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.decoding import greedy_decode
+from model.decoding.loop import greedy_decode
+from model.decoding.rollout_buffer import RolloutBuffer
+from model.decoding.rollouts import RolloutOptions
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
-from model.output_head import OutputHead
-from model.rollout_sets import RolloutSets
-from model.rollouts import RolloutOptions
+from model.losses.output_head import OutputHead
+from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of, vocabulary_loss
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
-from model.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of, vocabulary_loss
 from tests import test_fine_tuning, test_policy_gradient, test_teacher_student
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import random_rows, randomised, tiny_teacher
@@ -290,7 +290,7 @@ def objectives() -> dict:
     batch = random_rows([(length, list(range(length - 20, length))) for length in (1000, 1000, 1000, 200)])
     ids, mask, labels = batch
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": list(range(len(ids)))}
-    drawing = RolloutSets(own, of_teacher, RolloutOptions("student", max_new_tokens=6), 257, say=lambda text: None)
+    drawing = RolloutBuffer(own, of_teacher, RolloutOptions("student", max_new_tokens=6), 257, say=lambda text: None)
     policy = {"max_generation_length": 6, "say": lambda text: None, "penalty": True}
     found = {"fine-tuning": (FineTuning(own), batch)}
     for kl_div in NAMES:

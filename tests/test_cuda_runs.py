@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.step_graph import StepGraphs, rounded
+from model.gpt2.cuda_graph import StepGraphs, rounded
 from tests import test_demo_news_folder, test_validate_model
 from tests.small_kd_runs import make_kd_project, run_kd, save_model
 from tests.small_runs import changed, largest_difference, launch, make_project, metrics, run, weights, write_config

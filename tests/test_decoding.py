@@ -1,4 +1,4 @@
-"""Batched greedy decoding and beam search against single-prompt `generate`: model/decoding.py."""
+"""Batched greedy decoding and beam search against single-prompt `generate`: model/decoding/loop.py."""
 
 import random
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.prompts import PromptFormat
-from model.decoding import batches_by_length, beam_search, greedy_decode
+from model.decoding.loop import batches_by_length, beam_search, greedy_decode
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_tokenizer
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from model.decoding import greedy_decode
+from model.decoding.loop import greedy_decode
 from model.language_model import LanguageModel, ModelError
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.test_decoding import generated, random_prompts

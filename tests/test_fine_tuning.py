@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.decoding import greedy_decode
+from model.decoding.loop import greedy_decode
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model

@@ -1,11 +1,11 @@
-"""GPT-2's activation and the product after it: model/gelu_linear.py."""
+"""GPT-2's activation and the product after it: model/gpt2/gelu_linear.py."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 
-from model.gelu_linear import gelu_linear
+from model.gpt2.gelu_linear import gelu_linear
 
 
 def inputs(dtype):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.decoding import greedy_decode
+from model.decoding.loop import greedy_decode
 from model.language_model import LanguageModel, ModelError
 from model.legacy import load_legacy_weights, strip_prefixes
 from model.loading import load_language_model

@@ -10,12 +10,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from data.prompts import PromptFormat
-from model.decoding import beam_search, greedy_decode, make_voice
+from model.decoding.loop import beam_search, greedy_decode, make_voice
+from model.decoding.rollouts import draw_rollouts
+from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
-from model.rollouts import draw_rollouts
-from model.sampling import SamplingOptions, row_uniforms
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, make_rows, run

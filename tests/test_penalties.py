@@ -1,4 +1,4 @@
-"""Penalties against brute force over pairs, hand-worked values and finite differences: model/penalties.py."""
+"""Penalties against brute force over pairs, hand-worked values and finite differences: model/losses/penalties.py."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from model.losses.divergences import FLOOR
-from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty, unit_embeddings
+from model.losses.penalties import diversity_penalty, entropy_penalty, frequency_penalty, unit_embeddings
 
 INF, NAN = math.inf, math.nan
 NAMES = ["frequency", "diversity", "entropy"]

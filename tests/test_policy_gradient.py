@@ -9,13 +9,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import model.rollout_sets
+import model.decoding.rollout_buffer
 import model.teacher_student
+from model.decoding.rollout_buffer import RolloutBuffer
+from model.decoding.rollouts import RolloutOptions
 from model.language_model import LanguageModel
 from model.loading import load_language_model
 from model.policy_gradient import TeacherStudent
-from model.rollout_sets import RolloutSets
-from model.rollouts import RolloutOptions
 from model.teacher import Teacher
 from tests.conftest import byte_tokenizer
 from tests.small_kd_runs import randomised
@@ -229,7 +229,7 @@ def test_on_policy_divergence_equals_the_formula():
     """Fault: the divergence is taken on the highlights, or cross-entropy on samples, or means are over other tokens."""
     student, teacher = network(1), network(2, width=12)
     own, of_teacher = LanguageModel(student, tokenizer()), Teacher(LanguageModel(teacher, tokenizer()))
-    rollouts = RolloutSets(own, of_teacher, RolloutOptions("student", max_new_tokens=LENGTH, slots=2), SIZE,
+    rollouts = RolloutBuffer(own, of_teacher, RolloutOptions("student", max_new_tokens=LENGTH, slots=2), SIZE,
                            say=lambda text: None)
     objective = model.teacher_student.TeacherStudent(own, of_teacher, temperature=2.0, kd_weight=0.3, chunk_size=4,
                                                      on_policy_fraction=1.0, rollouts=rollouts).train()
@@ -297,7 +297,7 @@ def test_what_stands_behind_an_end_or_in_padding_changes_nothing(rollout, monkey
     """Fault: rewards, weights, lengths or states behind a sequence's end take part."""
     options = {"rollout": rollout, "penalty": True, "whiten": True, "importance_weight": "sequence"}
     plain = take_step(objective_of(network(1), network(2), **options), [collated(ROWS)])
-    draw = model.rollout_sets.draw_rollouts
+    draw = model.decoding.rollout_buffer.draw_rollouts
 
     def poisoned(*arguments):
         rollouts = draw(*arguments)
@@ -308,7 +308,7 @@ def test_what_stands_behind_an_end_or_in_padding_changes_nothing(rollout, monkey
                     each[row, len(tokens) :] = math.nan
         return rollouts
 
-    monkeypatch.setattr(model.rollout_sets, "draw_rollouts", poisoned)
+    monkeypatch.setattr(model.decoding.rollout_buffer, "draw_rollouts", poisoned)
     padded = take_step(objective_of(network(1), network(2), **options), [collated(ROWS, columns=3, pad=2)])
     assert padded[2] == plain[2]
     assert_same(padded, plain, 1e-12)
@@ -338,7 +338,7 @@ def test_expected_gradient_of_whole_models_is_exact(rollout, alpha, kind, monkey
     exact.backward()
     right = gradients(student)
     assert sum(chances).item() == pytest.approx(1, abs=1e-12)
-    monkeypatch.setattr(model.rollout_sets, "row_uniforms", lambda *arguments: uniforms)
+    monkeypatch.setattr(model.decoding.rollout_buffer, "row_uniforms", lambda *arguments: uniforms)
     objective = objective_of(student, teacher, WORDS, rollout=rollout, alpha=alpha, importance_weight=kind, lm_weight=0,
                              normalize_rewards=False, clip_epsilon=None, max_generation_length=3)
     batches = in_batches([(TOY_PROMPT, [WORDS - 1])] * len(TOY_SEQUENCES), 1)

@@ -1,4 +1,4 @@
-"""The policy-gradient loss by enumeration and against plain float64 formulas: model/policy_loss.py."""
+"""The policy-gradient loss by enumeration and against plain float64 formulas: model/losses/policy_loss.py."""
 
 import inspect
 import itertools
@@ -8,13 +8,13 @@ import re
 import pytest
 import torch
 
-from model.output_head import OutputHead
-from model.penalties import unit_embeddings
+from model.losses.output_head import OutputHead
+from model.losses.penalties import unit_embeddings
+from model.losses.policy_loss import Penalties, PolicyTokens, clipped_surrogate, policy_loss, whole_sequences
+from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
+from model.losses.vocabulary_loss import TeacherHidden
 from model.policy_gradient import TeacherStudent
-from model.policy_loss import Penalties, PolicyTokens, clipped_surrogate, policy_loss, whole_sequences
-from model.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
 from model.teacher import Teacher
-from model.vocabulary_loss import TeacherHidden
 from tests.conftest import tiny_language_model
 
 # -- a toy whose sequences can all be written down ---------------------------------------------------------------

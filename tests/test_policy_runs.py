@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import model.rollout_sets
+import model.decoding.rollout_buffer
 from tests.small_kd_runs import make_kd_project, predicted_from, run_kd
 from tests.small_runs import changed, largest_difference, launch, make_rows, metrics, weights
 from tests.test_train_kd import STILL, assert_stopping_changes_nothing, batch_by_hand, resumable
@@ -202,8 +202,8 @@ def test_resume_repeats_the_run(tmp_path, capsys, epochs, options, steps):
 
 def test_a_resumed_run_takes_the_kept_set(tmp_path, monkeypatch):
     """Fault: a resume within a set draws it again, from weights that have changed since."""
-    drawn, draw = [], model.rollout_sets.draw_rollouts
-    monkeypatch.setattr(model.rollout_sets, "draw_rollouts", lambda *each: drawn.append(1) or draw(*each))
+    drawn, draw = [], model.decoding.rollout_buffer.draw_rollouts
+    monkeypatch.setattr(model.decoding.rollout_buffer, "draw_rollouts", lambda *each: drawn.append(1) or draw(*each))
     config = changed(make_kd_project(tmp_path, rows=6, **TWICE), trainer_kwargs={"max_steps": 3})
     assert run_kd(tmp_path, config) == 0 and len(drawn) == 2
     assert run_kd(tmp_path, changed(config, trainer_kwargs={"max_steps": 6})) == 0 and len(drawn) == 3

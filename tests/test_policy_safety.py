@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import model.rollout_sets
 from data.articles import DataError
 from data.prompts import PromptFormat
-from model.rollout_sets import COLLAPSED_SETS, RolloutSets
+from model.decoding import rollout_buffer
+from model.decoding.rollout_buffer import COLLAPSED_SETS, RolloutBuffer
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
 from tests.small_kd_runs import POSITIONS, make_kd_project, run_kd, save_model
 from tests.small_runs import assert_equal_weights, changed, make_rows, weights
@@ -62,7 +62,7 @@ def test_a_teacher_that_gives_nan(tmp_path, capsys, monkeypatch, rollout):
 
 def test_a_teacher_that_excludes_what_was_drawn(tmp_path, capsys, monkeypatch):
     """Fault: log p = -inf of a drawn token becomes a reward of -1e30 that tears the weights apart."""
-    config, made = make_kd_project(tmp_path, **STUDENT), RolloutSets.make
+    config, made = make_kd_project(tmp_path, **STUDENT), RolloutBuffer.make
 
     def spoilt(sets, *each):
         if sets.made == 2:
@@ -71,7 +71,7 @@ def test_a_teacher_that_excludes_what_was_drawn(tmp_path, capsys, monkeypatch):
                 0, torch.tensor([END]), 0.0))
         return made(sets, *each)
 
-    monkeypatch.setattr(RolloutSets, "make", spoilt)
+    monkeypatch.setattr(RolloutBuffer, "make", spoilt)
     assert run_kd(tmp_path, config) == 1
     error = last_error(capsys)
     assert "optimizer step 3: " in error and "row-" in error and "distillation_kwargs.temperature" in error
@@ -133,8 +133,8 @@ def test_a_prompt_is_cut_at_its_articles_end(length, cut):
 
 def test_rows_that_fill_the_context(tmp_path, capsys, monkeypatch):
     """Fault: a full row has no room for its rollout; or no room at all is found out in the first step."""
-    seen, draw = [], model.rollout_sets.draw_rollouts
-    monkeypatch.setattr(model.rollout_sets, "draw_rollouts", lambda *each: seen.extend(each[2]) or draw(*each))
+    seen, draw = [], rollout_buffer.draw_rollouts
+    monkeypatch.setattr(rollout_buffer, "draw_rollouts", lambda *each: seen.extend(each[2]) or draw(*each))
     config = changed(make_kd_project(tmp_path, **POLICY), dataset_kwargs={"max_length": 80})
     for options, most, code in ((POLICY, 40, 0), (POLICY, 73, 2), ({"on_policy_fraction": 1}, 73, 2)):
         output = tmp_path / f"run-{most}"

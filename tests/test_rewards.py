@@ -1,4 +1,4 @@
-"""Rewards and importance weights against two-loop references and hand-worked values: model/rewards.py."""
+"""Rewards and importance weights against two-loop references and hand-worked values: model/losses/rewards.py."""
 
 import itertools
 import math
@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import rewards
+from model.losses import rewards
 from model.losses.divergences import FLOOR
-from model.rewards import completion_mask, immediate_rewards, importance_weights, long_term_rewards, reward_to_go
+from model.losses.rewards import completion_mask, immediate_rewards, importance_weights, long_term_rewards, reward_to_go
 
 INF, NAN = math.inf, math.nan
 LARGEST = torch.finfo(torch.float32).max

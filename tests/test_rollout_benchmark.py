@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import rollout
-from model.sampling import SamplingOptions
+from model.decoding.sampling import SamplingOptions
 
 QUICK = ["--size", "tiny", "--rounds", "2", "--batch", "3", "--shortest", "2", "--longest", "9", "--new", "5"]
 PROMPTS = [[7, 8, 9, 10], [11], [12, 13]]

@@ -1,4 +1,4 @@
-"""Rollouts against a sampler written out over whole forward passes: model/rollouts.py."""
+"""Rollouts against a sampler written out over whole forward passes: model/decoding/rollouts.py."""
 
 import itertools
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.decoding import make_voice
+from model.decoding.loop import make_voice
+from model.decoding.rollouts import RolloutOptions, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
+from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import LanguageModel, ModelError
-from model.output_head import OutputHead
-from model.rollouts import RolloutOptions, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
-from model.sampling import SamplingOptions, row_uniforms
+from model.losses.output_head import OutputHead
 from tests.conftest import END
 from tests.test_families import tiny_family
 from tests.test_sampling import exact_mixture, word_model
@@ -183,7 +183,7 @@ def test_padding_rows_of_a_head_are_never_drawn(alpha):
     for model in models:
         bias = torch.zeros(SIZE + 3, dtype=torch.float64)
         bias[SIZE:] = 1000.0
-        voices.append(make_voice(model, OutputHead(model.output_head().weight, bias), SIZE))
+        voices.append(make_voice(model, OutputHead(model.losses.output_head().weight, bias), SIZE))
     options = SamplingOptions(alpha)
     rollouts = draw_rollouts(*voices, PROMPTS, MOST, 3, options, UNIFORMS)
     for row, prompt in enumerate(PROMPTS):

@@ -1,4 +1,4 @@
-"""Drawing from the mixture of student and teacher against the exact distribution: model/sampling.py."""
+"""Drawing from the mixture of student and teacher against the exact distribution: model/decoding/sampling.py."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from model.decoding import make_voice
+from model.decoding.loop import make_voice
+from model.decoding.rollouts import draw_rollouts
+from model.decoding.sampling import SamplingOptions, draw, log_prob_of, row_uniforms, truncated
 from model.language_model import LanguageModel
-from model.rollouts import draw_rollouts
-from model.sampling import SamplingOptions, draw, log_prob_of, row_uniforms, truncated
 
 LAST_UNIFORM = 1 - 2.0**-53
 TRUNCATIONS = [(None, None), (4, None), (None, 0.7), (6, 0.8), (1, None), (None, 1.0), (99, None)]

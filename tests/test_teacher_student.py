@@ -9,9 +9,9 @@ import torch
 from data.prompts import DEFAULT_TEMPLATE
 from model.language_model import LanguageModel
 from model.loading import load_language_model
+from model.losses.vocabulary_loss import TeacherTopK
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
-from model.vocabulary_loss import TeacherTopK
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import predicted_from, random_rows, randomised, save_model, tiny_teacher
 from tests.test_fine_tuning import gpt2_with_constant_logits

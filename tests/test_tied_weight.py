@@ -1,10 +1,10 @@
-"""The gradient of a tied embedding and head, in one tensor: model/tied_weight.py."""
+"""The gradient of a tied embedding and head, in one tensor: model/gpt2/tied_weight.py."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model.tied_weight import tied
+from model.gpt2.tied_weight import tied
 
 
 class GivenGradient(torch.autograd.Function):

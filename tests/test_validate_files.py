@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 
-import model.decoding
+import model.decoding.loop
 import utils.files
 import validate_model
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
@@ -179,7 +179,7 @@ def test_refused_run_changes_nothing(tmp_path, folder, earlier, capsys):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_run_that_dies_while_decoding_changes_nothing(tmp_path, folder, earlier, monkeypatch, error):
     """Fault: predictions are written as they come, so half of a failed run replaces a whole one."""
-    calls, real = [], model.decoding.read
+    calls, real = [], model.decoding.loop.read
 
     def second_one_fails(*arguments):
         calls.append(None)
@@ -187,7 +187,7 @@ def test_run_that_dies_while_decoding_changes_nothing(tmp_path, folder, earlier,
             raise error("in the middle")
         return real(*arguments)
 
-    monkeypatch.setattr(model.decoding, "read", second_one_fails)
+    monkeypatch.setattr(model.decoding.loop, "read", second_one_fails)
     arguments = (tmp_path, folder, tmp_path / "news.csv", "--batch_size", "2")
     assert run(*arguments)[0] == (130 if error is KeyboardInterrupt else 1)
     assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""The chunked loss from hidden states against full logits and autograd: model/vocabulary_loss.py."""
+"""The chunked loss from hidden states against full logits and autograd: model/losses/vocabulary_loss.py."""
 
 import math
 
@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.losses.divergences import choose_divergence
-from model.output_head import OutputHead
-from model.vocabulary_loss import TeacherHidden, top_k_of, vocabulary_loss
+from model.losses.output_head import OutputHead
+from model.losses.vocabulary_loss import TeacherHidden, top_k_of, vocabulary_loss
 from tests.test_divergences import FORMULAS, NAMES, NUMBERS
 
 N, V = 37, 13  # positions: more than two blocks, no multiple of 7; real tokens

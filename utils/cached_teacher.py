@@ -17,11 +17,11 @@ from data.os_errors import describe
 from data.scratch import clear_dead
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
 from data.token_cache import TokenTable
+from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
+from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of
 from model.objective import arguments_of
-from model.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.teacher import Teacher, are_finite, move_head, one_ahead
 from model.transfer import to_device
-from model.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of
 from utils.config_kd import DistillationKwargs
 from utils.devices import Place
 from utils.random_state import forked_random_state

@@ -1,10 +1,10 @@
 """The objective of config_kd.json's `distillation_kwargs`, and what of it a checkpoint belongs to."""
 
 from model import policy_gradient, teacher_student
+from model.decoding.rollout_buffer import RolloutBuffer
+from model.decoding.rollouts import RolloutOptions
 from model.language_model import LanguageModel
 from model.losses.registry import DIVERGENCES
-from model.rollout_sets import RolloutSets
-from model.rollouts import RolloutOptions
 from model.teacher import Teacher
 from utils.cached_teacher import CachedTeacher
 from utils.config_kd import DistillationKwargs, DistillConfig
@@ -52,7 +52,7 @@ def make_objective(
         options = RolloutOptions(
             "student", 0.0, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, most, slots, seed
         )
-        rollouts = RolloutSets(
+        rollouts = RolloutBuffer(
             student, teacher, options, vocabulary, temperature=kwargs.temperature, chunk_size=kwargs.chunk_size,
             shorten=shorten, autocast=place.autocast, sum_over_group=place.sum_over_group, say=log.say,
             advice="lower distillation_kwargs.on_policy_fraction or kd_weight",

@@ -16,7 +16,7 @@ from data.articles import Article
 from data.batches import evaluation_batches, load_batches
 from data.prompts import PromptFormat
 from data.token_cache import TokenTable
-from model.decoding import beam_search, evaluating, greedy_decode
+from model.decoding.loop import beam_search, evaluating, greedy_decode
 from model.language_model import LanguageModel
 from utils import rouge
 from utils.devices import Place

@@ -8,16 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.decoding import make_voice
+from model.decoding.loop import make_voice
+from model.decoding.rollouts import (
+    RolloutOptions,
+    Rollouts,
+    as_batch,
+    draw_rollouts,
+    real_tokens,
+    split_rows,
+    token_log_probs,
+)
+from model.decoding.sampling import row_uniforms
 from model.language_model import LanguageModel, evaluating, label_positions
+from model.losses.policy_loss import PolicyTokens
+from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights, whiten
+from model.losses.vocabulary_loss import TeacherHidden
 from model.objective import ObjectiveError, arguments_of
-from model.policy_loss import PolicyTokens
-from model.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights, whiten
-from model.rollouts import RolloutOptions, Rollouts, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
-from model.sampling import row_uniforms
 from model.teacher import Teacher
 from model.transfer import to_device
-from model.vocabulary_loss import TeacherHidden
 
 COLLAPSED_SETS = 10  # in a row, after which training stops
 ENTROPY_FLOOR = 1e-3  # of log V: below it, on average, a policy counts as collapsed
@@ -52,7 +60,7 @@ class Totals(NamedTuple):
     bad_of_teacher: float
 
 
-class RolloutSets:
+class RolloutBuffer:
     """Draws the rollouts of each step's rows, or hands out those of the step before while passes over them are left."""
 
     def __init__(

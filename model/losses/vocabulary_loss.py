@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.losses.divergences import FLOOR, Divergence
-from model.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
+from model.losses.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
 
 BLOCK = 16  # positions whose terms are formed at a time on a CPU
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GPT2Model
 
-from model.gelu_linear import gelu_linear
-from model.output_head import autocast_type
-from model.row_attention import Rows, attention_of_some, causal_attention, place_rows
+from model.gpt2.gelu_linear import gelu_linear
+from model.gpt2.row_attention import Rows, attention_of_some, causal_attention, place_rows
+from model.losses.output_head import autocast_type
 from model.transfer import to_device
 
 Keep = Callable[[int, Tensor, Tensor], None]  # takes (block number, keys [P, heads, head_dim], values of that shape)

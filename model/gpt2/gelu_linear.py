@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model.output_head import autocast_type
+from model.losses.output_head import autocast_type
 
 
 def gelu_linear(inner: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

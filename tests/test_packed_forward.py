@@ -1,4 +1,4 @@
-"""GPT-2 without padding and with a pruned last block equals the library's forward pass: model/packed_gpt2.py."""
+"""GPT-2 without padding and with a pruned last block equals the library's: model/gpt2/packed_forward.py."""
 
 import copy
 
@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from model import language_model as language_model_module
-from model import row_attention
+from model.gpt2 import row_attention
+from model.gpt2.packed_forward import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
+from model.gpt2.row_attention import place_rows
 from model.language_model import LanguageModel
-from model.packed_gpt2 import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
-from model.row_attention import place_rows
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import predicted_from, random_rows, randomised
 

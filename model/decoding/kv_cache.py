@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from model.gpt2_slots import GPT2Slots
+from model.decoding.row_lengths import RowLengths
+from model.gpt2.kv_cache import GPT2KVCache
+from model.gpt2.packed_forward import can_pack
 from model.language_model import LanguageModel, ModelError
-from model.packed_gpt2 import can_pack
-from model.slot_lengths import SlotLengths
 
 # What a family's forward pass raises for masks and caches that it does not know.
 FAMILY_ERRORS = (ModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
@@ -29,12 +29,12 @@ READ_AGAIN = ("phi3", "phimoe", "phi4_multimodal")
 SHORT = 4  # tokens: a limit that every family is tried at
 
 
-def make_slots(language_model: LanguageModel, count: int, room: int):
+def make_kv_cache(language_model: LanguageModel, count: int, room: int):
     """`count` slots for rows of at most `room` tokens, of the quickest kind that is exact for the family."""
     if can_pack(language_model.model):
-        return GPT2Slots(language_model, count, room)
+        return GPT2KVCache(language_model, count, room)
     together = decodes_together(language_model, SHORT) and fits_together(language_model, room)
-    return (LibrarySlots if together else SeparateSlots)(language_model, count, room)
+    return (BatchKVCache if together else PerRowKVCaches)(language_model, count, room)
 
 
 def fits_together(language_model: LanguageModel, room: int) -> bool:
@@ -56,12 +56,12 @@ def limits_in(value, key: str = "") -> Iterator[int]:
         yield value
 
 
-class LibrarySlots:
+class BatchKVCache:
     """For any family whose cache is keys and values: the library's forward pass, with masks of our own."""
 
     def __init__(self, language_model: LanguageModel, count: int, room: int):
         self.language_model, self.count, self.room = language_model, count, room
-        self.lengths = SlotLengths(count, language_model.device)
+        self.lengths = RowLengths(count, language_model.device)
         self.cache: Cache | None = None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -73,7 +73,7 @@ class LibrarySlots:
             torch.tensor([prompt], device=self.language_model.device), None, of_prompt
         )
         if self.cache is None:
-            self.cache = Cache([SlotLayer(layer, self.count, self.room, self.lengths) for layer in of_prompt.layers])
+            self.cache = Cache([BatchLayer(layer, self.count, self.room, self.lengths) for layer in of_prompt.layers])
         for layer, read in zip(self.cache.layers, of_prompt.layers, strict=True):
             layer.write(len(self.lengths.sizes), len(prompt), read)
         self.lengths.add([len(prompt)])
@@ -106,10 +106,10 @@ class LibrarySlots:
         self.cache = None
 
 
-class SlotLayer(DynamicLayer):
+class BatchLayer(DynamicLayer):
     """One layer's keys and values [slots, heads, room, head_dim], written in place at each row's own length."""
 
-    def __init__(self, like: DynamicLayer, count: int, room: int, lengths: SlotLengths):
+    def __init__(self, like: DynamicLayer, count: int, room: int, lengths: RowLengths):
         super().__init__()
         if type(like) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise ModelError(f"a cache of {type(like).__name__} has no slots")
@@ -133,7 +133,7 @@ class SlotLayer(DynamicLayer):
         return self.lengths.longest
 
 
-class SeparateSlots:
+class PerRowKVCaches:
     """For a family whose cache is something else: each row with the library's own, one after the other."""
 
     def __init__(self, language_model: LanguageModel, count: int, room: int):
@@ -175,7 +175,7 @@ class SeparateSlots:
 
 
 def decodes_together(language_model: LanguageModel, limit: int) -> bool:
-    """Whether `LibrarySlots` gives this family's own hidden states; tried once, with a row behind `limit` tokens, one
+    """Whether `BatchKVCache` gives this family's own hidden states; tried once, with a row behind `limit` tokens, one
     that passes it, and a short one."""
     known = language_model.decodes_together
     if limit not in known:
@@ -194,7 +194,7 @@ def try_together(language_model: LanguageModel, limit: int) -> bool:
     try:
         with torch.autocast(device.type, enabled=False):  # its rounding is larger than what is looked for
             alone, together = ([slots.prefill(prompts), *map(slots.step, tokens)] for slots in (
-                kind(language_model, len(prompts), limit + 8) for kind in (SeparateSlots, LibrarySlots)))
+                kind(language_model, len(prompts), limit + 8) for kind in (PerRowKVCaches, BatchKVCache)))
     except torch.OutOfMemoryError:
         raise
     except FAMILY_ERRORS:

@@ -1,4 +1,4 @@
-"""Rows in slots and the decoding loop against plain forward passes: model/slots.py, gpt2_slots.py, decoding.py."""
+"""KV caches and the decoding loop against plain forward passes: model/decoding/, model/gpt2/kv_cache.py."""
 
 import gc
 import itertools
@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import model.gpt2_slots
-import model.step_graph
-from model.decoding import decode, make_voice
-from model.gpt2_slots import GPT2Slots
+import model.gpt2.cuda_graph
+import model.gpt2.kv_cache
+from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches, make_kv_cache
+from model.decoding.loop import decode, make_voice
+from model.gpt2.cuda_graph import StepGraphs, rounded
+from model.gpt2.kv_cache import GPT2KVCache
 from model.language_model import LanguageModel, evaluating
-from model.slots import LibrarySlots, SeparateSlots, make_slots
-from model.step_graph import StepGraphs, rounded
 from tests.conftest import END, byte_tokenizer
 from tests.test_decoding import ending_model, random_prompts
 from tests.test_families import tiny_family
@@ -24,12 +24,12 @@ from tests.test_families import tiny_family
 WINDOW = 5  # tokens; shorter than the rows of these tests
 GEMMA2 = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 KINDS = [
-    ("GPT2", GPT2Slots, {}),
-    ("Llama", LibrarySlots, {}),
-    ("GPTNeoX", LibrarySlots, {}),
-    ("Mistral", LibrarySlots, {"sliding_window": WINDOW}),
-    ("Gemma2", LibrarySlots, GEMMA2),
-    ("Bloom", SeparateSlots, {}),
+    ("GPT2", GPT2KVCache, {}),
+    ("Llama", BatchKVCache, {}),
+    ("GPTNeoX", BatchKVCache, {}),
+    ("Mistral", BatchKVCache, {"sliding_window": WINDOW}),
+    ("Gemma2", BatchKVCache, GEMMA2),
+    ("Bloom", PerRowKVCaches, {}),
 ]
 PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
@@ -102,7 +102,7 @@ def long_run(model: LanguageModel, kind, tolerance: float, seed: int = 0) -> Non
 def test_rows_in_slots_equal_rows_alone(name, kind, changes, dtype, tolerance):
     """Fault: wrong positions or masks, a window in the wrong place, or a row that moved or came later sees another."""
     model = tiny_family(name, **changes).eval().to(dtype)
-    assert type(make_slots(model, 2, 16)) is kind
+    assert type(make_kv_cache(model, 2, 16)) is kind
     takes_float32 = name in ("Bloom", "Gemma2")  # for the softmax in attention, whatever the weights' type
     long_run(model, kind, 1e-6 if takes_float32 and dtype == torch.float64 else tolerance)
 
@@ -118,7 +118,7 @@ def test_variants_of_gpt2(changes, prune):
     """Fault: a step is computed with plain GPT-2's scale of attention, activation, width or norm."""
     language_model = gpt2(**changes).double()
     language_model.prune_last_block = prune
-    rows = Rows(language_model, GPT2Slots, 3, 16)
+    rows = Rows(language_model, GPT2KVCache, 3, 16)
     rows.prefill([9, 2], 1e-10)
     rows.step(1e-10)
     rows.prefill([4], 1e-10)
@@ -134,8 +134,8 @@ class Recomputed(StepGraphs):
         return SimpleNamespace(replay=lambda: hidden.copy_(step(self.tokens, keys))), hidden
 
 
-def replayed(model: LanguageModel, count: int, room: int) -> GPT2Slots:
-    slots = GPT2Slots(model, count, rounded(room))
+def replayed(model: LanguageModel, count: int, room: int) -> GPT2KVCache:
+    slots = GPT2KVCache(model, count, rounded(room))
     slots.room, slots.graphs = room, Recomputed(count, model.device)
     return slots
 
@@ -144,7 +144,7 @@ def replayed(model: LanguageModel, count: int, room: int) -> GPT2Slots:
 @torch.no_grad()
 def test_replayed_steps_equal_rows_alone(seed, monkeypatch):
     """Fault: a recorded step sees the tokens, lengths or keys of when it was recorded, or of a free slot."""
-    monkeypatch.setattr(model.step_graph, "KEYS", 8)
+    monkeypatch.setattr(model.gpt2.cuda_graph, "KEYS", 8)
     language_model = gpt2(seed).double()
     long_run(language_model, replayed, 1e-10, seed)
     slots = replayed(language_model, 2, 8)
@@ -178,10 +178,10 @@ def test_kinds_that_would_be_wrong_are_not_chosen():
     eager = tiny_family("Llama")
     eager.model.set_attn_implementation("eager")
     for language_model in (gpt2(reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True), eager.eval()):
-        kind = type(make_slots(language_model, 2, 16))
-        assert kind is not GPT2Slots
+        kind = type(make_kv_cache(language_model, 2, 16))
+        assert kind is not GPT2KVCache
         long_run(language_model, kind, 1e-4)
-    assert kind is LibrarySlots  # an eager model need not decode row by row
+    assert kind is BatchKVCache  # an eager model need not decode row by row
 
 
 @pytest.mark.parametrize(("name", "kind", "changes"), KINDS)
@@ -196,9 +196,9 @@ def test_a_former_row_is_never_seen(name, kind, changes):
         if used:
             slots.prefill(random_prompts([20, 20]))
             slots.step(torch.tensor([1, 2]))
-            for layer in slots.cache.layers if kind is LibrarySlots else []:
+            for layer in slots.cache.layers if kind is BatchKVCache else []:
                 layer.keys.mul_(1000), layer.values.mul_(1000)
-            if kind is GPT2Slots:
+            if kind is GPT2KVCache:
                 slots.cache.mul_(1000)
             slots.drop()
             slots.drop()
@@ -230,12 +230,12 @@ def test_room_that_is_not_written(name, kind, changes, memory_of_nan):
 @torch.no_grad()
 def test_more_prompts_than_are_read_together(monkeypatch):
     """Fault: groups of prompts lose or change rows, or write over the slots of the group before."""
-    monkeypatch.setattr(model.gpt2_slots, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(model.gpt2.kv_cache, "PREFILL_TOKENS", 10)
     prompts = random_prompts([4, 6, 1, 15, 10, 3, 3, 3, 3])
-    grouped = model.gpt2_slots.groups(prompts)
+    grouped = model.gpt2.kv_cache.groups(prompts)
     assert [[len(prompt) for prompt in group] for group in grouped] == [[4, 6], [1], [15], [10], [3, 3, 3], [3]]
     assert list(itertools.chain(*grouped)) == prompts
-    rows = Rows(gpt2(), GPT2Slots, 12, 20)
+    rows = Rows(gpt2(), GPT2KVCache, 12, 20)
     for lengths in ([4, 6, 1, 15, 10, 3], [3, 3, 3, 9]):
         rows.prefill(lengths, 1e-5)
         rows.step(1e-5)
@@ -248,7 +248,7 @@ def test_bfloat16_autocast(name, kind, changes):
     model = tiny_family(name, **changes, initializer_range=0.1).eval()
     prompts, tokens = random_prompts([9, 3]), torch.tensor([4, 5])
     with torch.autocast("cpu", torch.bfloat16):
-        slots = make_slots(model, 3, 16)
+        slots = make_kv_cache(model, 3, 16)
         assert type(slots) is kind
         hidden = [slots.prefill(prompts), slots.step(tokens), slots.prefill([[7, 8]]), slots.step(torch.arange(3))]
     first, second = prompts

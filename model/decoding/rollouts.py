@@ -1,7 +1,7 @@
 """Rollouts: continuations drawn by student and teacher together, with what policy gradient needs noted as they are.
 
-Both models decode in one loop (`model/decoding.py`), each with its cache and on its device. So log q, log p and log p~
-of every token, and the teacher's hidden states, are there when the loop ends, and no further forward pass is needed.
+Both models decode in one loop (`model/decoding/loop.py`), each with its cache and on its device. So log q, log p and
+log p~ of every token, and the teacher's hidden states, are there when the loop ends: no further forward pass is needed.
 """
 
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.decoding import Progress, Voice, check_prompts, decode
+from model.decoding.loop import Progress, Voice, check_prompts, decode
+from model.decoding.sampling import SamplingOptions, draw, log_prob_of
 from model.language_model import IGNORED
-from model.output_head import OutputHead, autocast_type, cut_head, head_logits
-from model.sampling import SamplingOptions, draw, log_prob_of
+from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from model.decoding.kv_cache import fits_together, make_kv_cache
 from model.language_model import LanguageModel, ModelError, evaluating
-from model.output_head import OutputHead, autocast_type, cut_head, head_logits
-from model.slots import fits_together, make_slots
+from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
@@ -105,7 +105,7 @@ def decode(
     live: list[int] = []  # the row in each slot
     tokens = torch.empty(0, dtype=torch.int64, device=device)
     with ExitStack() as opened:
-        caches = [opened.enter_context(closing(make_slots(voice.language_model, min(slots, len(prompts)), room)))
+        caches = [opened.enter_context(closing(make_kv_cache(voice.language_model, min(slots, len(prompts)), room)))
                   for voice in voices]
         while waiting or live:
             fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]

@@ -1,4 +1,4 @@
-"""GPT-2's keys and values in slots (see `model/slots.py`), over the library's modules and weights."""
+"""GPT-2's keys and values in slots (see `model/decoding/kv_cache.py`), over the library's modules and weights."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.output_head import autocast_type
-from model.packed_gpt2 import activation_of, packed_hidden_states, plan_packing
-from model.slot_lengths import SlotLengths, additive, seen_keys
-from model.step_graph import StepGraphs, rounded
+from model.decoding.row_lengths import RowLengths, additive, seen_keys
+from model.gpt2.cuda_graph import StepGraphs, rounded
+from model.gpt2.packed_forward import activation_of, packed_hidden_states, plan_packing
+from model.losses.output_head import autocast_type
 from model.transfer import to_device
 
 PREFILL_TOKENS = 8192  # of prompts that are read together: bounds the memory of their activations
 
 
-class GPT2Slots:
+class GPT2KVCache:
     """Prompts are read packed, without padding; keys and values are written in place.
 
     cache [layers, 2, slots, heads, room, head_dim], in autocast's type where it is on. The weights are cast once, so
@@ -33,7 +33,7 @@ class GPT2Slots:
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.blocks = [block_weights(block, dtype) for block in base.h]
         self.rows = torch.arange(count, device=device)
-        self.lengths = SlotLengths(count, device)
+        self.lengths = RowLengths(count, device)
         # There the launches of a step take longer than its work.
         self.graphs = StepGraphs(count, device) if on_gpu else None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from model.transfer import to_device
 
 
-class SlotLengths:
+class RowLengths:
     """Tokens of each slot in use (always the first ones), on the CPU (`sizes`) and on the device (`places`)."""
 
     def __init__(self, count: int, device: torch.device):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from model.losses.divergences import reverse_terms
-from model.output_head import OutputHead
-from model.penalties import diversity_penalty, entropy_penalty, frequency_penalty
+from model.losses.output_head import OutputHead
+from model.losses.penalties import diversity_penalty, entropy_penalty, frequency_penalty
+from model.losses.vocabulary_loss import TeacherHidden, chunked_loss, even_parts
 from model.transfer import to_device
-from model.vocabulary_loss import TeacherHidden, chunked_loss, even_parts
 
 
 class PolicyTokens(NamedTuple):
@@ -32,7 +32,7 @@ class PolicyTokens(NamedTuple):
 
 
 class Penalties(NamedTuple):
-    """Weights of the penalties (`model/penalties.py`); embeddings [V, D] of unit norm; entropy_floor in nats."""
+    """Weights of the penalties (`model/losses/penalties.py`); embeddings [V, D] of unit norm; entropy_floor in nats."""
 
     frequency: float
     diversity: float
