@@ -25,10 +25,10 @@ set_up() {
     fi
     for file in "$@"; do
         stamp=.venv/installed-$(echo "$file" | tr / -)
-        if ! cmp -s "$file" "$stamp"; then
+        if ! cat "$file" constraints.txt | cmp -s - "$stamp"; then
             echo "installing $file (once; some minutes)"
-            "$python" -m pip install --quiet --disable-pip-version-check -r "$file" || exit 1
-            cp "$file" "$stamp"
+            "$python" -m pip install --quiet --disable-pip-version-check -r "$file" -c constraints.txt || exit 1
+            cat "$file" constraints.txt > "$stamp"
         fi
     done
 }
