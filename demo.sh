@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE=1
 started=$SECONDS
 noisy=runs/demo/predictions/noisy
 equal_time=600 # steps of fine-tuning in the time of policy gradient's 150 (measured)
+steps=() # DEMO_STEPS=12 ./demo.sh trains everything for 12 steps: to see that it runs, not what it gives
+[ -z "${DEMO_STEPS:-}" ] || steps=(--set "trainer_kwargs.max_steps=$DEMO_STEPS")
 
 # Two jobs at a time, each with half of the cores: so small models gain little from a second one.
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -37,7 +39,7 @@ train() { # script, config, run folder, clean or noisy, more settings
     local rows=student$ending.csv
     [[ $2 != *_short ]] || rows=student_short$ending.csv
     "$python" "$1.py" --config "demo/$2.json" --set "dataset_kwargs.train_dataset=$rows" \
-        --set "trainer_kwargs.output_dir=runs/demo/$4/$3" "${@:5}"
+        --set "trainer_kwargs.output_dir=runs/demo/$4/$3" "${@:5}" ${steps[@]+"${steps[@]}"}
 }
 
 predict() { # name, model
@@ -57,8 +59,8 @@ predict_each() { # clean or noisy, run folders
 }
 
 teacher() {
-    "$python" train.py --config demo/train_teacher_short.json
-    "$python" train.py --config demo/train_teacher.json
+    "$python" train.py --config demo/train_teacher_short.json ${steps[@]+"${steps[@]}"}
+    "$python" train.py --config demo/train_teacher.json ${steps[@]+"${steps[@]}"}
     predict teacher runs/demo/teacher/model_checkpoints/last
     predict lead-3 lead-3
 }
