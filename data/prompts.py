@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from data.articles import DataError
 
 DEFAULT_TEMPLATE = "{article}\nTL;DR:"
-ENDS = ("a", "The", "9", ".", '."', "?", "”", ")", " b ", "c\n")  # of articles: what texts around may be read with
+# Beginnings and ends of articles: what the text around them may be read together with.
+ENDS = ("a", "The", "9", ".", '."', "?", "”", ")", " b ", "c\n", "\n\nd", "\n \ne")
 GROUP = 2_000_000  # characters tokenised at a time: a token in the making takes a hundred bytes
 
 
@@ -186,15 +187,16 @@ def ids_of(texts: list[str], backend: Tokenizer) -> list[list[int]]:
 
 
 def token_places(encoding, text: str, backend: Tokenizer) -> list[int]:
-    """Places of added tokens that a text writes out; an unknown character may have the id of one without that."""
-    added = backend.get_added_tokens_decoder()
+    """Places of special tokens that a text writes out; an unknown character may have the id of one without that."""
+    special = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
     return [place for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True))
-            if token in added and added[token].content in text[start:end]]
+            if token in special and special[token] in text[start:end]]
 
 
 def start_ids(backend: Tokenizer) -> list[int]:
     """What the tokenizer puts before a text of its own accord, such as a begin-of-text."""
-    alone, framed = (backend.encode("a", add_special_tokens=frame).ids for frame in (False, True))
+    known = next((text for text in ENDS if backend.encode(text, add_special_tokens=False).ids), "")
+    alone, framed = (backend.encode(known, add_special_tokens=frame).ids for frame in (False, True))
     starts = [start for start in range(len(framed)) if framed[start : start + len(alone)] == alone]
     return framed[: starts[0]] if starts else []
 
@@ -222,7 +224,7 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
             return None
         if part["type"] == "Sequence" and "pretokenizers" in part:
             # Behind another one, which splits text into words, it is before each word that the space is put.
-            return {**part, "pretokenizers": [changed(part["pretokenizers"][0]), *part["pretokenizers"][1:]]}
+            return {**part, "pretokenizers": [*map(changed, part["pretokenizers"][:1]), *part["pretokenizers"][1:]]}
         if part["type"] == "Sequence":
             return {**part, "normalizers": [each for each in map(changed, part["normalizers"]) if each is not None]}
         if part["type"] == "Metaspace" and (not behind_token or part["prepend_scheme"] == "first"):

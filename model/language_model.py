@@ -293,7 +293,7 @@ class LanguageModel(nn.Module):
         if removed > 0:
             self.model.resize_token_embeddings(rows)
             config = self.model.config.get_text_config()
-            if config.pad_token_id is not None and config.pad_token_id >= rows:  # no embedding could be made for it
+            if (getattr(config, "pad_token_id", None) or 0) >= rows:  # no embedding could be made for it
                 config.pad_token_id = None
             self.unused_ids = [row for row in self.unused_ids if row < rows]
         return removed

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from data.prompts import PromptFormat
@@ -182,6 +182,25 @@ def test_what_changes_ids_changes_the_fingerprint():
             rows = str(prompt_format.training_rows([TEXT, "a", ""], [TEXT, "b", "c"]))
             assert seen.setdefault(prompt_format.fingerprint(), rows) == rows
     assert len(seen) == 4 * len(TEMPLATES)
+
+
+def test_added_tokens_that_are_not_special():
+    """Fault: runs of line ends or spaces that a tokenizer has as added tokens (Gemma, NeoX) ended the text around."""
+    tokenizer = trained_tokenizer("bytes")
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("  ", normalized=False)])
+    for template in ("{article}\n\nTL;DR:", "News:\n\n{article}   TL;DR:", "<|sum|>  {article}"):
+        for text in (TEXT, TEXT + "\n", " " + TEXT):
+            (prompt,) = PromptFormat(tokenizer, template, 200).prediction_prompts([text], 20)
+            assert prompt == tokenizer(template.format(article=text)).input_ids
+
+
+def test_begin_of_text_of_a_tokenizer_without_the_letter_a():
+    """Fault: the begin-of-text was lost where the letter that it was found with is unknown."""
+    made = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "T": 2, "x": 3}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    assert PromptFormat(tokenizer, "{article} x", 20).prediction_prompts(["The"], 3) == [[0, 2, 3]]
 
 
 def test_unknown_characters_of_a_template_are_no_special_tokens():
