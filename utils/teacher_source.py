@@ -174,10 +174,10 @@ def check_same_reading(teacher_tokenizer, prompt_format: PromptFormat, texts: li
         if theirs != ours:
             same = next((place for place, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]),
                         min(len(theirs), len(ours)))
-            told = [teacher_tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (theirs, ours)]
+            shown = [teacher_tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (theirs, ours)]
             raise ModelError(
                 f"teacher and student have the same tokens but read text differently: in {what}, from token {same} on, "
-                f"the teacher reads {told[0]} and the student {told[1]}: distil between models of one tokenizer"
+                f"the teacher reads {shown[0]} and the student {shown[1]}: distil between models of one tokenizer"
             )
 
 
