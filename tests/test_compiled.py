@@ -11,7 +11,7 @@ from model.language_model import LanguageModel
 from tests.conftest import byte_tokenizer
 from tests.small_kd_runs import make_kd_project, random_rows, run_kd
 from tests.small_runs import changed, largest_difference, make_project, run, weights
-from tests.test_packed_gpt2 import BATCHES, network_of, relative
+from tests.test_packed_forward import BATCHES, network_of, relative
 
 pytestmark = [
     pytest.mark.slow,

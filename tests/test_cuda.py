@@ -27,7 +27,7 @@ from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import random_rows, randomised, tiny_teacher
 from tests.test_decoding import ending_model, generated, random_prompts
 from tests.test_divergences import FORMULAS, NAMES
-from tests.test_packed_gpt2 import BATCHES, SWITCHES, library_states, network_of, relative, targets_of, wrapped
+from tests.test_packed_forward import BATCHES, SWITCHES, library_states, network_of, relative, targets_of, wrapped
 from tests.test_policy_gradient import ROWS, STEPS, in_batches, network, take_step
 from tests.test_rollouts import MOST, OPTIONS, PROMPTS, SIZE, UNIFORMS, forward, log_softmax, rolled, sampled
 from tests.test_sampling import word_model

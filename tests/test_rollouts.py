@@ -183,7 +183,7 @@ def test_padding_rows_of_a_head_are_never_drawn(alpha):
     for model in models:
         bias = torch.zeros(SIZE + 3, dtype=torch.float64)
         bias[SIZE:] = 1000.0
-        voices.append(make_voice(model, OutputHead(model.losses.output_head().weight, bias), SIZE))
+        voices.append(make_voice(model, OutputHead(model.output_head().weight, bias), SIZE))
     options = SamplingOptions(alpha)
     rollouts = draw_rollouts(*voices, PROMPTS, MOST, 3, options, UNIFORMS)
     for row, prompt in enumerate(PROMPTS):
