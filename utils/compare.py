@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from data.os_errors import describe
-from utils.command_line import OneLineParser, user_path
+from utils.command_line import INTERRUPTED, OneLineParser, user_path
 from utils.comparison import CompareError, compare, differing_origins, read_evaluation
 from utils.files import json_text, write_text
 from utils.rouge import METRICS
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("utils.compare: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if options.format != "text":
         for remark in [*differing, *remarks]:
             print(f"utils.compare: {remark}", file=sys.stderr)
