@@ -2,9 +2,9 @@
 
 import sys
 
-from utils.command_line import run_command, training_parser
-from utils.config import FineTuneConfig
-from utils.config_files import config_json, load_config
+from utils.cli import run_command, training_parser
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import config_json, load_config
 
 EXAMPLES = """\
 examples:
@@ -30,11 +30,11 @@ def train(options) -> int:
         print(config_json(config), end="")
         return 0
     # torch and transformers take seconds to import: only once the config is valid.
-    from utils.build import build_fine_tuning
-    from utils.find_batch_size import find_batch_size
-    from utils.training_run import in_run_folder
+    from utils.runs.build import build_fine_tuning
+    from utils.runs.find_batch_size import find_batch_size
+    from utils.runs.run import run_training
 
-    return (find_batch_size if options.find_batch_size else in_run_folder)(config, build_fine_tuning)
+    return (find_batch_size if options.find_batch_size else run_training)(config, build_fine_tuning)
 
 
 if __name__ == "__main__":

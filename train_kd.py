@@ -2,9 +2,9 @@
 
 import sys
 
-from utils.command_line import run_command, training_parser
-from utils.config_files import config_json, load_config
-from utils.config_kd import DistillConfig, without_dropout
+from utils.cli import run_command, training_parser
+from utils.config.distill import DistillConfig, without_dropout
+from utils.config.load import config_json, load_config
 
 EXAMPLES = """\
 examples:
@@ -34,11 +34,11 @@ def distil(options) -> int:
         print(config_json(config), end="")
         return 0
     # torch and transformers take seconds to import: only once the config is valid.
-    from utils.build import build_distillation
-    from utils.find_batch_size import find_batch_size
-    from utils.training_run import in_run_folder
+    from utils.runs.build import build_distillation
+    from utils.runs.find_batch_size import find_batch_size
+    from utils.runs.run import run_training
 
-    run = find_batch_size if options.find_batch_size else in_run_folder
+    run = find_batch_size if options.find_batch_size else run_training
     return run(config, build_distillation, "model_arch.student_gpu_device_id")
 
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from utils.command_line import run_command
-from utils.validate_options import read_options, validate_parser
+from utils.cli import run_command
+from utils.config.validate_options import read_options, validate_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
 def validate(arguments) -> int:
     options = read_options(arguments)
     # torch and transformers take seconds to import: only once the options are valid.
-    from utils.score_table import score_table
+    from utils.runs.score_table import score_table
 
     return score_table(options)
 

@@ -46,7 +46,7 @@ from benchmarks.interleaved import (
 from benchmarks.kd_work import number_tokenizer
 from model.decoding.loop import greedy_decode, left_padded
 from model.language_model import LanguageModel
-from utils.command_line import OneLineParser, quiet_libraries
+from utils.cli import OneLineParser, quiet_libraries
 
 SIZES = {  # blocks, width and heads, vocabulary
     "tiny": ((2, 32, 2), 211),

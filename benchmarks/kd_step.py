@@ -60,8 +60,8 @@ from benchmarks.kd_work import SIZES, Batch, Work, make_models, make_work, paddi
 from model.language_model import IGNORED, LanguageModel
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
-from utils.command_line import OneLineParser, quiet_libraries
-from utils.devices import computes_bfloat16
+from utils.cli import OneLineParser, quiet_libraries
+from utils.training.distributed import computes_bfloat16
 
 PACKAGES = {"plain": None, "trl_gkd": "trl", "gathered": None, "packed": None, "cached": None}
 PEERS = ("plain", "trl_gkd")

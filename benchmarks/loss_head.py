@@ -48,7 +48,7 @@ from model.language_model import IGNORED
 from model.losses.divergences import choose_divergence
 from model.losses.output_head import OutputHead
 from model.losses.vocabulary_loss import TeacherHidden, vocabulary_loss
-from utils.command_line import OneLineParser, quiet_libraries
+from utils.cli import OneLineParser, quiet_libraries
 
 SIZES = {"tiny": (16, 24, 211), "small": (256, 384, 50257), "real": (768, 1024, 50257)}  # widths, vocabulary
 PACKAGES = {"plain": None, "trl_gkd": "trl", "trl_chunked": "trl", "liger": "liger_kernel",

@@ -49,7 +49,7 @@ from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import IGNORED, LanguageModel, position_ids
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
-from utils.command_line import OneLineParser, quiet_libraries
+from utils.cli import OneLineParser, quiet_libraries
 
 PACKAGES = {"ours": None, "processor": None, "minillm": None}
 STEP_PACKAGES = {"ours": None, "trl": "trl"}
@@ -228,7 +228,7 @@ def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
 
     def step() -> tuple:
         student.zero_grad(set_to_none=True)
-        arguments = next(next(objective.ahead(None, [batch], [1])))
+        arguments = next(next(objective.iter_steps(None, [batch], [1])))
         terms = objective(*arguments)
         loss = terms.loss_sum / terms.token_count
         loss.backward()

@@ -1,4 +1,4 @@
-"""Speed of `utils.rouge` beside the `rouge-score` package, on the same pairs and with the same numbers.
+"""Speed of `utils.evaluation.rouge` beside the `rouge-score` package, on the same pairs and with the same numbers.
 
     python -m benchmarks.rouge_speed --csv test.csv
 
@@ -18,8 +18,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from data.articles import DataError, read_articles
 from data.demo_news import SIZES, generate
-from utils.command_line import OneLineParser
-from utils.rouge import METRICS, lead_sentences, score_rows
+from utils.cli import OneLineParser
+from utils.evaluation.rouge import METRICS, lead_sentences, score_rows
 
 Scores = list[dict[str, float]]
 
@@ -39,7 +39,7 @@ def load_pairs(csv: Path | None, rows: int) -> tuple[list[str], list[str]]:
 
 
 def package_rows(predictions: list[str], references: list[str]) -> Scores:
-    """F-measures by `rouge-score`, in the form of `utils.rouge.score_rows`."""
+    """F-measures by `rouge-score`, in the form of `utils.evaluation.rouge.score_rows`."""
     scorer = RougeScorer(list(METRICS), use_stemmer=True)
     pairs = zip(predictions, references, strict=True)
     return [
@@ -78,7 +78,7 @@ def describe(name: str, timings: list[float]) -> str:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line. Exits with 2 and one line for a usage error."""
-    parser = OneLineParser("rouge_speed", description="Speed of utils.rouge beside the rouge-score package.")
+    parser = OneLineParser("rouge_speed", description="Speed of utils.evaluation.rouge beside the rouge-score package.")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="with id, article, highlights; default: made-up news")
     parser.add_argument("--rows", type=int, default=500, help="at most so many; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="the first is dropped; default: %(default)s")
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(pairs[0])} pairs, {len(METRICS)} metrics, all numbers equal to the last bit")
     theirs, ours = interleaved([lambda: package_rows(*pairs), lambda: score_rows(*pairs)], options.rounds)
     print(describe("rouge-score", theirs))
-    print(describe("utils.rouge", ours))
+    print(describe("utils.evaluation.rouge", ours))
     ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
     ratio = statistics.median(theirs) / statistics.median(ours)
     print(f"ratio of the medians {ratio:.2f} (by round {min(ratios):.2f} to {max(ratios):.2f}), {len(ours)} rounds")

@@ -30,7 +30,7 @@ from benchmarks.interleaved import (
     take_turns,
 )
 from model.gpt2.row_attention import Rows, causal_attention, padded_places, place_rows
-from utils.command_line import OneLineParser
+from utils.cli import OneLineParser
 
 HEAD_DIM = 64
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # of the norm

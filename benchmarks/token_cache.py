@@ -30,7 +30,7 @@ from data.batches import collate, plan_epoch
 from data.demo_news import SIZES, generate, teacher_texts, train_tokenizer
 from data.prompts import PromptFormat, RowTooLong
 from data.token_cache import CHUNK, open_token_table
-from utils.command_line import OneLineParser
+from utils.cli import OneLineParser
 
 BATCHES = 100  # fetched in each round
 LONGEST = 1024  # tokens of a row, where the tokenizer does not say less

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.articles import DataError
 from data.os_errors import describe
-from data.token_cache import TokenTable
+from data.token_cache import TokenizedDataset
 
 IGNORED = -100
 WINDOW = 256  # rows sorted by length together: enough for batches of like length, few enough to stay random
@@ -84,7 +84,7 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> Step:
     return micro_batches(np.arange(len(lengths)), lengths, batch_size, None)
 
 
-def collate(table: TokenTable, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
+def collate(table: TokenizedDataset, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T], padded on the right; labels are -100 on prompt and padding.
 
     What is a label is told by positions, never by ids: an end-of-text that also serves as padding id is learnt.
@@ -105,7 +105,7 @@ def collate(table: TokenTable, rows: np.ndarray, pad_id: int) -> dict[str, Tenso
 class BatchDataset(Dataset):
     """Collated batches with their `rows`, indexed by arrays of row numbers. Raises DataError."""
 
-    def __init__(self, table: TokenTable, pad_id: int):
+    def __init__(self, table: TokenizedDataset, pad_id: int):
         self.table, self.pad_id = table, pad_id
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def leave_signals_to_the_loop(worker: int) -> None:
 
 
 def load_batches(
-    table: TokenTable, batches: list[np.ndarray], pad_id: int, num_workers: int = 0, pin_memory: bool = False
+    table: TokenizedDataset, batches: list[np.ndarray], pad_id: int, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The collated batches, in order. Draws nothing from the global random generators."""
     with warnings.catch_warnings():

@@ -24,7 +24,7 @@ from data.digest import file_digest
 from data.flat_array import FlatArray
 from data.os_errors import describe
 from data.scratch import made_folder, scratch_folder
-from data.token_cache import TokenTable
+from data.token_cache import TokenizedDataset
 
 VERSION = 1  # raise it when the same key gives other files
 CHECKS, MANIFEST = "checks.bin", "manifest.json"
@@ -42,7 +42,7 @@ class ArrayShape(NamedTuple):
 class TeacherCache:
     """Arrays over the label positions of a table, written and read by rows."""
 
-    def __init__(self, folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]):
+    def __init__(self, folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape]):
         self.folder = folder
         self.writable = all(os.access(path, os.W_OK) for path in folder.glob("*.bin"))
         self._offsets = np.cumsum([0, *table.label_counts])
@@ -101,18 +101,18 @@ def checksum(values: Mapping[str, np.ndarray]) -> int:
     return crc or 1
 
 
-def cache_folder(cache_dir: str | Path, table: TokenTable, key: list) -> Path:
+def cache_folder(cache_dir: str | Path, table: TokenizedDataset, key: list) -> Path:
     """The folder of a table's cache: named by the table and a hash of `key`, JSON values that decide the content."""
     text = json.dumps([VERSION, table.folder.name, *key], sort_keys=True)
     return Path(cache_dir) / f"{table.folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def cache_bytes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> int:
+def cache_bytes(table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> int:
     """Size of a cache on disk, without what lies beside the arrays."""
     return sum(sizes(table, arrays).values())
 
 
-def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) -> bool:
+def is_whole(folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> bool:
     """Whether a cache's files are all there, as long as they must be; rows may be missing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -127,14 +127,14 @@ def is_whole(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape]) 
         return False
 
 
-def sizes(table: TokenTable, arrays: Mapping[str, ArrayShape]) -> dict[str, int]:
+def sizes(table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> dict[str, int]:
     """Bytes of each file of a cache."""
     positions = int(table.label_counts.sum())
     of_arrays = {f"{name}.bin": positions * each.width * np.dtype(each.dtype).itemsize for name, each in arrays.items()}
     return {**of_arrays, CHECKS: 4 * len(table)}
 
 
-def manifest_of(folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
+def manifest_of(folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
     """What the manifest must say; files that are no arrays are told by their SHA-256."""
     digests = {name: file_digest(folder / name) for name in others}
     shapes = {name: list(each) for name, each in sorted(arrays.items())}
@@ -156,7 +156,7 @@ def reserve(path: Path, size: int) -> None:
 
 
 def make_cache(
-    folder: Path, table: TokenTable, arrays: Mapping[str, ArrayShape],
+    folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape],
     add_files: Callable[[Path], object] = lambda folder: None,
 ) -> None:
     """An empty cache at `folder`; add_files(folder) may put other files into it. A damaged one there is replaced.

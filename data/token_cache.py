@@ -29,7 +29,7 @@ DTYPES = ("uint16", "uint32")  # of a token
 FILES = {"tokens.bin", "offsets.npy", "boundaries.npy", "numbers.npy", "ids.json", "skipped.json"}
 
 
-class TokenTable:
+class TokenizedDataset:
     """Rows of token ids, read from the disk as they are asked for.
 
     len(table): rows. lengths, boundaries: int64 [rows]; the labels of row i are its ids from boundaries[i] on.
@@ -47,7 +47,7 @@ class TokenTable:
         self.skipped = [BadRow(**row) for row in json.loads((folder / "skipped.json").read_text(encoding="utf-8"))]
 
     def __reduce__(self):
-        return TokenTable, (self.folder,)  # an open file cannot be sent to a worker process
+        return TokenizedDataset, (self.folder,)  # an open file cannot be sent to a worker process
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -82,7 +82,7 @@ def open_token_table(
     columns: dict | None = None,
     on_bad_row: str = "error",
     progress: Callable[[int], None] = lambda rows: None,
-) -> TokenTable:
+) -> TokenizedDataset:
     """The token table of a CSV: from the cache where it is there and whole, else made.
 
     on_bad_row: "error" refuses the file after reading all of it, "skip" leaves bad rows out and lists them. A row whose
@@ -98,7 +98,7 @@ def open_token_table(
     clear_dead(folder.parent)
     if not is_whole(folder):
         build_table(folder, csv_path, prompt_format, columns, on_bad_row, progress)
-    return TokenTable(folder)
+    return TokenizedDataset(folder)
 
 
 def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_bad_row: str) -> str:
@@ -117,7 +117,7 @@ def is_whole(folder: Path) -> bool:
         if manifest["version"] != VERSION or set(manifest["files"]) != FILES or manifest["dtype"] not in DTYPES:
             return False
         same = all(file_digest(folder / name) == value for name, value in manifest["files"].items())
-        return same and TokenTable(folder).fits_together()
+        return same and TokenizedDataset(folder).fits_together()
     except (OSError, ValueError, LookupError, TypeError, MemoryError, RecursionError):
         return False
 

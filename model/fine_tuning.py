@@ -22,17 +22,17 @@ class FineTuning(nn.Module):
         super().__init__()
         self.language_model, self.chunk_size = language_model, chunk_size
 
-    def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
+    def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
         """The arguments of `forward` for each collated batch of a table's rows, step by step."""
         return by_step(map(arguments_of, batches), counts)
 
-    def not_finite(self, *arguments: Tensor) -> None:
+    def find_nonfinite(self, *arguments: Tensor) -> None:
         """Token ids always are."""
 
-    def resume_state(self) -> dict:
+    def get_extra_state(self) -> dict:
         return {}
 
-    def restore(self, state: dict) -> None:
+    def set_extra_state(self, state: dict) -> None:
         """There is nothing to restore."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> LossTerms:

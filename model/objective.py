@@ -6,10 +6,10 @@ steps in a row that take the same rows; 1 as a rule), and
   the arguments of `forward`. It may work ahead: a teacher on another device computes the next batch while the student
   computes this one. It may raise `ObjectiveError`.
 - `forward(input_ids, attention_mask, labels, ...) -> LossTerms`.
-- `not_finite(...)`, with the arguments of `forward`: what of them is not finite, in words for a message ("the
+- `find_nonfinite(...)`, with the arguments of `forward`: what of them is not finite, in words for a message ("the
   teacher's outputs"), or None.
-- `resume_state()`: what a checkpoint must hold of it beside the weights, as tensors, numbers, text, lists and dicts,
-  and `restore(state)`.
+- `get_extra_state()`: what a checkpoint must hold of it beside the weights, as tensors, numbers, text, lists and dicts,
+  and `set_extra_state(state)`.
 """
 
 from collections.abc import Iterator

@@ -44,7 +44,7 @@ class TeacherStudent(nn.Module):
     rollout: "mixed" (alpha), "student", "teacher" or "labels" (the highlights themselves: no sampling, weights 1).
     rollout_epochs: optimizer steps in a row that use one set of rollouts. rollout_batch_size: rows decoded at a time.
     shorten: cuts a row's prompt so that max_generation_length tokens fit behind it. vocabulary: number of real tokens;
-    None asks the two tokenizers. autocast: context of the student's forward pass. sum_over_group: adds up a tensor over
+    None asks the two tokenizers. autocast: context of the student's forward pass. all_reduce: adds up a tensor over
     all processes. say: takes warnings.
 
     In eval mode nothing is drawn: the loss is that of the highlights, without long-term part and penalties.
@@ -83,7 +83,7 @@ class TeacherStudent(nn.Module):
         seed: int = 1234,
         shorten: Callable[[list[int]], list[int]] = lambda prompt: prompt,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        sum_over_group: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         say: Callable[[str], None] = print,
     ):
         super().__init__()
@@ -104,14 +104,14 @@ class TeacherStudent(nn.Module):
         self.sets = RolloutBuffer(
             language_model, teacher, options, vocabulary, temperature=temperature, importance_weight=importance_weight,
             normalize=normalize_rewards, whiten=whiten, epochs=rollout_epochs, chunk_size=chunk_size, shorten=shorten,
-            autocast=autocast, sum_over_group=sum_over_group, say=say,
+            autocast=autocast, all_reduce=all_reduce, say=say,
         )
 
     @property
     def passes(self) -> int:
         return self.sets.epochs
 
-    def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
+    def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
         """The arguments of `forward`, step by step; in training mode with rollouts, drawn when a step begins.
 
         Raises:
@@ -123,16 +123,16 @@ class TeacherStudent(nn.Module):
             drawn = self.sets.of_step(table, own) if self.training else [None] * count
             yield iter([(*arguments_of(batch), rollout) for batch, rollout in zip(own, drawn, strict=True)])
 
-    def not_finite(self, input_ids, attention_mask, labels, rollout=None) -> str | None:
+    def find_nonfinite(self, input_ids, attention_mask, labels, rollout=None) -> str | None:
         """Whether it is the teacher: what of its outputs is not finite, in words."""
         given = self.teacher.outputs(input_ids, attention_mask, labels) if rollout is None else rollout.teacher
         return None if are_finite(given) else self.teacher.name
 
-    def resume_state(self) -> dict:
-        return self.sets.resume_state()
+    def get_extra_state(self) -> dict:
+        return self.sets.state_dict()
 
-    def restore(self, state: dict) -> None:
-        self.sets.restore(state)
+    def set_extra_state(self, state: dict) -> None:
+        self.sets.load_state_dict(state)
 
     def forward(
         self,

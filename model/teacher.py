@@ -55,15 +55,15 @@ class Teacher:
         """What `TeacherStudent` needs of one batch."""
         return self.to_student(self.hidden(input_ids, attention_mask, labels))
 
-    def ahead(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, TeacherHidden]]:
+    def iter_steps(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, TeacherHidden]]:
         """The arguments of `TeacherStudent.forward` for each collated batch, the teacher one batch ahead."""
-        return one_ahead(
+        return prefetch_one(
             batches, lambda batch: self.hidden(*arguments_of(batch)),
             lambda batch, hidden: (*arguments_of(batch), self.to_student(hidden)),
         )
 
 
-def one_ahead(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:
+def prefetch_one(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:
     """finish(batch, start(batch)) of each batch; the next one's start comes before a batch is handed out.
 
     So a teacher on a device of its own computes while the student does. This batch's finish, which copies to the

@@ -70,13 +70,13 @@ class TeacherStudent(nn.Module):
             raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutBuffer")
         self.on_policy_fraction, self.rollouts, self.steps = on_policy_fraction, rollouts, 0
 
-    def ahead(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
+    def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
         """The arguments of `forward` for each collated batch of a table's rows, step by step.
 
         On the highlights the teacher is one batch ahead; rollouts are drawn when their step begins.
         """
         if not (self.training and self.on_policy_fraction):
-            yield from by_step(self.teacher.ahead(table, batches), counts)
+            yield from by_step(self.teacher.iter_steps(table, batches), counts)
             return
         batches = iter(batches)
         for count in counts:
@@ -86,26 +86,26 @@ class TeacherStudent(nn.Module):
             if on_policy:
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
             else:
-                yield self.teacher.ahead(table, own)
+                yield self.teacher.iter_steps(table, own)
 
     def next_is_on_policy(self) -> bool:
         """By a number of its own for each step, so that a resumed run and every process decide alike."""
         draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
         return draw < self.on_policy_fraction
 
-    def not_finite(self, input_ids, attention_mask, labels, teacher_outputs=None, rollout=None) -> str | None:
+    def find_nonfinite(self, input_ids, attention_mask, labels, teacher_outputs=None, rollout=None) -> str | None:
         """Whether it is the teacher: what of its outputs is not finite, in words."""
         given = teacher_outputs if rollout is None else rollout.teacher
         given = self.teacher.outputs(input_ids, attention_mask, labels) if given is None else given
         return None if are_finite(given) else self.teacher.name
 
-    def resume_state(self) -> dict:
-        return {"steps": self.steps, "rollouts": self.rollouts.resume_state()} if self.rollouts else {}
+    def get_extra_state(self) -> dict:
+        return {"steps": self.steps, "rollouts": self.rollouts.state_dict()} if self.rollouts else {}
 
-    def restore(self, state: dict) -> None:
+    def set_extra_state(self, state: dict) -> None:
         if self.rollouts:
             self.steps = state["steps"]
-            self.rollouts.restore(state["rollouts"])
+            self.rollouts.load_state_dict(state["rollouts"])
 
     def forward(
         self,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import FineTuneConfig
-from utils.config_files import ConfigError, load_config
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import ConfigError, load_config
 
 # Written by hand from the list of keys that users already have, each with its example value.
 USERS_CONFIG = {

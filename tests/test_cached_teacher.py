@@ -1,4 +1,4 @@
-"""Runs with the teacher's outputs on disk train what runs without train: utils/cached_teacher.py."""
+"""Runs with the teacher's outputs on disk train what runs without train: utils/distillation/cached_teacher.py."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from model.teacher import Teacher
 from tests.conftest import byte_tokenizer, write_rows
 from tests.small_kd_runs import make_kd_project, random_rows, run_kd, save_model, tiny_teacher
 from tests.small_runs import assert_equal_weights, changed, largest_difference, make_rows, metrics, weights
-from utils import build
-from utils.cached_teacher import CachedTeacher
-from utils.config_kd import DistillationKwargs
-from utils.devices import Place
+from utils.config.distill import DistillationKwargs
+from utils.distillation.cached_teacher import CachedTeacher
+from utils.runs import build
+from utils.training.distributed import DistributedContext
 
 HIDDEN = {"kind": "hidden"}
 
@@ -280,7 +280,8 @@ def test_a_batch_of_no_table(tmp_path):
     """Fault: what is computed for a batch outside the tables is not what would be stored for it."""
     options = DistillationKwargs.model_validate({"teacher_cache": {"kind": "top_k", "top_k": 7}})
     plain = Teacher(LanguageModel(tiny_teacher(), byte_tokenizer()))
-    teacher = CachedTeacher(lambda: plain, "x", 32, 257, options, tmp_path, Place(torch.device("cpu")), print)
+    context = DistributedContext(torch.device("cpu"))
+    teacher = CachedTeacher(lambda: plain, "x", 32, 257, options, tmp_path, context, print)
     batch = random_rows([(9, [7, 8]), (5, [3])])
     outputs = teacher.outputs(*batch)
     expected = torch.log_softmax(plain.outputs(*batch).hidden @ plain.head.weight.T, -1).sort(-1, descending=True)

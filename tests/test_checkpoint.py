@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, verified, retired in order and repeat the run: utils/checkpoint.py."""
+"""Checkpoints are whole or absent, verified, retired in order and repeat the run: utils/runs/checkpoint.py."""
 
 import errno
 import hashlib
@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
-from utils.earlier_runs import set_aside
 from utils.files import folder_lock
-from utils.random_state import random_state, seed_everything, set_random_state
+from utils.runs import checkpoint
+from utils.runs.checkpoint import CheckpointError, Checkpoints, load_state, verify
+from utils.runs.earlier_runs import archive_previous_run
+from utils.training.random_state import random_state, seed_everything, set_random_state
 
 PARTS = ["weights.bin", "config.json", "trainer_state/optimizer.pt", "trainer_state/state.json"]
 
@@ -298,12 +298,12 @@ def test_what_cannot_be_saved_or_loaded(root):
 def test_earlier_run_is_set_aside(tmp_path):
     """A fresh run in a used folder overwrites the earlier one, or goes on in its files."""
     names = ["model_checkpoints", "metrics.jsonl", "scores.json"]
-    assert set_aside(tmp_path, names) is None and list(tmp_path.iterdir()) == []
+    assert archive_previous_run(tmp_path, names) is None and list(tmp_path.iterdir()) == []
     (tmp_path / "earlier-run-9").mkdir()
     (tmp_path / "mine.txt").write_text("stays")
     save(Checkpoints(tmp_path / "model_checkpoints", "run-a", 2), 3)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    assert set_aside(tmp_path, names) == tmp_path / "earlier-run-10"
+    assert archive_previous_run(tmp_path, names) == tmp_path / "earlier-run-10"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier-run-10", "earlier-run-9", "mine.txt"]
     assert_of_step(tmp_path / "earlier-run-10" / "model_checkpoints" / "last", 3)
     assert (tmp_path / "earlier-run-10" / "metrics.jsonl").read_text() == "{}\n"

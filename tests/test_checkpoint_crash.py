@@ -1,4 +1,4 @@
-"""A full disk, a crash or a kill at any moment of saving costs no earlier checkpoint: utils/checkpoint.py."""
+"""A full disk, a crash or a kill at any moment of saving costs no earlier checkpoint: utils/runs/checkpoint.py."""
 
 import errno
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_checkpoint import assert_of_step, leftovers, save, snapshot, steps_of
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
+from utils.runs.checkpoint import CheckpointError, Checkpoints, load_state, verify
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -68,7 +68,7 @@ LIMITED = """
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from utils.checkpoint import CheckpointError, Checkpoints
+from utils.runs.checkpoint import CheckpointError, Checkpoints
 checkpoints = Checkpoints(Path(sys.argv[1]), "run-a", 2)
 big, small = {"a": torch.zeros(300_000)}, {"a": torch.zeros(3)}
 for model, optimizer, note in [(big, small, ""), (small, big, ""), (small, small, "x" * 1_200_000)]:

@@ -1,4 +1,4 @@
-"""utils.comparison: share of the gap, differences and their significance."""
+"""utils.evaluation.comparison: share of the gap, differences and their significance."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tests.score_folders import (
     write_scores,
 )
 from utils.compare import main
-from utils.comparison import holm
+from utils.evaluation.comparison import holm
 
 # -- gap, difference, significance ---------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The fine-tuning config: which keys there are, what they resolve to, what is refused: utils/config.py."""
+"""The fine-tuning config: which keys there are, what they resolve to, what is refused: utils/config/fine_tune.py."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.config_samples import DEFAULTS, USERS_CONFIG, load, refusal
-from utils.config import FineTuneConfig
-from utils.config_files import config_json, warnings_of
-from utils.config_kd import DistillConfig
-from utils.config_reference import schema
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import config_json, warnings_of
+from utils.config.reference import schema
 
 
 def set_value(section: str, key: str, value) -> dict:

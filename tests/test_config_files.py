@@ -1,4 +1,4 @@
-"""Config files, `--set`, the shipped recipe, schema and reference: utils/config_files.py, config_reference.py."""
+"""Config files, `--set`, the shipped recipe, schema and reference: utils/config/load.py, config_reference.py."""
 
 import json
 import subprocess
@@ -18,11 +18,11 @@ from tests.config_samples import (
     load,
     refusal,
 )
-from utils import config_reference
-from utils.config import FineTuneConfig
-from utils.config_files import ConfigError, config_json, load_config, read_json, warnings_of
-from utils.config_kd import DistillConfig
-from utils.config_reference import END, START, markdown_reference, reference, schema
+from utils.config import reference as config_reference
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import ConfigError, config_json, load_config, read_json, warnings_of
+from utils.config.reference import END, START, markdown_reference, reference, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -186,7 +186,7 @@ def test_shipped_distillation_config_is_the_recipe():
 
 
 def test_schema_and_reference_are_in_step():
-    """A schema or docs/config.md lags behind utils/config.py or utils/config_kd.py."""
+    """A schema or docs/config.md lags behind utils/config/fine_tune.py or utils/config/distill.py."""
     assert json.loads((ROOT / "config.schema.json").read_text(encoding="utf-8")) == schema()
     assert json.loads((ROOT / "config_kd.schema.json").read_text(encoding="utf-8")) == schema(DistillConfig)
     between = (ROOT / "docs/config.md").read_text(encoding="utf-8").split(START)[1].split(END)[0]
@@ -247,7 +247,7 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
     run = config_reference.main
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "out of date: config.schema.json, config_kd.schema.json; run python -m utils.config_reference"]
+        "out of date: config.schema.json, config_kd.schema.json; run python -m utils.config.reference"]
     page = tmp_path / "docs/config.md"
     page.parent.mkdir()
     page.write_text(f"# Title\n{START}\nold\n{END}\nrest\n", encoding="utf-8")
@@ -259,7 +259,7 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
     capsys.readouterr()
     assert run(["--check"], tmp_path) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "out of date: docs/config.md; run python -m utils.config_reference"]
+        "out of date: docs/config.md; run python -m utils.config.reference"]
     page.write_text("# no markers\n", encoding="utf-8")
     assert run(["--check"], tmp_path) == 1 and len(capsys.readouterr().err.splitlines()) == 1
 
@@ -297,5 +297,5 @@ def test_reference_lists_what_differs_and_nothing_twice():
 
 def test_configs_need_no_torch():
     """A mistyped key is told only after seconds of importing torch."""
-    code = "import sys, utils.config_files, utils.config_reference; sys.exit('torch' in sys.modules)"
+    code = "import sys, utils.config.load, utils.config.reference; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,4 +1,4 @@
-"""The distillation config: its keys, what is refused, and what has no effect: utils/config_kd.py."""
+"""The distillation config: its keys, what is refused, and what has no effect: utils/config/distill.py."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import pytest
 
 from tests import config_samples
 from tests.config_samples import DEFAULTS, KD_ARCH, KD_KWARGS, KD_TRAINER, KL_DIVS, TEACHER, distillation
-from utils.config_files import config_json, warnings_of
-from utils.config_kd import DistillConfig
-from utils.config_reference import END, START, schema
+from utils.config.distill import DistillConfig
+from utils.config.load import config_json, warnings_of
+from utils.config.reference import END, START, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_POLICY = config_samples.POLICY_KWARGS

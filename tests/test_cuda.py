@@ -209,7 +209,7 @@ def test_policy_loss_of_given_rollouts(options, autocast):
     student, teacher = network(1), network(2, width=12)
     reference = test_policy_gradient.objective_of(student, teacher, chunk_size=4, **options)
     ours = test_policy_gradient.objective_of(on_device(student), on_device(teacher), chunk_size=4, **options)
-    ((arguments,),) = (list(each) for each in reference.ahead(None, in_batches(ROWS, 4), [1]))
+    ((arguments,),) = (list(each) for each in reference.iter_steps(None, in_batches(ROWS, 4), [1]))
     *batch, rollout = arguments
     expected = reference(*batch, rollout)
     expected.loss_sum.backward()
@@ -299,7 +299,7 @@ def objectives() -> dict:
         ("policy gradient", test_policy_gradient.TeacherStudent(own, of_teacher, **policy)),
         ("on policy", TeacherStudent(own, of_teacher, on_policy_fraction=1.0, rollouts=drawing)),
     ):
-        ((arguments,),) = (list(each) for each in objective.train().ahead(None, [rows], [1]))
+        ((arguments,),) = (list(each) for each in objective.train().iter_steps(None, [rows], [1]))
         found[name] = objective, arguments
     return {name: (objective, tuple(each.pin_memory() if isinstance(each, torch.Tensor) else each for each in given))
             for name, (objective, given) in found.items()}

@@ -17,7 +17,7 @@ from tests.small_runs import WORDS, changed, largest_difference, make_project, r
 from tests.test_cuda_runs import last
 from tests.test_out_of_memory import last_error
 from tests.test_policy_runs import PENALTY, POLICY
-from utils.devices import DeviceError, Place, find_place
+from utils.training.distributed import DeviceError, DistributedContext, init_distributed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -52,18 +52,18 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(DeviceError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
-        find_place("cuda", 0, "auto", True)
+        init_distributed("cuda", 0, "auto", True)
 
 
 def test_a_place_in_a_group_of_nccl(tmp_path):
     """Fault: NCCL, which takes tensors of the GPU alone, is handed others."""
     distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        place = Place(torch.device("cuda", 0), world_size=2)  # so that it asks the group
-        assert place.sum_over_group(torch.tensor([1.5, 2.0], device=place.device)).tolist() == [1.5, 2.0]
-        assert place.gather({"loss": 1.5})[0] == {"loss": 1.5}
-        assert place.from_main(("a", 1)) == ("a", 1)
-        place.wait_for_all()
+        context = DistributedContext(torch.device("cuda", 0), world_size=2)  # so that it asks the group
+        assert context.all_reduce(torch.tensor([1.5, 2.0], device=context.device)).tolist() == [1.5, 2.0]
+        assert context.gather({"loss": 1.5})[0] == {"loss": 1.5}
+        assert context.broadcast_object(("a", 1)) == ("a", 1)
+        context.barrier()
     finally:
         distributed.destroy_process_group()
 

@@ -18,8 +18,8 @@ from tests.faults.damage import (
 )
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights
-from utils.checkpoint import CheckpointError, verify
-from utils.seal import is_broken, sealed
+from utils.runs.checkpoint import CheckpointError, verify
+from utils.runs.seal import is_broken, sealed
 from validate_model import main as validate_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

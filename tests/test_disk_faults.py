@@ -11,7 +11,7 @@ from tests.faults.crash_results import read_results
 from tests.faults.disk import CHILD, FAULTS, problems, sweep
 from tests.faults.disk_cases import Case, make_cases
 from tests.faults.runs import Outcome, fork_server
-from utils.checkpoint import Checkpoints, verify
+from utils.runs.checkpoint import Checkpoints, verify
 
 # How many faults of each program are tried here; all of them by `python -m tests.faults.disk`.
 SAMPLES = {"train": 3, "hidden": 1, "top-k": 1, "validate": 1, "demo": 1, "cnn": 1, "compare-csv": 1, "compare-json": 1}

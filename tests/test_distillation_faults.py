@@ -12,7 +12,7 @@ from model.language_model import LanguageModel, ModelError
 from model.student_init import copy_teacher_layers
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_runs import assert_equal_weights, changed, make_project, run, weights
-from utils.teacher_source import TeacherSource
+from utils.distillation.teacher import TeacherSource
 
 
 @pytest.fixture(scope="module")

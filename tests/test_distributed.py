@@ -12,7 +12,7 @@ from tests.small_runs import (
     metrics,
     weights,
 )
-from utils.devices import DeviceError, find_place
+from utils.training.distributed import DeviceError, init_distributed
 
 
 @pytest.mark.slow
@@ -60,16 +60,16 @@ def test_a_group_of_one(monkeypatch, ids, expected):
     for name, value in (("is_available", True), ("device_count", 4), ("set_device", None), ("get_device_name", "A"),
                         ("get_device_capability", (8, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
-    place = find_place("auto", 1, "auto", True, ids)
-    assert (str(place.device), place.precision, place.world_size) == (expected, "bfloat16", 1)
-    assert place.notices == ["multi_gpu: there is one GPU to use, so one process trains"]
-    assert find_place("auto", 1, "float32").notices == []
+    context = init_distributed("auto", 1, "auto", True, ids)
+    assert (str(context.device), context.precision, context.world_size) == (expected, "bfloat16", 1)
+    assert context.notices == ["multi_gpu: there is one GPU to use, so one process trains"]
+    assert init_distributed("auto", 1, "float32").notices == []
     with pytest.raises(DeviceError, match=r"^gpu_device_id is 5: expected one of the GPUs present: 0 \(A\), 1 \(A\), "):
-        find_place("auto", 5, "auto")
+        init_distributed("auto", 5, "auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DeviceError, match="process 1 of the launcher has no GPU"):
-        find_place("auto", 1, "auto", True, (3,))
+        init_distributed("auto", 1, "auto", True, (3,))
 
 
 @pytest.mark.parametrize("said", [
@@ -83,10 +83,10 @@ def test_a_group_that_is_told_in_part_is_refused(monkeypatch, said):
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DeviceError, match=r"the environment says .* start with torch's launcher, or unset "):
-        find_place("cpu", 0, "float32")
+        init_distributed("cpu", 0, "float32")
 
 
 def test_an_empty_variable_is_none(monkeypatch):
     """`WORLD_SIZE=` in a shell ended in "invalid literal for int()"."""
     monkeypatch.setenv("WORLD_SIZE", "")
-    assert find_place("cpu", 0, "float32").world_size == 1
+    assert init_distributed("cpu", 0, "float32").world_size == 1

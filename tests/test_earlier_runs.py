@@ -1,12 +1,12 @@
-"""Earlier runs are moved whole, whatever interrupts the moving: utils/earlier_runs.py."""
+"""Earlier runs are moved whole, whatever interrupts the moving: utils/runs/earlier_runs.py."""
 
 import errno
 from pathlib import Path
 
 import pytest
 
-from utils.checkpoint import CheckpointError
-from utils.earlier_runs import set_aside
+from utils.runs.checkpoint import CheckpointError
+from utils.runs.earlier_runs import archive_previous_run
 
 NAMES = ["model_checkpoints", "config.json", "metrics.jsonl"]
 
@@ -44,9 +44,9 @@ def test_a_kill_between_two_moves_splits_no_run(tmp_path, monkeypatch, number):
     make_run(tmp_path, "old")
     stop_at(monkeypatch, number, Killed())
     with pytest.raises(Killed):
-        set_aside(tmp_path, NAMES)
+        archive_previous_run(tmp_path, NAMES)
     monkeypatch.undo()
-    assert set_aside(tmp_path, NAMES) == tmp_path / "earlier-run-1"
+    assert archive_previous_run(tmp_path, NAMES) == tmp_path / "earlier-run-1"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-run-1"]
     assert set(listing(tmp_path / "earlier-run-1").values()) == {"old"} and len(listing(tmp_path)) == 3
 
@@ -56,11 +56,11 @@ def test_what_was_cut_off_and_a_new_run_stay_apart(tmp_path, monkeypatch):
     make_run(tmp_path, "old")
     stop_at(monkeypatch, 3, Killed())
     with pytest.raises(Killed):
-        set_aside(tmp_path, NAMES)
+        archive_previous_run(tmp_path, NAMES)
     monkeypatch.undo()
     (tmp_path / "metrics.jsonl").unlink()
     make_run(tmp_path, "new")
-    assert set_aside(tmp_path, NAMES) == tmp_path / "earlier-run-2"
+    assert archive_previous_run(tmp_path, NAMES) == tmp_path / "earlier-run-2"
     assert listing(tmp_path / "earlier-run-1") == {"config.json": "old", "model_checkpoints/step-1/weights": "old"}
     assert set(listing(tmp_path / "earlier-run-2").values()) == {"new"} and len(listing(tmp_path)) == 5
 
@@ -72,10 +72,10 @@ def test_a_disk_that_refuses_leaves_everything_as_it_was(tmp_path, monkeypatch, 
     before = listing(tmp_path)
     stop_at(monkeypatch, number, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(CheckpointError, match=r"cannot be set aside.*Input/output error.*output_dir"):
-        set_aside(tmp_path, NAMES)
+        archive_previous_run(tmp_path, NAMES)
     monkeypatch.undo()
     assert listing(tmp_path) == before or number == 4  # all are moved: the next call gives them their last name
-    assert set_aside(tmp_path, NAMES) == tmp_path / "earlier-run-1"
+    assert archive_previous_run(tmp_path, NAMES) == tmp_path / "earlier-run-1"
     assert listing(tmp_path / "earlier-run-1") == before
 
 
@@ -85,7 +85,7 @@ def test_temporaries_are_not_kept_with_the_run(tmp_path):
     (tmp_path / "predictions").mkdir()
     for name in ("validation-step-2.json", ".tmp-12-0123abcd"):
         (tmp_path / "predictions" / name).write_text("old")
-    set_aside(tmp_path, [*NAMES, "predictions"])
+    archive_previous_run(tmp_path, [*NAMES, "predictions"])
     kept = tmp_path / "earlier-run-1" / "predictions"
     assert [path.name for path in kept.iterdir()] == ["validation-step-2.json"]
 
@@ -93,5 +93,5 @@ def test_temporaries_are_not_kept_with_the_run(tmp_path):
 def test_nothing_to_set_aside(tmp_path):
     """Fault: empty folders earlier-run-N, or an empty leftover of a kill that stays for ever."""
     (tmp_path / ".tmp-earlier-run").mkdir()
-    assert set_aside(tmp_path, NAMES) is None and set_aside(tmp_path, ()) is None
+    assert archive_previous_run(tmp_path, NAMES) is None and archive_previous_run(tmp_path, ()) is None
     assert list(tmp_path.iterdir()) == []

@@ -13,13 +13,13 @@ from model.language_model import LanguageModel
 from tests.faults.memory import GPU, full_in_forward
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import assert_equal_weights, changed, make_project, write_config
-from utils.build import build_distillation, build_fine_tuning
-from utils.config import FineTuneConfig
-from utils.config_files import ConfigError, load_config
-from utils.config_kd import DistillConfig
-from utils.devices import Place
-from utils.find_batch_size import Probe, find_batch_size, largest_that_fits, report
-from utils.run_log import RunLog
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import ConfigError, load_config
+from utils.runs.build import build_distillation, build_fine_tuning
+from utils.runs.find_batch_size import Probe, find_batch_size, largest_that_fits, report
+from utils.runs.run_log import RunLog
+from utils.training.distributed import DistributedContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONGEST = 228  # tokens, of the rows of make_rows
@@ -28,7 +28,7 @@ LONGEST = 228  # tokens, of the rows of make_rows
 def make_probe(folder: Path, config: dict, build=build_fine_tuning, model=FineTuneConfig) -> Probe:
     """On the CPU."""
     config = load_config(write_config(folder, config), (), model)
-    return Probe(config, build, Place(torch.device("cpu")), RunLog(folder, is_main=False))
+    return Probe(config, build, DistributedContext(torch.device("cpu")), RunLog(folder, is_main=False))
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])

@@ -17,7 +17,7 @@ import validate_model
 from model.loading import load_language_model
 from tests.conftest import tiny_gpt2, tiny_language_model, write_rows
 from tests.small_runs import changed, make_project, make_rows, write_config
-from utils.seal import KEY, sealed
+from utils.runs.seal import KEY, sealed
 
 UGLY = "\x1b]0;owned\x07\x1b[2J\u202egood\u200b\x9b31m\u2028"  # sets a title, clears the screen, turns the direction
 

@@ -9,8 +9,8 @@ from tests.faults.numerics_runs import fine_tuning
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, metrics, run
 from tests.test_resume import eventful, only_up_to
-from utils.config import FineTuneConfig
-from utils.optimization import schedule_notices
+from utils.config.fine_tune import FineTuneConfig
+from utils.training.optimization import schedule_notices
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY_STEP = {"n_batch_ckpt_save": 1, "keep_checkpoints": 100}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data import prompts
 from data.prompts import PromptFormat
 from tests.conftest import byte_tokenizer
-from utils.evaluation import holds_words
+from utils.evaluation.evaluate import holds_words
 
 # -- tokens ----------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""A worker process that the system ends, most often for want of memory: utils/command_line.py."""
+"""A worker process that the system ends, most often for want of memory: utils/cli.py."""
 
 import pytest
 
-from utils.command_line import run_command
+from utils.cli import run_command
 
 
 @pytest.mark.parametrize("message", [

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from data.token_cache import TokenTable
+from data.token_cache import TokenizedDataset
 from tests.faults import numerics
 from tests.faults.numerics_runs import (
     ROWS,
@@ -21,7 +21,7 @@ from tests.faults.numerics_runs import (
 )
 from tests.small_kd_runs import run_kd
 from tests.small_runs import assert_equal_weights, changed, make_project, make_rows, run, weights
-from utils.train_state import TrainState
+from utils.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,8 +122,9 @@ def test_a_score_of_loss_scaling(tmp_path, capsys):
 def test_a_perplexity_that_overflows():
     """Fault: a perplexity of infinity becomes the best score, which no checkpoint can hold."""
     state = TrainState(step=3)
-    assert not state.judge(math.inf, "min", 0.0) and state.best_score is None and state.evaluations_without_gain == 1
-    assert state.judge(7.0, "min", 0.0) and not state.judge(math.nan, "min", 0.0)
+    assert not state.update_best(math.inf, "min", 0.0)
+    assert state.best_score is None and state.evaluations_without_gain == 1
+    assert state.update_best(7.0, "min", 0.0) and not state.update_best(math.nan, "min", 0.0)
     assert (state.best_score, state.evaluations_without_gain) == (7.0, 1)
 
 
@@ -207,7 +208,7 @@ def test_a_cached_row(tmp_path, capsys, kind, array, value):
     first = changed(config, trainer_kwargs={"output_dir": str(tmp_path / "first")})
     assert run_kd(tmp_path, first) == 0
     (folder,), (table,) = ((tmp_path / name).glob("train-*") for name in ("shared", "cache"))
-    numerics.spoil_cached_row(folder, TokenTable(table), 6, array, value)
+    numerics.spoil_cached_row(folder, TokenizedDataset(table), 6, array, value)
     capsys.readouterr()
     with numerics.watched() as trainers:
         error = assert_stopped(tmp_path, run_kd, config, trainers, capsys)

@@ -19,7 +19,7 @@ from tests.small_runs import (
     run,
     weights,
 )
-from utils.checkpoint import load_state
+from utils.runs.checkpoint import load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

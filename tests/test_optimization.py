@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.conftest import tiny_gpt2
-from utils.config import FineTuneConfig
-from utils.config_files import ConfigError
-from utils.optimization import Schedule, build_optimizer, make_schedule
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import ConfigError
+from utils.training.optimization import LRSchedule, build_optimizer, make_schedule
 
 
 def rates(total, **keys):
@@ -32,12 +32,12 @@ def test_sentinels_of_the_warm_up(keys, warmup):
 
 def test_cosine_and_floor():
     """Fault: a decay that ends below its floor, or a cosine that is not one."""
-    schedule = Schedule(1.0, 0, 100, "cosine", 0.1)
+    schedule = LRSchedule(1.0, 0, 100, "cosine", 0.1)
     assert schedule.learning_rate(0) == pytest.approx(1.0)
     assert schedule.learning_rate(50) == pytest.approx(0.55)
     assert schedule.learning_rate(100) == pytest.approx(0.1)
     assert schedule.learning_rate(500) == pytest.approx(0.1)
-    assert Schedule(1.0, 0, 100, "linear", 0.1).learning_rate(50) == pytest.approx(0.55)
+    assert LRSchedule(1.0, 0, 100, "linear", 0.1).learning_rate(50) == pytest.approx(0.55)
 
 
 def test_library_schedule_agrees():
@@ -46,7 +46,7 @@ def test_library_schedule_agrees():
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     theirs = get_linear_schedule_with_warmup(optimizer, 7, 40)
-    ours = Schedule(0.3, 7, 40)
+    ours = LRSchedule(0.3, 7, 40)
     for step in range(40):
         assert ours.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()

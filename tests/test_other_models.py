@@ -21,7 +21,7 @@ from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, make_rows, run
 from tests.test_decoding import ending_model, random_prompts
 from tests.test_families import COMMON, GROUPED
-from utils.teacher_source import VARIED, check_same_reading
+from utils.distillation.teacher import VARIED, check_same_reading
 
 TEXT = "The mayor said no. It rained on Monday, and 12 boats left."
 SENTENCES = [row["article"].capitalize() + ". " + TEXT for row in make_rows(60)]

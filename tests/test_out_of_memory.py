@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import utils.evaluation
+import utils.evaluation.evaluate
 import validate_model
 from data.batches import plan_epoch
 from model.language_model import LanguageModel, ModelError
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
 from tests.faults.memory import CPU_ERRORS, GPU, full_in, full_in_forward
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
-from utils.batch_numbers import ACCUMULATION, with_batch_size
-from utils.config import FineTuneConfig
-from utils.config_kd import DistillConfig
-from utils.out_of_memory import OutOfMemory, memory_error, out_of_memory_remedy, training_remedy
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.training.batch_numbers import ACCUMULATION, with_batch_size
+from utils.training.out_of_memory import OutOfMemory, memory_error, out_of_memory_remedy, training_remedy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,6 +144,7 @@ def test_validate_model(tmp_path, capsys, flags, expected):
     table = write_rows(tmp_path / "test.csv", make_rows(6))
     arguments = ["--csv_path", str(table), "--model_path", str(tmp_path / "model"), "--output_dir",
                  str(tmp_path / "out"), "--max_generation_length", "8", "--device_id", "-1", *flags]
-    with full_in(utils.evaluation, "greedy_decode", GPU), full_in(utils.evaluation, "beam_search", GPU):
+    evaluate = utils.evaluation.evaluate
+    with full_in(evaluate, "greedy_decode", GPU), full_in(evaluate, "beam_search", GPU):
         assert validate_model.main(arguments) == 1
     assert expected in last_error(capsys) and not (tmp_path / "out/predictions.json").exists()

@@ -70,7 +70,7 @@ def in_batches(rows, size: int) -> list[dict]:
 def take_step(objective, batches):
     """(means over the step's label tokens as the loop forms them: loss and parts, gradients, sequences drawn)."""
     objective.zero_grad()
-    (step,) = (list(each) for each in objective.ahead(None, batches, [len(batches)]))
+    (step,) = (list(each) for each in objective.iter_steps(None, batches, [len(batches)]))
     terms = [objective(*arguments) for arguments in step]
     count = sum(each.token_count for each in terms)
     assert count == sum(int((batch["labels"] != -100).sum()) for batch in batches)
@@ -271,7 +271,7 @@ def test_rho_is_one_on_the_first_pass(dropout, equal, tmp_path):
     tokenizer().save_pretrained(tmp_path)
     student = load_language_model(str(tmp_path), dropout=dropout).model.double()
     objective = objective_of(student, network(2))
-    ((_, _, _, rollout),) = next(objective.ahead(None, [collated(ROWS)], [1]))
+    ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS)], [1]))
     for training in (True, False):
         hidden, tokens = objective.language_model.train(training).label_hidden(*rollout[:3])
         now = torch.log_softmax(objective.language_model.lm_head(hidden)[:, :SIZE], -1)
@@ -285,7 +285,7 @@ def test_importance_weight_is_a_ratio_of_probabilities():
     student, teacher = (LanguageModel(gpt2_with_constant_logits({token: math.log(each) for token, each in one.items()}),
                                       byte_tokenizer()) for one in (q, p))
     objective = TeacherStudent(student, Teacher(teacher), alpha=0.2, max_generation_length=20, say=lambda text: None)
-    ((_, _, _, rollout),) = next(objective.ahead(None, [collated(ROWS[:2])], [1]))
+    ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS[:2])], [1]))
     assert set(rollout.drawn.tokens.tolist()) == {65, 66}
     right = {65: 0.769230769, 66: 0.8 / 0.74}
     assert rollout.drawn.weights.tolist() == pytest.approx([right[token] for token in rollout.drawn.tokens.tolist()],
@@ -342,7 +342,7 @@ def test_expected_gradient_of_whole_models_is_exact(rollout, alpha, kind, monkey
     objective = objective_of(student, teacher, WORDS, rollout=rollout, alpha=alpha, importance_weight=kind, lm_weight=0,
                              normalize_rewards=False, clip_epsilon=None, max_generation_length=3)
     batches = in_batches([(TOY_PROMPT, [WORDS - 1])] * len(TOY_SEQUENCES), 1)
-    step = list(next(objective.ahead(None, batches, [len(batches)])))
+    step = list(next(objective.iter_steps(None, batches, [len(batches)])))
     objective.zero_grad()
     assert [tuple(rollout.drawn.tokens.tolist()) for *_, rollout in step] == TOY_SEQUENCES
     losses = [objective(*arguments).loss_sum / arguments[-1].token_scale for arguments in step]

@@ -18,7 +18,7 @@ from tests.small_runs import assert_equal_weights, changed, make_rows, weights
 from tests.test_policy_runs import POLICY, STUDENT, strict_lines
 from tests.test_train_kd import STILL
 from tests.test_train_script import last_error
-from utils import build
+from utils.runs import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

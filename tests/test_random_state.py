@@ -1,4 +1,4 @@
-"""All global generators are seeded, stored and put back: utils/random_state.py."""
+"""All global generators are seeded, stored and put back: utils/training/random_state.py."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.random_state import forked_random_state, random_state, seed_everything, set_random_state
+from utils.training.random_state import forked_random_state, random_state, seed_everything, set_random_state
 
 
 @pytest.fixture(autouse=True)

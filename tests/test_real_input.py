@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, write_rows
-from utils.run_log import read_metrics
+from utils.runs.run_log import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -149,17 +149,17 @@ def loss_before(sections: dict, output: Path) -> float:
     """Validation loss of the weights as they are, on the same rows in the same precision."""
     from model.fine_tuning import FineTuning
     from model.loading import load_language_model
-    from utils.config import FineTuneConfig
-    from utils.datasets import Tables, make_prompt_format
-    from utils.devices import find_place
-    from utils.evaluation import measure_loss
-    from utils.run_log import RunLog
+    from utils.config.fine_tune import FineTuneConfig
+    from utils.evaluation.evaluate import measure_loss
+    from utils.evaluation.splits import Tables, make_prompt_format
+    from utils.runs.run_log import RunLog
+    from utils.training.distributed import init_distributed
 
     config = FineTuneConfig.model_validate(
         {**sections, "trainer_kwargs": {**sections["trainer_kwargs"], "output_dir": str(output)}}
     )
     language_model = load_language_model(config.model_arch.lang_model)
-    place = find_place("cpu", None, "auto")
+    place = init_distributed("cpu", None, "auto")
     prompt_format = make_prompt_format(config, language_model)
     table = Tables(config, prompt_format, place, RunLog(output)).open("validation.csv")
     return measure_loss(FineTuning(language_model), table, config.dataset_kwargs.val_batch_size, place)["loss"]

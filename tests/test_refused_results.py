@@ -9,9 +9,9 @@ from data import flat_array
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import assert_equal_weights, changed, largest_difference, make_project, run, weights
 from tests.test_damaged_files import error_line
-from utils import validation
-from utils.checkpoint import verify
-from utils.run_log import RunLog
+from utils.evaluation import validation
+from utils.runs.checkpoint import verify
+from utils.runs.run_log import RunLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import torch
 from model.loading import load_language_model
 from tests.conftest import ROOT, write_rows
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights, write_config
-from utils.checkpoint import Checkpoints, load_state
+from utils.runs.checkpoint import Checkpoints, load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLITS = ("train", "validation", "train_epoch", "loss_scaling")

@@ -310,7 +310,7 @@ def whiten_in_processes(parts):
     barrier, given = threading.Barrier(len(parts), timeout=20), [None] * len(parts)
 
     def work(rank):
-        def sum_over_group(tensor):
+        def all_reduce(tensor):
             given[rank] = tensor.clone()
             barrier.wait()
             total = torch.stack(given).sum(0)
@@ -318,7 +318,7 @@ def whiten_in_processes(parts):
             return tensor.copy_(total)
 
         values, mask = parts[rank]
-        return rewards.whiten(values, mask, sum_over_group)
+        return rewards.whiten(values, mask, all_reduce)
 
     with ThreadPoolExecutor(len(parts)) as threads:
         return list(threads.map(work, range(len(parts))))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks import rouge_speed
-from utils import rouge
-from utils.rouge import METRICS, lead_sentences, score_rows
+from utils.evaluation import rouge
+from utils.evaluation.rouge import METRICS, lead_sentences, score_rows
 
 PACKAGE = RougeScorer(list(METRICS), use_stemmer=True)
 ZERO = dict.fromkeys(METRICS, 0.0)

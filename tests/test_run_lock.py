@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused and told why; a dead one's lock is taken over: utils/run_lock.py."""
+"""Two runs in one folder: the second is refused and told why; a dead one's lock is taken over: run_lock.py."""
 
 import json
 import os
@@ -15,9 +15,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.small_runs import changed, make_project, run
-from utils import run_lock
-from utils.config_files import ConfigError
-from utils.run_lock import LOCK, has_ended, hold, started
+from utils.config.load import ConfigError
+from utils.runs import run_lock
+from utils.runs.run_lock import LOCK, has_ended, hold, started
 
 KEY = "trainer_kwargs.output_dir"
 DEAD = 2**22 + 1  # over the greatest number that Linux gives to a process
@@ -175,7 +175,7 @@ CHILD = """
 import os, sys, time
 sys.path.insert(0, ".")
 from pathlib import Path
-from utils.run_lock import hold
+from utils.runs.run_lock import hold
 with hold(Path(sys.argv[1]), "key"):
     worker = os.fork() if sys.argv[2] == "worker" else 1
     if worker == 0:

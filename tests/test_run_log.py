@@ -1,4 +1,4 @@
-"""metrics.jsonl and curves on a disk that refuses, loses or has changed them: utils/run_log.py, utils/curves.py."""
+"""metrics.jsonl and curves on a disk that refuses, loses or has changed them: run_log.py, curves.py."""
 
 import errno
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import run_log
-from utils.run_log import RunLog, read_metrics
+from utils.runs import run_log
+from utils.runs.run_log import RunLog, read_metrics
 
 
 class Refusing:

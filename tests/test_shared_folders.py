@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-import utils.build
+import utils.runs.build
 import validate_model
 from tests.faults.runs import fork_server
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import assert_equal_weights, changed, make_project, run, weights, write_config
-from utils import score_table
-from utils.run_lock import hold
+from utils.runs import score_table
+from utils.runs.run_lock import hold
 
 TABLES = "data.token_cache:write_table"
-CACHES = "utils.cached_teacher:make_cache"
+CACHES = "utils.distillation.cached_teacher:make_cache"
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +95,13 @@ def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
 def test_a_training_and_an_evaluation_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
     """An evaluation overwrites the scores.json of a training that is under way."""
     config = make_project(tmp_path, rows=4)
-    codes, build = [], utils.build.build_fine_tuning
+    codes, build = [], utils.runs.build.build_fine_tuning
 
     def evaluated_meanwhile(*values):
         codes.append(validate_model.main(arguments(tmp_path, tmp_path / "run")))
         return build(*values)
 
-    monkeypatch.setattr(utils.build, "build_fine_tuning", evaluated_meanwhile)
+    monkeypatch.setattr(utils.runs.build, "build_fine_tuning", evaluated_meanwhile)
     assert run(tmp_path, config) == 0
     assert codes == [2]
     assert not (tmp_path / "run/scores.json").exists()

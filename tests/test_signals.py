@@ -1,4 +1,4 @@
-"""A closed terminal stops a run in order; nohup keeps it going: utils/signals.py. (SIGINT, SIGTERM: test_resume.py.)"""
+"""A closed terminal stops a run in order; nohup keeps it going: signals.py. (SIGINT, SIGTERM: test_resume.py.)"""
 
 import os
 import signal
@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.small_runs import assert_equal_weights, make_project, run, weights
-from utils.signals import StopRequest
-from utils.trainer import Trainer
+from utils.training.signals import StopRequest
+from utils.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_a_terminal_that_closes_is_heard_once(handlers, capsys):
 
 TOGETHER = """
 import os, signal, sys
-from utils.signals import StopRequest
+from utils.training.signals import StopRequest
 numbers = [signal.Signals[name] for name in sys.argv[1].split("+")]
 signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
 with StopRequest() as stop:

@@ -45,7 +45,7 @@ def test_help_and_errors_import_no_library(arguments, code):
 
 def test_models_need_no_compiler():
     """Fault: importing the model calls torch.compile, which imports its compiler: 5 seconds that few runs need."""
-    program = ("import sys; import utils.build, utils.training_run; "
+    program = ("import sys; import utils.runs.build, utils.runs.run; "
                "print('torch._inductor.compile_fx' in sys.modules, 'tensorboard' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           check=True)

@@ -1,15 +1,15 @@
-"""What a config's text may hold, and how wrong ones are told: utils/strict_json.py, and names in utils/config.py."""
+"""What a config's text may hold, and how wrong ones are told: strict_json.py, and names in fine_tune.py."""
 
 import json
 
 import pytest
 
 from tests.config_samples import load, refusal
-from utils.command_line import training_parser
-from utils.config import FineTuneConfig
-from utils.config_kd import DistillConfig
-from utils.strict_json import LARGEST, ConfigError, parse, read_json
-from utils.validate_options import read_options, validate_parser
+from utils.cli import training_parser
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.strict_json import LARGEST, ConfigError, parse, read_json
+from utils.config.validate_options import read_options, validate_parser
 
 DEEP = "nested deeper than 50 levels: make it flatter"
 NAME = "expected a name without line ends, tabs and other control characters"

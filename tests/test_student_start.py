@@ -1,4 +1,4 @@
-"""Where a student's weights come from: model/student_init.py and utils/student_start.py."""
+"""Where a student's weights come from: model/student_init.py and utils/distillation/student.py."""
 
 import copy
 from pathlib import Path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.language_model import LanguageModel, ModelError
-from model.teacher import Teacher, one_ahead
+from model.teacher import Teacher, prefetch_one
 from model.teacher_student import TeacherStudent
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import random_rows
@@ -75,7 +75,7 @@ def test_weights_cast_once_give_what_autocast_gives(family):
 
 
 def run_ahead(batches: list, events: list) -> list:
-    """What `one_ahead` hands out, with the order of everything in `events`."""
+    """What `prefetch_one` hands out, with the order of everything in `events`."""
     def source():
         for batch in batches:
             events.append(f"draw {batch}")
@@ -90,7 +90,7 @@ def run_ahead(batches: list, events: list) -> list:
         return batch, started
 
     found = []
-    for each in one_ahead(source(), start, finish):
+    for each in prefetch_one(source(), start, finish):
         events.append(f"got {each[0]}")
         found.append(each)
     return found
@@ -137,7 +137,7 @@ def test_teacher_works_ahead_of_its_student(monkeypatch):
     expected = [objective(*batch).loss_sum.item() for batch in batches]
     events.clear()
     found = []
-    for arguments in chain(*objective.ahead(None, iter(dicts(batches)), [len(batches)])):
+    for arguments in chain(*objective.iter_steps(None, iter(dicts(batches)), [len(batches)])):
         assert all(torch.equal(*pair) for pair in zip(arguments[:3], batches[len(found)], strict=True))
         found.append(objective(*arguments).loss_sum.item())
         events.append("student")
@@ -152,7 +152,7 @@ def test_outputs_go_to_the_student_s_device():
     teacher = Teacher(model, "meta")
     batch = random_rows(ROWS)
     assert teacher.hidden(*batch).device.type == "cpu"
-    outputs = [teacher.outputs(*batch), next(iter(teacher.ahead(None, dicts([batch]))))[3]]
+    outputs = [teacher.outputs(*batch), next(iter(teacher.iter_steps(None, dicts([batch]))))[3]]
     for each in outputs:
         assert each.hidden.device.type == each.head.weight.device.type == "meta"
         assert each.hidden.shape == (8, 32)

@@ -21,7 +21,7 @@ from data.teacher_cache import (
     is_whole,
     make_cache,
 )
-from data.token_cache import TokenTable, open_token_table
+from data.token_cache import TokenizedDataset, open_token_table
 from tests.conftest import byte_tokenizer, write_rows
 
 ARRAYS = {"ids": ArrayShape(3, "uint16"), "log_probs": ArrayShape(2, "float32")}
@@ -31,13 +31,13 @@ BINARIES = ["ids.bin", "log_probs.bin", "checks.bin"]
 KEY = "distillation_kwargs.teacher_cache.dir"
 
 
-def make_table(folder: Path, highlights: list[str] = HIGHLIGHTS) -> TokenTable:
+def make_table(folder: Path, highlights: list[str] = HIGHLIGHTS) -> TokenizedDataset:
     rows = [{"id": str(number), "article": "news", "highlights": text} for number, text in enumerate(highlights)]
     return open_token_table(write_rows(folder / "rows.csv", rows), PromptFormat(byte_tokenizer()), folder / "tokens")
 
 
 @pytest.fixture
-def table(tmp_path) -> TokenTable:
+def table(tmp_path) -> TokenizedDataset:
     return make_table(tmp_path)
 
 
@@ -63,7 +63,7 @@ def assert_same(found: dict | None, expected: dict) -> None:
         np.testing.assert_array_equal(found[name], value)
 
 
-def filled(folder: Path, table: TokenTable) -> TeacherCache:
+def filled(folder: Path, table: TokenizedDataset) -> TeacherCache:
     cache = TeacherCache(folder, table, ARRAYS)
     cache.write(np.arange(5), values_of([0, 1, 2, 3, 4]))
     return cache

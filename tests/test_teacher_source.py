@@ -1,4 +1,4 @@
-"""Which teacher a config means: errors of one line before anything is made, and notices: utils/teacher_source.py."""
+"""Which teacher a config means: errors of one line before anything is made, and notices: teacher.py."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from data.prompts import DEFAULT_TEMPLATE
 from tests.conftest import byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import POSITIONS, make_kd_project, run_kd, save_model, tiny_teacher
 from tests.small_runs import assert_equal_weights, changed, metrics, weights
-from utils.config_kd import DistillConfig
-from utils.teacher_source import find_teacher
+from utils.config.distill import DistillConfig
+from utils.distillation.teacher import find_teacher
 
 KEY = "trainer_kwargs.teacher_ckpt_path"
 NAMED = "model_arch.teacher_lang_model"

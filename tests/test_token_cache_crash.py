@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import token_cache
-from data.token_cache import TokenTable, open_token_table
+from data.token_cache import TokenizedDataset, open_token_table
 from tests.conftest import write_rows
 from tests.test_token_cache import FILES, FORMAT, expected_row, forbid_building, news, rows_of
 
@@ -70,7 +70,7 @@ def test_no_single_wrong_byte_of_the_manifest_does_harm(csv_path, cache_dir):
     for place in range(len(content)):
         manifest.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         if token_cache.is_whole(table.folder):
-            assert rows_of(TokenTable(table.folder)) == rows_of(table)
+            assert rows_of(TokenizedDataset(table.folder)) == rows_of(table)
 
 
 def without_threads(function, *arguments):

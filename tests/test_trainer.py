@@ -9,7 +9,7 @@ from torch import nn
 
 from model.objective import LossTerms, arguments_of, by_step
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
-from utils.gradients import divide_and_clip, gradient_norm
+from utils.training.gradients import gradient_norm, normalize_and_clip
 
 
 def test_same_step_for_every_split_into_micro_batches(tmp_path):
@@ -57,13 +57,13 @@ class Distance(nn.Module):
         self.w = nn.Parameter(torch.zeros(()))
         self.language_model = [language_model]
 
-    def ahead(self, table, batches, counts):
+    def iter_steps(self, table, batches, counts):
         return by_step(map(arguments_of, batches), counts)
 
-    def resume_state(self):
+    def get_extra_state(self):
         return {}
 
-    def not_finite(self, *arguments):
+    def find_nonfinite(self, *arguments):
         return None
 
     def forward(self, input_ids, attention_mask, labels):
@@ -90,17 +90,24 @@ class OneTokenRows:
         return [str(row) for row in rows]
 
 
+def own_steps(trainer, step):
+    """The iterator of steps that `train_step` takes, for one step."""
+    from data.batches import load_batches
+
+    return trainer.objective.iter_steps(trainer.table, load_batches(trainer.table, step, 0), [len(step)])
+
+
 def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     """A Trainer over rows 1 to 5 with SGD, lr 0.1 and accumulation 4, and its objective."""
     from tests.conftest import tiny_language_model
-    from utils.checkpoint import Checkpoints
-    from utils.config import FineTuneConfig
-    from utils.devices import Place
-    from utils.evaluation import Generation
-    from utils.run_log import RunLog
-    from utils.signals import StopRequest
-    from utils.trainer import Trainer
-    from utils.validation import Validation
+    from utils.config.fine_tune import FineTuneConfig
+    from utils.evaluation.evaluate import Generation
+    from utils.evaluation.validation import Validation
+    from utils.runs.checkpoint import Checkpoints
+    from utils.runs.run_log import RunLog
+    from utils.training.distributed import DistributedContext
+    from utils.training.signals import StopRequest
+    from utils.training.trainer import Trainer
 
     config = FineTuneConfig.model_validate({
         "trainer_kwargs": {"gradient_accumulation_steps": 4, "gradient_clipping": None, "monitor_val": False,
@@ -111,10 +118,10 @@ def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     objective = objective_class(language_model)
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     log = RunLog(tmp_path)
-    place = Place(torch.device("cpu"))
-    validation = Validation(objective, None, [], Generation(), place, log, tmp_path)
+    context = DistributedContext(torch.device("cpu"))
+    validation = Validation(objective, None, [], Generation(), context, log, tmp_path)
     trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), validation,
-                      place, log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
+                      context, log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
     return trainer, objective
 
 
@@ -124,9 +131,7 @@ def test_last_window_is_flushed_and_divided_by_its_own_rows(tmp_path):
     steps = [[np.array([row]) for row in range(4)], [np.array([4])]]
     found = []
     for step in steps:
-        from data.batches import load_batches
-
-        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0), [len(step)]), 0.1)
+        trainer.train_step(step, own_steps(trainer, step), 0.1)
         found.append(objective.w.item())
     assert found == pytest.approx([0.5, 1.4], abs=1e-6)
 
@@ -142,7 +147,7 @@ def test_tokens_not_micro_batches_are_weighted():
     weight = nn.Parameter(torch.ones(()))
     for losses in ([4.0], [1.0, 1.0, 1.0]):
         (weight * torch.tensor(losses)).sum().backward()
-    divide_and_clip([weight], 4, gradient_norm([weight]).item() / 4, None)
+    normalize_and_clip([weight], 4, gradient_norm([weight]).item() / 4, None)
     assert weight.grad.item() == pytest.approx(1.75)
 
 
@@ -152,10 +157,10 @@ def test_clipping_acts_on_the_divided_gradient():
     weight.grad = torch.tensor([3.0, 4.0]) * 65536
     norm = gradient_norm([weight]).item() / 65536
     assert norm == pytest.approx(5.0)
-    divide_and_clip([weight], 65536, norm, 1.0)
+    normalize_and_clip([weight], 65536, norm, 1.0)
     assert weight.grad.tolist() == pytest.approx([0.6, 0.8], abs=1e-6)
     weight.grad = torch.tensor([0.3, 0.4])
-    divide_and_clip([weight], 1, 0.5, 1.0)
+    normalize_and_clip([weight], 1, 0.5, 1.0)
     assert weight.grad.tolist() == pytest.approx([0.3, 0.4])
 
 
@@ -169,13 +174,12 @@ class Poisoned(Distance):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
     """Fault: one NaN step makes a saved model all NaN and the run "successful" (case A11)."""
-    from data.batches import load_batches
-    from utils.trainer import TrainingError
+    from utils.training.trainer import TrainingError
 
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]
     with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2;"):
-        trainer.train_step(step, objective.ahead(trainer.table, load_batches(trainer.table, step, 0), [len(step)]), 0.1)
+        trainer.train_step(step, own_steps(trainer, step), 0.1)
     assert objective.w.item() == 0.0
 
 

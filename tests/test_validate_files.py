@@ -21,7 +21,7 @@ from tests.test_validate_model import (  # noqa: F401
     texts,
     write_news,
 )
-from utils import score_table
+from utils.runs import score_table
 
 # -- columns and bad rows ----------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import validate_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
-from utils import score_table
-from utils.validate_options import read_options, validate_parser
+from utils.config.validate_options import read_options, validate_parser
+from utils.runs import score_table
 
 TEMPLATE = "{article}\nTL;DR:"  # data.prompts.DEFAULT_TEMPLATE, as cases and README state it
 CONTEXT, NEW = 128, 12

@@ -13,8 +13,8 @@ import validate_model
 from tests import small_runs
 from tests.conftest import ROOT, tiny_language_model, write_rows
 from tests.score_folders import objects_of, refusal, shown, write_run, write_scores
-from utils.seal import is_broken, sealed
-from utils.weights import weights_of
+from utils.evaluation.weights import weights_of
+from utils.runs.seal import is_broken, sealed
 
 
 def digest(path: Path) -> str:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from data.os_errors import describe
-from utils.command_line import INTERRUPTED, OneLineParser, user_path
-from utils.comparison import CompareError, compare, differing_origins, read_evaluation
+from utils.cli import INTERRUPTED, OneLineParser, user_path
+from utils.evaluation.comparison import CompareError, compare, differing_origins, read_evaluation
+from utils.evaluation.rouge import METRICS
 from utils.files import json_text, write_text
-from utils.rouge import METRICS
 from utils.text import in_spreadsheet, printable
 
 HEADINGS = dict(zip(METRICS, ("ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-Lsum"), strict=True))

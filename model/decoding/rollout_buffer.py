@@ -78,7 +78,7 @@ class RolloutBuffer:
         chunk_size: int = 128,
         shorten: Callable[[list[int]], list[int]] = lambda prompt: prompt,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        sum_over_group: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         say: Callable[[str], None] = print,
         advice: str | None = None,
     ):
@@ -86,7 +86,7 @@ class RolloutBuffer:
         self.temperature, self.importance_weight, self.normalize, self.whiten = (
             temperature, importance_weight, normalize, whiten)
         self.epochs, self.chunk_size, self.shorten, self.autocast = epochs, chunk_size, shorten, autocast
-        self.sum_over_group, self.say = sum_over_group, say
+        self.all_reduce, self.say = all_reduce, say
         alpha = " or alpha" if options.source == "mixed" else ""
         self.advice = advice or f"raise distillation_kwargs.lm_weight{alpha}, set penalty to true"
         if importance_weight not in ("token", "sequence"):
@@ -110,7 +110,7 @@ class RolloutBuffer:
         # A run that goes on with other micro-batches finds those of before.
         others = [len(batch["rows"]) for batch in batches] != [len(batch.input_ids) for batch in self.kept]
         changed = torch.tensor(float(rows != self.rows or not self.passes_left or others), device=self.student.device)
-        if self.epochs > 1 and self.sum_over_group(changed) == 0:
+        if self.epochs > 1 and self.all_reduce(changed) == 0:
             self.passes_left -= 1
             return self.kept
         kept = self.make(table, batches, rows)
@@ -129,7 +129,7 @@ class RolloutBuffer:
         self.made += 1
         advantages = long_term_rewards(rewards, mask, self.normalize)
         if self.whiten:
-            advantages = whiten(advantages, mask, self.sum_over_group)
+            advantages = whiten(advantages, mask, self.all_reduce)
         weights = importance_weights(rollouts.log_q, rollouts.log_sampling, mask, self.importance_weight)
         state_weights = torch.ones_like(weights)
         if self.importance_weight == "sequence":
@@ -224,7 +224,7 @@ class RolloutBuffer:
             float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
             float((bad & ~(rollouts.log_p.abs() < ABSURD)).sum()),
         )
-        summed = self.sum_over_group(torch.tensor(own, dtype=torch.float64, device=self.student.device))
+        summed = self.all_reduce(torch.tensor(own, dtype=torch.float64, device=self.student.device))
         return Totals(*summed.tolist())
 
     def watch(self, table, rows: list[int], bad: Tensor, totals: Totals) -> None:
@@ -268,13 +268,13 @@ class RolloutBuffer:
 
     # -- resume --------------------------------------------------------------------------------------------------
 
-    def resume_state(self) -> dict:
+    def state_dict(self) -> dict:
         kept = [{**batch._asdict(), "drawn": batch.drawn._asdict(), "teacher": batch.teacher.hidden}
                 for batch in self.kept if self.passes_left]
         return {"made": self.made, "passes_left": self.passes_left, "rows": self.rows, "collapsed": self.collapsed,
                 "warned": sorted(self.warned), "kept": on_cpu(kept)}
 
-    def restore(self, state: dict) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.made, self.passes_left, self.rows = state["made"], state["passes_left"], state["rows"]
         self.collapsed, self.warned = state["collapsed"], set(state["warned"])
         device = self.student.device

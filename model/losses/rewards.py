@@ -83,19 +83,19 @@ def prefix_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, mask: 
 
 
 def whiten(
-    values: Tensor, mask: Tensor, sum_over_group: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    values: Tensor, mask: Tensor, all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> Tensor:
     """Values [B, L] shifted and scaled to mean 0 and standard deviation 1 over the real tokens of all processes.
 
     The standard deviation is that of the tokens themselves (divided by their number). Constant values, or a single
-    token, give 0. sum_over_group adds up a tensor over processes; every process calls it twice, with tokens or without.
+    token, give 0. all_reduce adds up a tensor over processes; every process calls it twice, with tokens or without.
     """
     wide = real_values(values, mask).double()
-    count, total = sum_over_group(torch.stack([mask.sum().double(), wide.sum()])).unbind()
+    count, total = all_reduce(torch.stack([mask.sum().double(), wide.sum()])).unbind()
     mean = total / count.clamp(min=1)
     deviations = torch.where(mask, wide - mean, 0)
     # A second round over the processes: the mean of squares less the square of the mean would lose the digits.
-    spread = (sum_over_group(deviations.square().sum()) / count.clamp(min=1)).sqrt()
+    spread = (all_reduce(deviations.square().sum()) / count.clamp(min=1)).sqrt()
     varied = ~(spread <= ROUNDING * mean.abs())
     return torch.where(mask & varied, deviations / spread, 0).to(at_least_float32(values))
 

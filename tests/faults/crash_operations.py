@@ -9,8 +9,8 @@ from tests.faults import operations
 from tests.faults.crash_cases import Case, finished
 from tests.faults.crash_results import differences, read_results
 from tests.faults.runs import Run
-from utils.checkpoint import CheckpointError, verify
 from utils.files import finish_writing
+from utils.runs.checkpoint import CheckpointError, verify
 
 SIGKILLED = -9
 CHILD = "tests.faults.crash_child:"
@@ -70,14 +70,14 @@ def whole_predictions(folder: Path, before: dict, after: dict) -> Iterator[str]:
 
 CHECKPOINTS = {"within": "model_checkpoints", "intact": whole_checkpoints}
 WRITES = {
-    "checkpoint on the way": Write("train", "utils.checkpoint:Checkpoints.save", call=3, **CHECKPOINTS),
+    "checkpoint on the way": Write("train", "utils.runs.checkpoint:Checkpoints.save", call=3, **CHECKPOINTS),
     "last checkpoint": Write(
-        "train", "utils.checkpoint:Checkpoints.save", call=-1, **CHECKPOINTS,
+        "train", "utils.runs.checkpoint:Checkpoints.save", call=-1, **CHECKPOINTS,
         must_touch=(".tmp-new-step-", ".tmp-new-last-", ".tmp-new-best-", ".tmp-gone-step-"),
     ),
-    "predictions": Write("validate", "utils.result_folder:write_together", intact=whole_predictions),
+    "predictions": Write("validate", "utils.runs.result_folder:write_together", intact=whole_predictions),
     "predictions in training": Write(
-        "train", "utils.validation:Validation.run", call=2, but_not="tensorboard",
+        "train", "utils.evaluation.validation:Validation.run", call=2, but_not="tensorboard",
         must_touch=("metrics.jsonl", ".tmp-", "predictions/.tmp-"),
     ),
     "token cache": Write("train", "data.token_cache:build_table", must_touch=("token_cache/.building-",)),
@@ -89,7 +89,8 @@ WRITES = {
         "top-k", WHOLE_RUN, within="teacher_cache", must_touch=(".building-", "train-", "validation-"),
     ),
     "earlier run set aside": Write(
-        "anew", "utils.run_folder:set_aside", must_touch=("model_checkpoints", "metrics.jsonl", ".tmp-earlier-run"),
+        "anew", "utils.runs.run_folder:archive_previous_run",
+        must_touch=("model_checkpoints", "metrics.jsonl", ".tmp-earlier-run"),
     ),
 }
 

@@ -28,9 +28,9 @@ from model.loading import load_tokenizer
 from tests.conftest import byte_tokenizer
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, run
-from utils.checkpoint import CheckpointError, Checkpoints, load_state, verify
-from utils.comparison import CompareError, compare, read_evaluation
-from utils.own_checkpoints import check_model_folder
+from utils.evaluation.comparison import CompareError, compare, read_evaluation
+from utils.runs.checkpoint import CheckpointError, Checkpoints, load_state, verify
+from utils.runs.own_checkpoints import check_model_folder
 
 ENDINGS = ("found", "older taken", "made anew", "read around", "harmless")
 

@@ -30,7 +30,7 @@ from tests.faults import operations
 from tests.faults.crash_results import differences, read_results
 from tests.faults.disk_cases import Case, make_cases
 from tests.faults.runs import Outcome, Run, fork_server
-from utils.checkpoint import CheckpointError, Checkpoints
+from utils.runs.checkpoint import CheckpointError, Checkpoints
 
 CHILD = "tests.faults.disk_child:"
 # Error -> actions (see operations.start).

@@ -11,7 +11,7 @@ import validate_model
 from data import cnn_dailymail, demo_news
 from tests.faults import operations
 from utils import compare
-from utils.run_log import RunLog
+from utils.runs.run_log import RunLog
 
 MAINS = {
     "train": train.main, "train_kd": train_kd.main, "validate_model": validate_model.main, "demo_news": demo_news.main,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import train
 import train_kd
 import validate_model
-from utils import command_line
+from utils import cli as command_line
 
 MAINS = {"train.py": train.main, "train_kd.py": train_kd.main, "validate_model.py": validate_model.main}
 LEFT_THE_FOLDER = 97

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults.mutations_child import LEFT_THE_FOLDER, Outcome
-from utils.checkpoint import CheckpointError, verify
-from utils.command_line import training_parser
-from utils.config_files import ConfigError, load_config
-from utils.run_folder import RUN_FILES
-from utils.validate_options import read_options, validate_parser
+from utils.cli import training_parser
+from utils.config.load import ConfigError, load_config
+from utils.config.validate_options import read_options, validate_parser
+from utils.runs.checkpoint import CheckpointError, verify
+from utils.runs.run_folder import RUN_FILES
 
 LONGEST_LINE = 1500
 TRACES = ("Traceback (most recent call last)", "Exception ignored", "Segmentation fault", "Fatal Python error")

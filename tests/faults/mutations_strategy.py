@@ -15,10 +15,10 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from tests.faults.mutations_cases import CASES, CONFIG_FILE, SCRIPTS, TOGETHER
-from utils.config import FineTuneConfig
-from utils.config_kd import DistillConfig
-from utils.config_reference import constants, leaves
-from utils.validate_options import ValidateOptions
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.reference import constants, leaves
+from utils.config.validate_options import ValidateOptions
 
 MODELS = dict(zip(SCRIPTS, (FineTuneConfig, DistillConfig, ValidateOptions), strict=True))
 LEFT_OUT = {"compile"}

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import utils.train_step
-import utils.training_run
+import utils.runs.run
+import utils.training.step
 from data.teacher_cache import ArrayShape, TeacherCache
-from data.token_cache import TokenTable
+from data.token_cache import TokenizedDataset
 from tests.conftest import write_rows
 from tests.small_runs import make_rows
-from utils.checkpoint import load_state
 from utils.files import write_json
-from utils.optimization import Schedule
-from utils.seal import KEY, sealed
-from utils.trainer import Trainer
+from utils.runs.checkpoint import load_state
+from utils.runs.seal import KEY, sealed
+from utils.training.optimization import LRSchedule
+from utils.training.trainer import Trainer
 
 MARK = "^"  # a token whose embedding overflows in the first layer norm: finite itself, but NaN comes of it
 HUGE = 3e38
@@ -61,7 +61,7 @@ def watched() -> Iterator[list[Trainer]]:
             super().__init__(*arguments)
             made.append(self)
 
-    with mock.patch.object(utils.training_run, "Trainer", Watched):
+    with mock.patch.object(utils.runs.run, "Trainer", Watched):
         yield made
 
 
@@ -93,7 +93,7 @@ def spoil_moment(trainer: Trainer, name: str, value: float) -> None:
 @contextlib.contextmanager
 def gradient_at(numbers: set[int], value: float = math.nan) -> Iterator[None]:
     """One value of the gradient of those optimizer steps, counted from 1, before it is summed over processes."""
-    sum_gradients, done = utils.train_step.sum_gradients, []
+    sum_gradients, done = utils.training.step.sum_gradients, []
 
     def spoilt(parameters: list[nn.Parameter], place) -> None:
         done.append(1)
@@ -101,19 +101,19 @@ def gradient_at(numbers: set[int], value: float = math.nan) -> Iterator[None]:
             parameters[0].grad.view(-1)[3] = value
         sum_gradients(parameters, place)
 
-    with mock.patch.object(utils.train_step, "sum_gradients", spoilt):
+    with mock.patch.object(utils.training.step, "sum_gradients", spoilt):
         yield
 
 
 @contextlib.contextmanager
 def learning_rate_at(number: int, value: float) -> Iterator[None]:
     """The learning rate of optimizer step `number`."""
-    learning_rate = Schedule.learning_rate
+    learning_rate = LRSchedule.learning_rate
 
-    def spoilt(schedule: Schedule, step: int) -> float:
+    def spoilt(schedule: LRSchedule, step: int) -> float:
         return value if step + 1 == number else learning_rate(schedule, step)
 
-    with mock.patch.object(Schedule, "learning_rate", spoilt):
+    with mock.patch.object(LRSchedule, "learning_rate", spoilt):
         yield
 
 
@@ -141,7 +141,7 @@ def spoil_optimizer(checkpoint: Path, name: str, value: float) -> None:
     write_json(manifest, sealed(content))
 
 
-def spoil_cached_row(folder: Path, table: TokenTable, row: int, name: str, value: float) -> None:
+def spoil_cached_row(folder: Path, table: TokenizedDataset, row: int, name: str, value: float) -> None:
     """One value of a row of a teacher's cache, with the row's checksum, as if the teacher had computed it."""
     arrays = json.loads((folder / "manifest.json").read_text())["arrays"]
     cache = TeacherCache(folder, table, {array: ArrayShape(*shape) for array, shape in arrays.items()})

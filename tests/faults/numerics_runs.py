@@ -9,7 +9,7 @@ import pytest
 from tests.faults import numerics
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import assert_equal_weights, changed, make_project, weights
-from utils.checkpoint import load_state
+from utils.runs.checkpoint import load_state
 
 ROWS = 16  # 8 steps of 2 rows
 

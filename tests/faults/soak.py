@@ -25,7 +25,7 @@ import train_kd
 from tests.conftest import write_rows
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import changed, make_project, make_rows, write_config
-from utils.checkpoint import Checkpoints
+from utils.runs.checkpoint import Checkpoints
 
 BATCH, KEPT = 2, 2
 LOGS = ("metrics.jsonl", "tensorboard")

@@ -1,0 +1,92 @@
+"""The objective of config_kd.json's `distillation_kwargs`, and what of it a checkpoint belongs to."""
+
+from model import policy_gradient, teacher_student
+from model.decoding.rollout_buffer import RolloutBuffer
+from model.decoding.rollouts import RolloutOptions
+from model.language_model import LanguageModel
+from model.losses.registry import DIVERGENCES
+from model.teacher import Teacher
+from utils.config.distill import DistillationKwargs, DistillConfig
+from utils.config.distill_checks import DRAWING_KEYS, PENALTY_KEYS, POLICY_KEYS
+from utils.distillation.cached_teacher import CachedTeacher
+from utils.runs.run_log import RunLog
+from utils.training.distributed import DistributedContext
+
+
+def draws(kwargs: DistillationKwargs) -> bool:
+    """Whether sequences are drawn in training."""
+    return kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0
+
+
+def make_objective(
+    config: DistillConfig, student: LanguageModel, teacher: Teacher | CachedTeacher, vocabulary: int,
+    context: DistributedContext, prompt_format, log: RunLog,
+) -> teacher_student.TeacherStudent | policy_gradient.TeacherStudent:
+    """prompt_format: a `PromptFormat`, for the prompts of rollouts.
+
+    Raises:
+        DataError: max_generation_length leaves no room for an article, where sequences are drawn.
+    """
+    kwargs, most = config.distillation_kwargs, config.model_arch.generation_kwargs.max_generation_length
+    slots = kwargs.rollout_batch_size or config.dataset_kwargs.val_batch_size
+    if draws(kwargs):
+        prompt_format.prediction_prompts([], most)
+
+    def shorten(prompt: list[int]) -> list[int]:
+        return prompt_format.shorten(prompt, most)
+
+    seed = config.trainer_kwargs.seed
+    if kwargs.method == "policy_gradient":
+        return policy_gradient.TeacherStudent(
+            student, teacher, kwargs.penalty, temperature=kwargs.temperature, rollout=kwargs.rollout,
+            alpha=kwargs.alpha, rollout_temperature=kwargs.rollout_temperature, rollout_top_k=kwargs.rollout_top_k,
+            rollout_top_p=kwargs.rollout_top_p, rollout_batch_size=slots, rollout_epochs=kwargs.rollout_epochs,
+            max_generation_length=most, importance_weight=kwargs.importance_weight, whiten=kwargs.whiten,
+            lm_weight=kwargs.lm_weight, clip_epsilon=kwargs.clip_epsilon, frequency_weight=kwargs.frequency_weight,
+            diversity_weight=kwargs.diversity_weight, entropy_weight=kwargs.entropy_weight,
+            entropy_floor=kwargs.entropy_floor, chunk_size=kwargs.chunk_size, vocabulary=vocabulary, seed=seed,
+            shorten=shorten, autocast=context.autocast, all_reduce=context.all_reduce, say=log.info,
+        )
+    rollouts = None
+    if kwargs.on_policy_fraction:
+        options = RolloutOptions(
+            "student", 0.0, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, most, slots, seed
+        )
+        rollouts = RolloutBuffer(
+            student, teacher, options, vocabulary, temperature=kwargs.temperature, chunk_size=kwargs.chunk_size,
+            shorten=shorten, autocast=context.autocast, all_reduce=context.all_reduce, say=log.info,
+            advice="lower distillation_kwargs.on_policy_fraction or kd_weight",
+        )
+    parameters = {key: getattr(kwargs, key) for key in DIVERGENCES[kwargs.kl_div].parameters}
+    return teacher_student.TeacherStudent(
+        student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.chunk_size, vocabulary,
+        kwargs.on_policy_fraction, rollouts, **parameters,
+    )
+
+
+def identity_of(config: DistillConfig, fingerprint: str) -> dict:
+    """What decides start and loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
+    kwargs = config.distillation_kwargs
+    cache = kwargs.teacher_cache
+    keys = ["student_init", "student_layers", "method"]
+    if kwargs.method == "policy_gradient":
+        unused = {*([] if kwargs.rollout == "mixed" else ["alpha"]), *([] if kwargs.penalty else PENALTY_KEYS)}
+        keys += ["temperature", *(key for key in POLICY_KEYS if key not in unused)]
+        keys += [] if kwargs.rollout == "labels" else DRAWING_KEYS
+    else:
+        keys += ["kl_div", "temperature", "kd_weight", "on_policy_fraction"]
+        keys += DIVERGENCES[kwargs.kl_div].parameters
+        keys += DRAWING_KEYS if kwargs.on_policy_fraction else []
+    # How many rows are decoded at a time changes nothing but rounding.
+    keys = [key for key in keys if key != "rollout_batch_size"]
+    length = {"model_arch.generation_kwargs.max_generation_length":
+              config.model_arch.generation_kwargs.max_generation_length}
+    return {
+        "the teacher's weights": fingerprint,
+        "trainer_kwargs.student_ckpt_path": config.trainer_kwargs.student_ckpt_path,
+        **{f"distillation_kwargs.{key.rstrip('_')}": getattr(kwargs, key) for key in keys},
+        **(length if draws(kwargs) else {}),
+        "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
+        "distillation_kwargs.teacher_cache.dtype":
+            cache.dtype if cache and cache.kind == "hidden" and cache.dtype == "bfloat16" else None,
+    }

@@ -1,0 +1,139 @@
+"""A config's CSVs as token tables and evaluation sets."""
+
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+
+from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
+from data.prompts import PromptFormat
+from data.token_cache import TokenizedDataset, open_token_table
+from model.language_model import LanguageModel
+from utils.config.fine_tune import FineTuneConfig
+from utils.evaluation.evaluate import Generation
+from utils.evaluation.validation import EvaluationSet, Validation
+from utils.files import write_json
+from utils.runs.run_log import RunLog, progress_bar
+from utils.training.distributed import DistributedContext
+
+GET_DATA = "python -m data.cnn_dailymail downloads CNN/DailyMail there; ./demo.sh shows everything without it"
+
+
+def make_prompt_format(config: FineTuneConfig, language_model: LanguageModel) -> PromptFormat:
+    """Template, tokenizer and row length of a config; recorded with the model, so that they travel with its weights.
+
+    Raises:
+        DataError: max_length over the model's context, or no room for an article.
+    """
+    data, context = config.dataset_kwargs, language_model.context
+    if data.max_length is not None and data.max_length > context:
+        raise DataError(f"dataset_kwargs.max_length is {data.max_length}: the model's context is {context} tokens")
+    prompt_format = PromptFormat(language_model.tokenizer, data.prompt_template, data.max_length or context)
+    most = config.model_arch.generation_kwargs.max_generation_length
+    language_model.record_training(prompt_format.template, prompt_format.max_length, most)
+    return prompt_format
+
+
+class Tables:
+    """Opens the token tables of a run, each CSV once, and keeps count of the rows that were left out."""
+
+    def __init__(self, config: FineTuneConfig, prompt_format: PromptFormat, context: DistributedContext, log: RunLog):
+        self.data, self.prompt_format, self.context, self.log = config.dataset_kwargs, prompt_format, context, log
+        self.cache_dir = self.data.cache_dir or str(Path(config.trainer_kwargs.output_dir) / "token_cache")
+        self.skipped: dict[str, list[dict]] = {}
+        self.opened: dict[str, TokenizedDataset] = {}
+
+    def path(self, name: str) -> Path:
+        """The CSV of a config's file name. Raises DataError where it is not there, naming the way to get it."""
+        path = Path(self.data.data_dir) / name
+        if not path.exists():
+            raise DataError(f"{path} does not exist (dataset_kwargs.data_dir and the file names in it): {GET_DATA}")
+        return path
+
+    def open(self, name: str) -> TokenizedDataset:
+        """The table of one CSV; tokenised by the main process, the others wait."""
+        if name in self.opened:
+            return self.opened[name]
+        path = self.path(name)
+        table = self.tokenise(path) if self.context.is_main else None
+        self.context.barrier()
+        if table is None:
+            table = self.tokenise(path)
+        self.note_skipped(path, table.skipped, len(table))
+        self.opened[name] = table
+        return table
+
+    def tokenise(self, path: Path) -> TokenizedDataset:
+        bar = progress_bar(f"tokenising {path.name}", None, "row", is_main=self.context.is_main)
+        with bar:
+            return open_token_table(
+                path, self.prompt_format, self.cache_dir, self.data.columns, self.data.on_bad_row, bar.update
+            )
+
+    def first_texts(self, name: str, rows: int = 8, characters: int = 200) -> list[str]:
+        """The beginnings of the first rows' articles and highlights."""
+        found = islice(iterate_articles(self.path(name), self.data.columns), rows)
+        articles = [row for row in found if isinstance(row, Article)]
+        return [text[:characters] for row in articles for text in (row.article, row.highlights)]
+
+    def articles(self, name: str) -> list[Article]:
+        """The rows of a CSV for predictions."""
+        path = self.path(name)
+        articles, bad_rows = read_articles(path, self.data.columns, self.data.on_bad_row)
+        self.note_skipped(path, bad_rows, len(articles))
+        return articles
+
+    def note_skipped(self, path: Path, bad_rows: list[BadRow], good: int) -> None:
+        """Tell of the rows that were left out, once a file."""
+        if bad_rows and str(path) not in self.skipped:
+            self.log.info(f"skipped: {describe_bad_rows(path, bad_rows, good + len(bad_rows))}")
+            self.skipped[str(path)] = [asdict(row) for row in bad_rows]
+
+    def write_skipped(self, output_dir: Path) -> None:
+        """`skipped_rows.json`: every row left out, with its reason."""
+        if self.skipped and self.context.is_main:
+            write_json(output_dir / "skipped_rows.json", self.skipped)
+
+
+def measured_datasets(config: FineTuneConfig) -> list[str]:
+    """File names of the sets whose loss is measured after each epoch."""
+    data, options = config.dataset_kwargs, config.trainer_kwargs
+    sets = (options.monitor_val, data.validation_dataset), (options.monitor_test, data.test_dataset)
+    return [name for monitored, name in sets if monitored and name]
+
+
+def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSet]:
+    """What is measured after each epoch, by `monitor_val` and `monitor_test`."""
+    data, options = config.dataset_kwargs, config.trainer_kwargs
+    rouge = "rouge" in options.metrics
+    sets = []
+    if options.monitor_val and data.validation_dataset:
+        subset = data.validation_subset or data.validation_dataset
+        table = tables.open(data.validation_dataset)
+        articles = tables.articles(subset) if rouge else []
+        by_perplexity = options.adaptive_loss_scaling and options.scaling_metric == "perplexity"
+        sets.append(EvaluationSet("validation", table, articles, tables.open(subset) if by_perplexity else None))
+    if options.monitor_test and data.test_dataset:
+        table = tables.open(data.test_dataset)
+        sets.append(EvaluationSet("test", table, tables.articles(data.test_dataset) if rouge else []))
+    return sets
+
+
+def make_validation(
+    config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: Tables,
+    context: DistributedContext, log: RunLog,
+) -> Validation:
+    """What is measured after each epoch. Raises DataError where max_generation_length leaves no room for an article."""
+    decoding, options = config.model_arch.generation_kwargs, config.trainer_kwargs
+    sets = evaluation_sets(config, tables)
+    generation = Generation(
+        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
+        config.dataset_kwargs.val_batch_size,
+    )
+    if any(each.articles for each in sets):
+        prompt_format.prediction_prompts([], generation.max_new_tokens)
+    return Validation(
+        objective, prompt_format, sets, generation, context, log, Path(options.output_dir), options.save_predictions,
+        config.dataset_kwargs.on_bad_row,
+    )

@@ -1,0 +1,145 @@
+"""What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from data.articles import Article
+from data.os_errors import describe
+from data.prompts import PromptFormat
+from data.token_cache import TokenizedDataset
+from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
+from utils.evaluation.rouge import METRICS
+from utils.evaluation.weights import json_object, weights_of
+from utils.files import json_text, write_text
+from utils.runs.run_log import RunLog
+from utils.runs.seal import KEY, is_broken, sealed, sha256_of_text
+from utils.training.distributed import DistributedContext
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """name: "validation" or "test". table: rows for the loss. articles: rows for ROUGE; empty where none is asked.
+
+    subset: the rows of adaptive loss scaling with metric perplexity; None: the table's.
+    """
+
+    name: str
+    table: TokenizedDataset
+    articles: list[Article]
+    subset: TokenizedDataset | None = None
+
+
+@dataclass
+class Validation:
+    """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir.
+
+    on_bad_row: how the articles were read. refusals: one line for each file that the last `run` could not write.
+    """
+
+    objective: nn.Module
+    prompt_format: PromptFormat
+    sets: list[EvaluationSet]
+    generation: Generation
+    context: DistributedContext
+    log: RunLog
+    output_dir: Path
+    save_predictions: bool = False
+    on_bad_row: str = "error"
+    refusals: list[str] = field(default_factory=list)
+
+    def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
+        """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
+        results, scores, texts = {}, {}, {}
+        self.refusals.clear()
+        for each in self.sets:
+            metrics = self.losses(each.table, each.name, interrupted)
+            if each.articles:
+                records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
+                metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
+                scores[each.name] |= self.how_decoded()
+                if self.save_predictions:
+                    texts[f"predictions/{each.name}-step-{step}.json"] = json_text(records)
+            self.log.record(each.name, step, epoch=epoch, **metrics)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "cross_entropy")
+            self.log.info(f"{each.name} after step {step}: {shown}")
+            results[each.name] = metrics
+        if scores and self.context.is_main:
+            sums = {"predictions_sha256": {name: sha256_of_text(text) for name, text in texts.items()}}
+            unsaved = {"sha256": None, "step": step}  # until a checkpoint holds them
+            content = {"step": step, "weights": unsaved, **scores, **sums}
+            self.write({**texts, "scores.json": json_text(sealed(content))})
+        return results.get("validation", {})
+
+    def losses(self, table: TokenizedDataset, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
+        batch_size = self.generation.batch_size
+        return measure_loss(self.objective, table, batch_size, self.context, interrupted, f"{name} loss")
+
+    def predict(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> list[str]:
+        return predict(
+            self.objective.language_model, self.prompt_format, each.articles, self.generation, self.context,
+            interrupted, f"{each.name} ROUGE",
+        )
+
+    def how_decoded(self) -> dict:
+        """What changes the predictions, under the names that validate_model.py gives it."""
+        how = self.generation
+        return {
+            "prompt_template": self.prompt_format.template, "prompt_max_length": self.prompt_format.max_length,
+            "precision": self.context.precision,
+            "settings": {"max_generation_length": how.max_new_tokens, "num_beams": how.num_beams,
+                         "early_stopping": how.early_stopping, "on_bad_row": self.on_bad_row},
+        }
+
+    def write(self, texts: dict[str, str]) -> None:
+        """One file after the other, so that no scores are newer than their predictions.
+
+        Raises OSError where another folder is in the place of the run folder.
+        """
+        if refusal := self.log.settle():
+            self.refusals.append(refusal)
+            return
+        for name, text in texts.items():
+            path = self.output_dir / name
+            try:
+                path.parent.mkdir(exist_ok=True)  # not its parents: without them the run folder was removed
+                write_text(path, text)
+            except OSError as error:
+                self.refusals.append(describe(error, path))
+                return
+
+    def note_weights(self, checkpoint: Path) -> None:
+        """Adds the weights saved in `checkpoint` to a `scores.json` that is of the same step and lacks them."""
+        content, weights = json_object(self.output_dir / "scores.json"), weights_of(checkpoint)
+        if content.get("weights") != {**weights, "sha256": None} or weights["sha256"] is None or is_broken(content):
+            return
+        content.pop(KEY, None)
+        self.write({"scores.json": json_text(sealed({**content, "weights": weights}))})
+
+    def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
+        """One metric of the validation set, for adaptive loss scaling."""
+        for each in self.sets:
+            if each.name != "validation":
+                continue
+            if metric == "perplexity":
+                return self.losses(each.subset or each.table, "loss scaling", interrupted)[metric]
+            if each.articles:
+                return scored_predictions(each.articles, self.predict(each, interrupted))[1][metric]
+        return None
+
+    def meaning(self, metric: str) -> str | None:
+        """What a score of the validation set is of, in words: of other rows, or decoded otherwise, it is another one.
+
+        None where it is not measured.
+        """
+        how = self.generation
+        decoding = f"max_generation_length {how.max_new_tokens}, num_beams {how.num_beams}, " + (
+            f"early_stopping {how.early_stopping}")
+        for each in self.sets:
+            if each.name == "validation" and metric not in METRICS:
+                return f"{metric} on {each.table.folder.name}"
+            if each.name == "validation" and each.articles:
+                return f"{metric} on rows {articles_sha256(each.articles)[:16]}, {decoding}"
+        return None

@@ -1,0 +1,70 @@
+"""What a run of train.py and one of train_kd.py are built of, from the config to the objective."""
+
+from pathlib import Path
+
+from model.fine_tuning import FineTuning
+from model.language_model import real_tokens
+from utils.config.distill import DistillConfig
+from utils.config.fine_tune import FineTuneConfig
+from utils.distillation.cached_teacher import CachedTeacher
+from utils.distillation.objective import identity_of, make_objective
+from utils.distillation.student import load_student
+from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
+from utils.evaluation.splits import Tables, make_prompt_format, measured_datasets
+from utils.runs.run import RunComponents, set_up_model
+from utils.runs.run_folder import ResumePoint, load_model
+from utils.runs.run_log import RunLog
+from utils.training.distributed import DistributedContext
+
+
+def build_fine_tuning(
+    context: DistributedContext, config: FineTuneConfig, log: RunLog, start: ResumePoint, keep: bool = True
+) -> RunComponents:
+    """The parts of a run. keep: nothing is kept here but tokenised rows, so it changes nothing."""
+    language_model = set_up_model(load_model(config, start), config, context, log, start)
+    parameters = language_model.parameter_count() / 1e6
+    log.info(f"model: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
+    prompt_format = make_prompt_format(config, language_model)
+    tables = Tables(config, prompt_format, context, log)
+    train_table = tables.open(config.dataset_kwargs.train_dataset)
+    return RunComponents(FineTuning(language_model), prompt_format, tables, train_table, {})
+
+
+def build_distillation(
+    context: DistributedContext, config: DistillConfig, log: RunLog, start: ResumePoint, keep: bool = True
+) -> RunComponents:
+    """The parts of a run. keep: whether the teacher's outputs may be kept on the disk, where the config says so."""
+    kwargs = config.distillation_kwargs
+    source, notices = find_teacher(config)
+    device, device_notices = teacher_device(config, context)
+    student = set_up_model(load_student(config, start, source), config, context, log, start)
+    prompt_format = make_prompt_format(config, student)
+    tables = Tables(config, prompt_format, context, log)
+    texts = tables.first_texts(config.dataset_kwargs.train_dataset)
+    vocabulary, size_notices = check_student(source, student, prompt_format, texts)
+    for line in (*notices, *device_notices, *size_notices):
+        log.info(line)
+    log.info(f"teacher: {source.describe()}, on {device}")
+    parameters = student.parameter_count() / 1e6
+    log.info(f"student: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
+    train_table = tables.open(config.dataset_kwargs.train_dataset)
+
+    fingerprint = source.fingerprint()
+    # A cache of a version that took the gaps between ids for tokens is another one.
+    gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
+    if kwargs.teacher_cache is None:
+        teacher = load_teacher(source, config, context)
+    else:
+        folder = kwargs.teacher_cache.dir or Path(config.trainer_kwargs.output_dir) / "teacher_cache"
+        teacher = CachedTeacher(
+            lambda: load_teacher(source, config, context), f"{fingerprint} without {gaps}" if gaps else fingerprint,
+            source.width(), vocabulary, kwargs, folder, context, log.info,
+        )
+        if keep:
+            for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
+                teacher.open(tables.open(name))
+        elif not teacher.is_complete(train_table):
+            teacher.cache_dir = None
+        teacher.load_if_needed()
+    objective = make_objective(config, student, teacher, vocabulary, context, prompt_format, log)
+    return RunComponents(objective, prompt_format, tables, train_table, identity_of(config, fingerprint))

@@ -1,0 +1,134 @@
+"""What the training scripts share: the run folder around a run, and the parts from the objective to the loop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from data.prompts import PromptFormat
+from data.token_cache import TokenizedDataset
+from model.language_model import LanguageModel
+from utils.cli import quiet_libraries
+from utils.config.fine_tune import FineTuneConfig
+from utils.config.load import warnings_of
+from utils.evaluation.splits import Tables, make_validation
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.run_folder import (
+    ResumePoint,
+    check_resume_compatible,
+    claimed,
+    find_checkpoint,
+    how_to_go_on,
+    identity,
+    open_run_folder,
+    restore_links,
+    understood,
+)
+from utils.runs.run_log import RunLog
+from utils.training.distributed import DistributedContext, init_distributed, launch_group
+from utils.training.optimization import build_optimizer
+from utils.training.out_of_memory import out_of_memory_remedy, training_remedy
+from utils.training.random_state import seed_everything
+from utils.training.signals import StopRequest
+from utils.training.trainer import Trainer
+
+
+class RunComponents(NamedTuple):
+    """What a script makes for a run. identity: what of the objective must not change for a checkpoint to be gone on
+    from."""
+
+    objective: nn.Module
+    prompt_format: PromptFormat
+    tables: Tables
+    train_table: TokenizedDataset
+    identity: dict
+
+
+# build(place, config, log, start, keep=True); keep=False: nothing is kept on the disk but tokenised rows.
+Build = Callable[..., RunComponents]
+
+
+def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
+    """Trains what `build` gives while this process holds the run folder; seeded, notices told. The exit code."""
+    quiet_libraries()
+    arch, options = config.model_arch, config.trainer_kwargs
+    launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
+    context = init_distributed(
+        options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
+    )
+    output_dir = Path(options.output_dir)
+    stop_request, remedy = StopRequest(how_to_go_on(config)), out_of_memory_remedy(training_remedy(config))
+    with remedy, claimed(output_dir, context.is_main) as taken_over, stop_request as stop:
+        log = RunLog(output_dir, context.is_main)
+        start = context.broadcast_object(find_checkpoint(config) if context.is_main else None)
+        for line in (*warnings_of(config), *context.notices, context.describe(), *taken_over, *start.notices):
+            log.info(line)
+        seed_everything(options.seed)
+        return train_objective(build(context, config, log, start), config, context, stop, log, start)
+
+
+def set_up_model(
+    language_model: LanguageModel, config: FineTuneConfig, context: DistributedContext, log: RunLog, start: ResumePoint
+) -> LanguageModel:
+    """The model that is trained: on its device, checked, with the switches of its forward pass."""
+    arch = config.model_arch
+    # A checkpoint keeps its rows, of which its optimizer state is, and a user those that model_arch asks for.
+    keeps_rows = start.folder is not None or "vocab_size" in arch.architecture
+    if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
+        log.info(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
+    if len(language_model.end_ids) > 1:
+        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
+        log.info(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
+                "(generation_config)")
+    language_model.to(context.device)
+    language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
+    language_model.check_family()
+    if config.trainer_kwargs.compile:
+        language_model.compile_forward()
+    return language_model
+
+
+def train_objective(
+    parts: RunComponents, config: FineTuneConfig, context: DistributedContext, stop: StopRequest, log: RunLog,
+    start: ResumePoint,
+) -> int:
+    """Optimizer, validation, checkpoints and loop around an objective, until the run is finished. The exit code."""
+    objective, prompt_format, tables, train_table, of_objective = parts
+    output_dir, optimizer_kwargs = Path(config.trainer_kwargs.output_dir), config.optimizer_kwargs
+    optimizer = build_optimizer(
+        objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
+    )
+    validation = make_validation(config, objective, prompt_format, tables, context, log)
+    checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
+    of_run = identity(config, train_table, of_objective)
+    trainer = Trainer(
+        objective, objective.language_model, optimizer, config, train_table, validation, context, log, checkpoints,
+        stop, of_run,
+    )
+    if start.folder is not None:
+        check_resume_compatible(of_run, start.state)
+        with understood(start.folder):
+            for line in trainer.restore(start.state, start.tensors):
+                log.info(line)
+    if context.is_main:
+        restore_links(checkpoints, start, trainer.state.best_step)
+    if ended_by := trainer.what_ended():
+        log.info(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
+                "anew, set trainer_kwargs.load_from_checkpoint to false")
+        return 0
+    if context.is_main:
+        for line in open_run_folder(config, start):
+            log.info(line)
+        restore_links(checkpoints, start, trainer.state.best_step)
+        tables.write_skipped(output_dir)
+    context.barrier()
+    log.open(trainer.state.step, trainer.state.evaluation_pending)
+    try:
+        trainer.fit()
+    finally:
+        log.close()
+    skipped = trainer.state.skipped_steps
+    left_out = f" ({skipped} of its steps left out, they were not finite)" if skipped else ""
+    log.info(f"finished at step {trainer.state.step}{left_out}: {output_dir / 'model_checkpoints' / 'last'}")
+    return 0

@@ -1,0 +1,195 @@
+"""Which device, which precision, which process of a group."""
+
+import os
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, distributed
+
+from utils.text import shorten
+
+LAUNCHER = "start with torch's launcher, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+
+
+class DeviceError(ValueError):
+    """A device that is not there: one line for the user."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """Where a process computes: its device, the precision of the forward pass, its number in the group."""
+
+    device: torch.device
+    precision: str = "float32"
+    rank: int = 0
+    world_size: int = 1
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """bfloat16 where this place computes in it, else nothing. Weights and gradients stay float32."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        if self.device.type == "cuda":
+            name = f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        else:
+            name = f"CPU ({torch.get_num_threads()} threads)"
+        group = f", {self.world_size} processes" if self.world_size > 1 else ""
+        return f"device: {name}, {self.precision}{' autocast' if self.precision != 'float32' else ''}{group}"
+
+    # -- group -------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Adds up a tensor over all processes, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def all_gather_object(self, value: object) -> list:
+        """The value of every process, in order of rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: object) -> object:
+        """The main process's value, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+def choose_device(
+    device: str, gpu_device_id: int | None, key: str = "gpu_device_id"
+) -> tuple[torch.device, list[str]]:
+    """The device and notices for the user.
+
+    device: "auto" (a GPU where there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in
+    the config.
+
+    Raises:
+        DeviceError: a GPU number that is not there, with those that are.
+    """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu":
+        return torch.device("cpu"), []
+    if not present:
+        asked = ['device "cuda"'] if device == "cuda" else []
+        asked += [f"{key} {gpu_device_id}"] if gpu_device_id else []
+        return torch.device("cpu"), [f"no GPU here: {' and '.join(asked)} ignored, running on the CPU"] if asked else []
+    number = gpu_device_id or 0
+    if number >= present:
+        gpus = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(present))
+        raise DeviceError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
+    return torch.device("cuda", number), []
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """"float32" or "bfloat16"; "auto" is bfloat16 where the hardware computes it natively."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if computes_bfloat16(device) else "float32"
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run natively: GPUs from compute capability 8.0, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def init_distributed(
+    device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = (),
+    key: str = "gpu_device_id",
+) -> DistributedContext:
+    """This process's place; joins the process group where torch's launcher started us.
+
+    Raises:
+        DeviceError: a GPU that is not there.
+    """
+    world_size, rank, local_rank = group_numbers()
+    in_group = world_size > 1 or (multi_gpu and multi_gpu_ids)  # a group of one takes the GPU that is named for it
+    if in_group and torch.cuda.is_available() and device != "cpu":
+        gpus = gpus_of_group(multi_gpu_ids)
+        if local_rank >= len(gpus):
+            raise DeviceError(
+                f"process {local_rank} of the launcher has no GPU: multi_gpu_ids names {list(gpus)}; "
+                f"start at most {len(gpus)} processes"
+            )
+        gpu_device_id = gpus[local_rank]
+    chosen, notices = choose_device(device, gpu_device_id, key)
+    if multi_gpu and chosen.type == "cpu":
+        notices.append("no GPU in use: multi_gpu ignored")
+    elif multi_gpu and world_size == 1:
+        notices.append("multi_gpu: there is one GPU to use, so one process trains")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not distributed.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise DeviceError(f"the environment says WORLD_SIZE={world_size} and no {', '.join(missing)}: {LAUNCHER}")
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return DistributedContext(chosen, choose_precision(precision, chosen), rank, world_size, notices)
+
+
+def group_numbers() -> tuple[int, int, int]:
+    """(processes, number of this one, its number on this machine), as torch's launcher says them in the environment.
+
+    Raises:
+        DeviceError: it says them in part, or what cannot be: another program has set them.
+    """
+    numbers = []
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name) or default
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise DeviceError(f"the environment says {name}={shorten(text)}: expected a whole number; {LAUNCHER}")
+        numbers.append(int(text))
+    world_size, rank, _ = numbers
+    if not rank < world_size:
+        raise DeviceError(f"the environment says RANK={rank} and WORLD_SIZE={world_size}: expected a rank below it; "
+                          f"{LAUNCHER}")
+    return tuple(numbers)
+
+
+def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
+    """GPUs for data parallel: those named, else all."""
+    present = torch.cuda.device_count()
+    gpus = list(multi_gpu_ids) or list(range(present))
+    for gpu in gpus:
+        if not 0 <= gpu < present:
+            raise DeviceError(f"multi_gpu_ids holds {gpu}: expected numbers of the {present} GPUs present, from 0")
+    return gpus
+
+
+def launch_group(device: str, multi_gpu: bool, multi_gpu_ids: tuple | list) -> None:
+    """Where data parallel is wanted and possible and no launcher started us: start again through torch's launcher.
+
+    Does not return in that case.
+    """
+    if not multi_gpu or "WORLD_SIZE" in os.environ or device == "cpu" or not torch.cuda.is_available():
+        return
+    gpus = gpus_of_group(multi_gpu_ids)
+    if len(gpus) < 2:
+        return
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(gpus)}"]
+    os.execv(shutil.which(sys.executable) or sys.executable, [sys.executable, *launcher, *sys.argv])
