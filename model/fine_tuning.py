@@ -26,9 +26,6 @@ class FineTuning(nn.Module):
         """The arguments of `forward` for each collated batch of a table's rows, step by step."""
         return by_step(map(arguments_of, batches), counts)
 
-    def find_nonfinite(self, *arguments: Tensor) -> None:
-        """Token ids always are."""
-
     def get_extra_state(self) -> dict:
         return {}
 

@@ -1,20 +1,8 @@
-"""What the loop asks of every training objective.
+"""What the training loop asks of every objective."""
 
-An objective is an `nn.Module` with the attributes `language_model` (what is trained and saved) and `passes` (optimizer
-steps in a row that take the same rows; 1 as a rule), and
-- `ahead(table, batches, counts)`: for each optimizer step, which has `counts` of the collated batches, an iterator of
-  the arguments of `forward`. It may work ahead: a teacher on another device computes the next batch while the student
-  computes this one. It may raise `ObjectiveError`.
-- `forward(input_ids, attention_mask, labels, ...) -> LossTerms`.
-- `find_nonfinite(...)`, with the arguments of `forward`: what of them is not finite, in words for a message ("the
-  teacher's outputs"), or None.
-- `get_extra_state()`: what a checkpoint must hold of it beside the weights, as tensors, numbers, text, lists and dicts,
-  and `set_extra_state(state)`.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,7 +17,8 @@ class LossTerms(NamedTuple):
     loss_sum: scalar, the SUM over label tokens of what is minimised, in nats. The loop back-propagates sums and
         divides the gradients once by the label tokens of the whole optimizer step.
     token_count: label tokens in the micro-batch (an int: counted on the CPU, so that no device has to wait).
-    parts: detached scalar sums over the same tokens, for the log, such as {"cross_entropy": ...}.
+    parts: detached scalar sums over the same tokens, for the log, such as {"cross_entropy": ...}; the same names for
+        all micro-batches of a step.
     """
 
     loss_sum: Tensor
@@ -37,8 +26,36 @@ class LossTerms(NamedTuple):
     parts: dict[str, Tensor]
 
 
+class Objective(Protocol):
+    """An `nn.Module` that the training loop can train.
+
+    language_model: the `LanguageModel` that is trained and saved. passes: optimizer steps in a row that take the same
+    rows (1 unless rollouts are used several times).
+    """
+
+    language_model: object
+    passes: int
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *others) -> LossTerms:
+        """The loss of one micro-batch: input_ids, labels [B, T] int64 (labels -100: no loss), attention_mask [B, T]."""
+
+    def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterable[tuple]]:
+        """For each optimizer step, which has `counts` of the collated batches of the table's rows, the arguments of its
+        calls. May prefetch: a teacher on another device computes the next batch while the student computes this one.
+
+        Raises:
+            ObjectiveError: training cannot go on.
+        """
+
+    def get_extra_state(self) -> dict:
+        """What a checkpoint must hold beside the weights: tensors, numbers, text, lists and dicts."""
+
+    def set_extra_state(self, state: dict) -> None:
+        """Restore what `get_extra_state` gave."""
+
+
 def by_step(arguments: Iterator, counts: list[int]) -> Iterator[Iterator]:
-    """Arguments of `forward`, one after the other, as an iterator for each optimizer step."""
+    """Groups the arguments of calls, one after the other, by optimizer step."""
     for count in counts:
         yield islice(arguments, count)
 

@@ -15,7 +15,7 @@ from model.losses.penalties import unit_embeddings
 from model.losses.policy_loss import Penalties, PolicyTokens, policy_loss
 from model.losses.vocabulary_loss import vocabulary_loss
 from model.objective import LossTerms, arguments_of
-from model.teacher import Teacher, are_finite
+from model.teacher import Teacher
 from model.transfer import to_device
 from model.vocabulary import shared_vocabulary
 
@@ -122,11 +122,6 @@ class TeacherStudent(nn.Module):
             own = list(islice(batches, count))
             drawn = self.sets.of_step(table, own) if self.training else [None] * count
             yield iter([(*arguments_of(batch), rollout) for batch, rollout in zip(own, drawn, strict=True)])
-
-    def find_nonfinite(self, input_ids, attention_mask, labels, rollout=None) -> str | None:
-        """Whether it is the teacher: what of its outputs is not finite, in words."""
-        given = self.teacher.outputs(input_ids, attention_mask, labels) if rollout is None else rollout.teacher
-        return None if are_finite(given) else self.teacher.name
 
     def get_extra_state(self) -> dict:
         return self.sets.state_dict()

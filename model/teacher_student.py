@@ -12,7 +12,7 @@ from model.language_model import LanguageModel
 from model.losses.divergences import choose_divergence
 from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, vocabulary_loss
 from model.objective import LossTerms, arguments_of, by_step
-from model.teacher import Teacher, are_finite
+from model.teacher import Teacher
 from model.vocabulary import shared_vocabulary
 
 
@@ -92,12 +92,6 @@ class TeacherStudent(nn.Module):
         """By a number of its own for each step, so that a resumed run and every process decide alike."""
         draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
         return draw < self.on_policy_fraction
-
-    def find_nonfinite(self, input_ids, attention_mask, labels, teacher_outputs=None, rollout=None) -> str | None:
-        """Whether it is the teacher: what of its outputs is not finite, in words."""
-        given = teacher_outputs if rollout is None else rollout.teacher
-        given = self.teacher.outputs(input_ids, attention_mask, labels) if given is None else given
-        return None if are_finite(given) else self.teacher.name
 
     def get_extra_state(self) -> dict:
         return {"steps": self.steps, "rollouts": self.rollouts.state_dict()} if self.rollouts else {}

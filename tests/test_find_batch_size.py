@@ -17,18 +17,19 @@ from utils.config.distill import DistillConfig
 from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import ConfigError, load_config
 from utils.runs.build import build_distillation, build_fine_tuning
-from utils.runs.find_batch_size import Probe, find_batch_size, largest_that_fits, report
+from utils.runs.find_batch_size import find_batch_size, make_probe, report
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
+from utils.training.memory_probe import MemoryProbe, largest_that_fits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONGEST = 228  # tokens, of the rows of make_rows
 
 
-def make_probe(folder: Path, config: dict, build=build_fine_tuning, model=FineTuneConfig) -> Probe:
+def cpu_probe(folder: Path, config: dict, build=build_fine_tuning, model=FineTuneConfig) -> MemoryProbe:
     """On the CPU."""
     config = load_config(write_config(folder, config), (), model)
-    return Probe(config, build, DistributedContext(torch.device("cpu")), RunLog(folder, is_main=False))
+    return make_probe(config, build, DistributedContext(torch.device("cpu")), RunLog(folder, is_main=False))
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 40])
@@ -68,11 +69,11 @@ def test_without_a_gpu(tmp_path, capsys, monkeypatch, script):
 
 def test_steps_on_the_longest_rows(tmp_path, monkeypatch):
     """Fault: rows of average length, no optimizer state, no gradients in the second micro-batch, or a weight moves."""
-    probe = make_probe(tmp_path, changed(make_project(tmp_path), dataset_kwargs={"train_batch_size": 12}))
+    probe = cpu_probe(tmp_path, changed(make_project(tmp_path), dataset_kwargs={"train_batch_size": 12}))
     seen, label_hidden = [], LanguageModel.label_hidden
 
     def recorded(model, input_ids, mask, *others, **options):
-        gradients = all(each.grad is not None for each in probe.parameters)
+        gradients = all(each.grad is not None for each in model.parameters())
         seen.append((mask.sum(1).tolist(), gradients, bool(probe.optimizer.state)))
         return label_hidden(model, input_ids, mask, *others, **options)
 
@@ -91,7 +92,7 @@ def test_steps_on_the_longest_rows(tmp_path, monkeypatch):
 def test_what_does_not_fit(tmp_path, options):
     """Fault: full memory ends the search, or counts against the next size; teacher or rollouts cannot be tried."""
     config = changed(make_kd_project(tmp_path, **options), trainer_kwargs={"gradient_accumulation_steps": 3})
-    probe = make_probe(tmp_path, config, build_distillation, DistillConfig)
+    probe = cpu_probe(tmp_path, config, build_distillation, DistillConfig)
     with full_in_forward(GPU, most_tokens=2 * LONGEST):
         assert [probe.fits(size) for size in (1, 2, 4, 2)] == [True, True, False, True]
     with full_in_forward(RuntimeError("shapes"), most_tokens=LONGEST), pytest.raises(RuntimeError, match="shapes"):

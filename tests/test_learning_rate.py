@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.numerics_runs import fine_tuning
+from tests.nonfinite_runs import fine_tuning
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, metrics, run
 from tests.test_resume import eventful, only_up_to

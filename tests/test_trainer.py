@@ -9,7 +9,8 @@ from torch import nn
 
 from model.objective import LossTerms, arguments_of, by_step
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
-from utils.training.gradients import gradient_norm, normalize_and_clip
+from utils.training.distributed import DistributedContext
+from utils.training.step import optimizer_step
 
 
 def test_same_step_for_every_split_into_micro_batches(tmp_path):
@@ -62,9 +63,6 @@ class Distance(nn.Module):
 
     def get_extra_state(self):
         return {}
-
-    def find_nonfinite(self, *arguments):
-        return None
 
     def forward(self, input_ids, attention_mask, labels):
         loss = ((self.w - input_ids[:, 0].double()) ** 2).sum()
@@ -120,8 +118,8 @@ def make_trainer(tmp_path, objective_class=Distance, **trainer_kwargs):
     log = RunLog(tmp_path)
     context = DistributedContext(torch.device("cpu"))
     validation = Validation(objective, None, [], Generation(), context, log, tmp_path)
-    trainer = Trainer(objective, language_model, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), validation,
-                      context, log, Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {})
+    trainer = Trainer(objective, optimizer, config, OneTokenRows([1, 2, 3, 4, 5]), validation, context, log,
+                      Checkpoints(tmp_path / "c", "run", 2), StopRequest(), {}, {"judged_by": None, "scaled_by": None})
     return trainer, objective
 
 
@@ -142,26 +140,39 @@ def test_plan_of_a_run_keeps_the_last_window(tmp_path):
     assert [len(step) for step in trainer.plan()] == [4, 1]
 
 
+class Slope(nn.Module):
+    """loss_sum = w . x, so that the gradient is the sum of all x."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: torch.Tensor) -> LossTerms:
+        return LossTerms((self.w * x).sum(), len(x), {})
+
+
+def slope_step(inputs, label_tokens, clip_norm=None):
+    """The weight after one step of SGD with learning rate 1 (minus the gradient), and the step's metrics."""
+    inputs = [torch.tensor(each) for each in inputs]
+    objective = Slope(len(inputs[0]))
+    metrics = optimizer_step(
+        objective, [(each,) for each in inputs], torch.optim.SGD(objective.parameters()),
+        DistributedContext(torch.device("cpu")), label_tokens=label_tokens, learning_rate=1.0, clip_norm=clip_norm,
+    )
+    return (-objective.w).tolist(), metrics
+
+
 def test_tokens_not_micro_batches_are_weighted():
     """Fault: mean of micro-batch means, 2.5, where the mean over tokens is 1.75 (case A17)."""
-    weight = nn.Parameter(torch.ones(()))
-    for losses in ([4.0], [1.0, 1.0, 1.0]):
-        (weight * torch.tensor(losses)).sum().backward()
-    normalize_and_clip([weight], 4, gradient_norm([weight]).item() / 4, None)
-    assert weight.grad.item() == pytest.approx(1.75)
+    assert slope_step([[4.0], [1.0], [1.0], [1.0]], 4)[0] == pytest.approx([1.75])
 
 
 def test_clipping_acts_on_the_divided_gradient():
-    """Fault: clipping before the division (or before unscaling) leaves a gradient far too small (case A17)."""
-    weight = nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([3.0, 4.0]) * 65536
-    norm = gradient_norm([weight]).item() / 65536
-    assert norm == pytest.approx(5.0)
-    normalize_and_clip([weight], 65536, norm, 1.0)
-    assert weight.grad.tolist() == pytest.approx([0.6, 0.8], abs=1e-6)
-    weight.grad = torch.tensor([0.3, 0.4])
-    normalize_and_clip([weight], 1, 0.5, 1.0)
-    assert weight.grad.tolist() == pytest.approx([0.3, 0.4])
+    """Fault: clipping before the division leaves a gradient far too small (case A17)."""
+    moved, metrics = slope_step([[3.0 * 65536, 4.0 * 65536]], 65536, clip_norm=1.0)
+    assert moved == pytest.approx([0.6, 0.8], abs=1e-6) and metrics.grad_norm == pytest.approx(5.0)
+    moved, metrics = slope_step([[0.3, 0.4]], 1, clip_norm=1.0)
+    assert moved == pytest.approx([0.3, 0.4]) and metrics.grad_norm == pytest.approx(0.5)
 
 
 class Poisoned(Distance):
@@ -178,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
 
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]
-    with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2;"):
+    with pytest.raises(TrainingError, match=r"optimizer step 1: .*rows: 2, 3;"):
         trainer.train_step(step, own_steps(trainer, step), 0.1)
     assert objective.w.item() == 0.0
 

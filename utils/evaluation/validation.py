@@ -1,13 +1,12 @@
 """What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from data.articles import Article
-from data.os_errors import describe
 from data.prompts import PromptFormat
 from data.token_cache import TokenizedDataset
 from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
@@ -36,7 +35,7 @@ class EvaluationSet:
 class Validation:
     """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir.
 
-    on_bad_row: how the articles were read. refusals: one line for each file that the last `run` could not write.
+    on_bad_row: how the articles were read.
     """
 
     objective: nn.Module
@@ -48,12 +47,10 @@ class Validation:
     output_dir: Path
     save_predictions: bool = False
     on_bad_row: str = "error"
-    refusals: list[str] = field(default_factory=list)
 
     def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
         """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
         results, scores, texts = {}, {}, {}
-        self.refusals.clear()
         for each in self.sets:
             metrics = self.losses(each.table, each.name, interrupted)
             if each.articles:
@@ -94,21 +91,12 @@ class Validation:
         }
 
     def write(self, texts: dict[str, str]) -> None:
-        """One file after the other, so that no scores are newer than their predictions.
-
-        Raises OSError where another folder is in the place of the run folder.
-        """
-        if refusal := self.log.settle():
-            self.refusals.append(refusal)
-            return
+        """One file after the other, so that no scores are newer than their predictions."""
+        self.log.flush()
         for name, text in texts.items():
             path = self.output_dir / name
-            try:
-                path.parent.mkdir(exist_ok=True)  # not its parents: without them the run folder was removed
-                write_text(path, text)
-            except OSError as error:
-                self.refusals.append(describe(error, path))
-                return
+            path.parent.mkdir(exist_ok=True)  # not its parents: without them the run folder was removed
+            write_text(path, text)
 
     def note_weights(self, checkpoint: Path) -> None:
         """Adds the weights saved in `checkpoint` to a `scores.json` that is of the same step and lacks them."""

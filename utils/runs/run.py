@@ -21,6 +21,7 @@ from utils.runs.run_folder import (
     find_checkpoint,
     how_to_go_on,
     identity,
+    meanings,
     open_run_folder,
     restore_links,
     understood,
@@ -103,8 +104,8 @@ def train_objective(
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
     of_run = identity(config, train_table, of_objective)
     trainer = Trainer(
-        objective, objective.language_model, optimizer, config, train_table, validation, context, log, checkpoints,
-        stop, of_run,
+        objective, optimizer, config, train_table, validation, context, log, checkpoints, stop, of_run,
+        meanings(config, validation),
     )
     if start.folder is not None:
         check_resume_compatible(of_run, start.state)
@@ -113,7 +114,7 @@ def train_objective(
                 log.info(line)
     if context.is_main:
         restore_links(checkpoints, start, trainer.state.best_step)
-    if ended_by := trainer.what_ended():
+    if ended_by := trainer.ended_by():
         log.info(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
                 "anew, set trainer_kwargs.load_from_checkpoint to false")
         return 0

@@ -25,7 +25,7 @@ from utils.runs.own_checkpoints import check_model_folder, others
 from utils.runs.result_folder import check_links, output_folder
 from utils.runs.run_lock import hold
 from utils.text import shorten
-from utils.training.batch_numbers import ACCUMULATION, BATCH, BOUND, TOKENS
+from utils.training.out_of_memory import ACCUMULATION, BATCH, BOUND, TOKENS
 
 RUN_FILES = (  # the checkpoints first: once they are moved, no start goes on from them
     "model_checkpoints", "config.json", "metrics.jsonl", "tensorboard", "predictions", "scores.json",

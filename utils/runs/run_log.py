@@ -105,6 +105,11 @@ class RunLog:
             return describe(error, self.path)
         return self._refusal
 
+    def flush(self) -> None:
+        """Raises OSError if lines cannot be written."""
+        if refusal := self.settle():
+            raise OSError(refusal)
+
     def close(self) -> None:
         if self._file is not None:
             self._write()
@@ -138,14 +143,6 @@ class RunLog:
         if curves is not None:
             with contextlib.suppress(OSError):
                 curves.close()
-
-
-def progress_bar(description: str, total: int | None, unit: str, initial: int = 0, is_main: bool = True) -> tqdm:
-    """The one bar of a phase, with rate and time left."""
-    return tqdm(
-        desc=one_line(description), total=total, unit=unit, initial=initial, disable=not is_main, dynamic_ncols=True,
-        mininterval=0.5, smoothing=0.1, file=sys.stderr,
-    )
 
 
 def read_metrics(path: Path) -> list[dict]:

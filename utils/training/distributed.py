@@ -1,4 +1,4 @@
-"""Which device, which precision, which process of a group."""
+"""Device, precision and process group."""
 
 import os
 import shutil
@@ -7,22 +7,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from utils.text import shorten
-
-LAUNCHER = "start with torch's launcher, or unset WORLD_SIZE, RANK and LOCAL_RANK"
+BUCKET = 1 << 24  # gradient values sent together: 64 MiB
 
 
 class DeviceError(ValueError):
-    """A device that is not there: one line for the user."""
+    """A device that does not exist: one line for the user."""
 
     exit_code = 2
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Where a process computes: its device, the precision of the forward pass, its number in the group."""
+    """A process's device, the precision of its forward passes, and its rank in the group."""
 
     device: torch.device
     precision: str = "float32"
@@ -35,7 +33,7 @@ class DistributedContext:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
-        """bfloat16 where this place computes in it, else nothing. Weights and gradients stay float32."""
+        """bfloat16 autocast if the precision says so. Weights and gradients stay float32."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -49,16 +47,20 @@ class DistributedContext:
         group = f", {self.world_size} processes" if self.world_size > 1 else ""
         return f"device: {name}, {self.precision}{' autocast' if self.precision != 'float32' else ''}{group}"
 
-    # -- group -------------------------------------------------------------------------------------------------
+    # -- collectives; with one process they return at once ----------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Adds up a tensor over all processes, in place."""
+        """Sums a tensor over all processes, in place."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any process."""
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0) if self.world_size > 1 else flag
+
     def all_gather_object(self, value: object) -> list:
-        """The value of every process, in order of rank, on every process."""
+        """The value of every process, in order of rank, on every process. Pickles it: not for the training loop."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -66,7 +68,7 @@ class DistributedContext:
         return values
 
     def broadcast_object(self, value: object) -> object:
-        """The main process's value, on every process."""
+        """The main process's value, on every process. Pickles it: not for the training loop."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -78,16 +80,35 @@ class DistributedContext:
             distributed.barrier()
 
 
+def all_reduce_gradients(parameters: list[nn.Parameter], context: DistributedContext) -> None:
+    """Sums the gradients of all processes, in place, in messages of about BUCKET values.
+
+    Not DistributedDataParallel: that takes means, and needs equally many micro-batches on every process.
+    """
+    if context.world_size == 1:
+        return
+    bucket: list[Tensor] = []
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is None:  # this process had no micro-batch in the step
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if index == len(parameters) - 1 or sum(map(Tensor.numel, bucket)) >= BUCKET:
+            flat = context.all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
+            for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            bucket = []
+
+
 def choose_device(
     device: str, gpu_device_id: int | None, key: str = "gpu_device_id"
 ) -> tuple[torch.device, list[str]]:
     """The device and notices for the user.
 
-    device: "auto" (a GPU where there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in
-    the config.
+    device: "auto" (a GPU if there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in the
+    config.
 
     Raises:
-        DeviceError: a GPU number that is not there, with those that are.
+        DeviceError: no GPU has that number.
     """
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu":
@@ -104,7 +125,7 @@ def choose_device(
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"float32" or "bfloat16"; "auto" is bfloat16 where the hardware computes it natively."""
+    """"float32" or "bfloat16"; "auto" is bfloat16 if the hardware computes it natively."""
     if precision != "auto":
         return precision
     return "bfloat16" if computes_bfloat16(device) else "float32"
@@ -122,12 +143,13 @@ def init_distributed(
     device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = (),
     key: str = "gpu_device_id",
 ) -> DistributedContext:
-    """This process's place; joins the process group where torch's launcher started us.
+    """This process's device, precision and rank; joins the process group if torch's launcher started it.
 
     Raises:
         DeviceError: a GPU that is not there.
     """
-    world_size, rank, local_rank = group_numbers()
+    world_size, rank, local_rank = (int(os.environ.get(name) or default) for name, default in
+                                    (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     in_group = world_size > 1 or (multi_gpu and multi_gpu_ids)  # a group of one takes the GPU that is named for it
     if in_group and torch.cuda.is_available() and device != "cpu":
         gpus = gpus_of_group(multi_gpu_ids)
@@ -141,34 +163,12 @@ def init_distributed(
     if multi_gpu and chosen.type == "cpu":
         notices.append("no GPU in use: multi_gpu ignored")
     elif multi_gpu and world_size == 1:
-        notices.append("multi_gpu: there is one GPU to use, so one process trains")
+        notices.append("multi_gpu: there is only one GPU, so one process trains")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size > 1 and not distributed.is_initialized():
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise DeviceError(f"the environment says WORLD_SIZE={world_size} and no {', '.join(missing)}: {LAUNCHER}")
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return DistributedContext(chosen, choose_precision(precision, chosen), rank, world_size, notices)
-
-
-def group_numbers() -> tuple[int, int, int]:
-    """(processes, number of this one, its number on this machine), as torch's launcher says them in the environment.
-
-    Raises:
-        DeviceError: it says them in part, or what cannot be: another program has set them.
-    """
-    numbers = []
-    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name) or default
-        if not (text.isascii() and text.isdecimal() and len(text) < 10):
-            raise DeviceError(f"the environment says {name}={shorten(text)}: expected a whole number; {LAUNCHER}")
-        numbers.append(int(text))
-    world_size, rank, _ = numbers
-    if not rank < world_size:
-        raise DeviceError(f"the environment says RANK={rank} and WORLD_SIZE={world_size}: expected a rank below it; "
-                          f"{LAUNCHER}")
-    return tuple(numbers)
 
 
 def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
@@ -182,10 +182,8 @@ def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
 
 
 def launch_group(device: str, multi_gpu: bool, multi_gpu_ids: tuple | list) -> None:
-    """Where data parallel is wanted and possible and no launcher started us: start again through torch's launcher.
-
-    Does not return in that case.
-    """
+    """If data parallel is wanted and possible and no launcher started this process: restart it through torch's
+    launcher, without returning."""
     if not multi_gpu or "WORLD_SIZE" in os.environ or device == "cpu" or not torch.cuda.is_available():
         return
     gpus = gpus_of_group(multi_gpu_ids)

@@ -7,27 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.config.strict_json import ConfigError, show
-from utils.runs.checkpoint import CheckpointError
+from utils.config.load import ConfigError
 from utils.text import shorten
 
 
-def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay_all: bool = False):
+def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay_all: bool = False):
     """An optimizer of `torch.optim` over the trainable parameters of `module`.
 
-    Weight decay leaves out biases and norms (parameters of one dimension) unless decay_all. The fused version is used
-    where torch has one, unless kwargs say otherwise.
+    Weight decay skips biases and norms (parameters of one dimension) unless decay_all. The fused version is used if
+    torch has one, unless kwargs say otherwise.
 
     Raises:
-        ConfigError: an unknown type, one that this loop cannot drive, or kwargs that it refuses.
+        ConfigError: an unknown type, one that this loop cannot drive, or kwargs that it does not accept.
     """
-    cls = getattr(torch.optim, kind, None)
+    cls = getattr(torch.optim, name, None)
     if not inspect.isclass(cls) or not issubclass(cls, torch.optim.Optimizer) or cls is torch.optim.Optimizer:
-        known = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
-        expected = ", ".join(sorted(known))
-        raise ConfigError(f'optimizer_kwargs.type is "{kind}": expected a class of torch.optim: {expected}')
-    if kind in ("LBFGS", "SparseAdam"):
-        raise ConfigError(f'optimizer_kwargs.type is "{kind}": it needs another kind of loop; expected such as AdamW')
+        known = sorted(key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer")
+        raise ConfigError(f'optimizer_kwargs.type is "{name}": expected a class of torch.optim: {", ".join(known)}')
+    if name in ("LBFGS", "SparseAdam"):
+        raise ConfigError(f'optimizer_kwargs.type is "{name}": it needs another loop; use one such as AdamW')
     if "lr" in kwargs:
         raise ConfigError("optimizer_kwargs.kwargs.lr: set optimizer_kwargs.lm_lr instead")
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -50,8 +48,8 @@ def build_optimizer(module: nn.Module, kind: str, kwargs: dict, lr: float, decay
         TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError
     ) as error:
         reason = shorten(" ".join(str(error).split()), 300)
-        raise ConfigError(f"optimizer_kwargs.kwargs is {show(kwargs)}: {kind} refuses them: {reason}; change them, or "
-                          "optimizer_kwargs.type") from error
+        raise ConfigError(f"optimizer_kwargs.kwargs is {kwargs}: {name} does not accept them: {reason}; change "
+                          "them, or optimizer_kwargs.type") from error
 
 
 def try_a_step(cls, lr: float, settings: dict) -> None:
@@ -62,11 +60,10 @@ def try_a_step(cls, lr: float, settings: dict) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """The moments that a checkpoint holds; the settings stay the config's, but the rate of the last step, which every
-    step sets anew, is the checkpoint's: saved again, it is the same.
+    """Restore a checkpoint's moments and last learning rate; all other settings stay the config's.
 
     Raises:
-        CheckpointError: a moment is not finite: the next step would ruin the weights.
+        ValueError: the state does not fit, or is not finite, so that the next step would ruin the weights.
     """
     settings = [{key: value for key, value in group.items() if key not in ("params", "lr")}
                 for group in optimizer.param_groups]
@@ -74,8 +71,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     if name := find_nonfinite_state(optimizer):
-        raise CheckpointError(f"the optimizer's {name} in the checkpoint is not finite: resume from another checkpoint "
-                              "(trainer_kwargs.resume_from) or start anew")
+        raise ValueError(f"the optimizer's {name} is not finite")
 
 
 def find_nonfinite_state(optimizer: torch.optim.Optimizer) -> str | None:
@@ -101,7 +97,7 @@ class LRSchedule:
     floor: float = 0.0
 
     def learning_rate(self, step: int) -> float:
-        """The rate of optimizer step `step`, counted from 0: 0 at first where there is a warm-up."""
+        """The rate of optimizer step `step`, counted from 0; a warm-up begins at rate 0."""
         if step < self.warmup:
             return self.peak * step / self.warmup
         remaining = max(0.0, (self.total - step) / max(1, self.total - self.warmup))
@@ -110,7 +106,7 @@ class LRSchedule:
 
 
 def make_schedule(scheduler_kwargs, peak: float, total: int) -> LRSchedule:
-    """The schedule of a config's `lr_scheduler_kwargs`; total: optimizer steps that the data give."""
+    """The schedule of a config's `lr_scheduler_kwargs`; total: optimizer steps of the run."""
     if scheduler_kwargs.num_training_steps != -1:
         total = scheduler_kwargs.num_training_steps
     warmup = scheduler_kwargs.num_warmup_steps
@@ -122,8 +118,7 @@ def make_schedule(scheduler_kwargs, peak: float, total: int) -> LRSchedule:
 
 
 def schedule_notices(scheduler_kwargs, peak: float, steps: int) -> list[str]:
-    """Where a config's `lr_scheduler_kwargs` do not fit a run of so many optimizer steps: one line each, with what
-    becomes of them."""
+    """One line for each of a config's `lr_scheduler_kwargs` that does not fit a run of `steps` optimizer steps."""
     schedule = make_schedule(scheduler_kwargs, peak, steps)
     asked, total = scheduler_kwargs.num_warmup_steps, scheduler_kwargs.num_training_steps
     notices = []

@@ -1,17 +1,21 @@
-"""Full memory, reported in one line with the settings to change."""
+"""Out of memory, reported in one line with the settings to change.
+
+The rows of an optimizer step depend on train_batch_size x gradient_accumulation_steps alone (`data/batches.py`): half
+the batch and twice the accumulation train on the same rows in the same steps.
+"""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.config.fine_tune import FineTuneConfig
-from utils.training.batch_numbers import TOKENS, instead, largest_divisor, with_batch_size
 
+BATCH, ACCUMULATION = "dataset_kwargs.train_batch_size", "trainer_kwargs.gradient_accumulation_steps"
+TOKENS, BOUND = "dataset_kwargs.tokens_per_batch", "trainer_kwargs.ckpt_training_batch"
 # Errors of CUDA's libraries and of torch's CPU allocator are plain RuntimeErrors. torch's own class is matched by name,
 # so that this module can be imported without torch.
 FULL = re.compile("^(OutOfMemory|OutOfMemoryError|MemoryError): |"
                   "CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllocator: ")
-REQUESTED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 SHORTER = "lower dataset_kwargs.max_length, or take a smaller model"
 
 
@@ -21,32 +25,31 @@ class OutOfMemory(RuntimeError):
     exit_code = 1
 
 
-def memory_error(error: BaseException | None) -> BaseException | None:
-    """The error that says that memory is full: this one, or one that it was raised from; None if there is none."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory is full."""
     while error is not None:
         if FULL.search(f"{type(error).__name__}: {error}"):
-            return error
+            return True
         error = error.__cause__
-    return None
+    return False
 
 
 @contextmanager
 def out_of_memory_remedy(remedy: str) -> Iterator[None]:
-    """Raises OutOfMemory, which gives the remedy, in place of errors that say that memory is full."""
+    """Turns errors that say that memory is full into OutOfMemory with the remedy."""
     try:
         yield
+    except OutOfMemory:
+        raise
     except Exception as error:
-        cause = memory_error(error)
-        if cause is None or isinstance(cause, OutOfMemory):
+        if not is_out_of_memory(error):
             raise
-        memory = "the GPU's memory is full" if "CUDA" in str(cause) else "memory is full"
-        requested = REQUESTED.search(str(cause))
-        amount = f" ({requested[1]} more were requested)" if requested else ""
-        raise OutOfMemory(f"{memory}{amount}: {remedy}") from error
+        memory = "the GPU's memory is full" if "CUDA" in f"{error} {error.__cause__}" else "memory is full"
+        raise OutOfMemory(f"{memory}: {remedy}") from error
 
 
 def training_remedy(config: FineTuneConfig) -> str:
-    """For smaller micro-batches; the optimizer steps stay the same."""
+    """Smaller micro-batches, with the same optimizer steps."""
     data, distillation = config.dataset_kwargs, getattr(config, "distillation_kwargs", None)
     if data.tokens_per_batch is not None:
         values = {TOKENS: max(1, data.tokens_per_batch // 2)}
@@ -54,10 +57,10 @@ def training_remedy(config: FineTuneConfig) -> str:
         values = with_batch_size(config, largest_divisor(data.train_batch_size, data.train_batch_size // 2))
     if values.get(TOKENS, data.train_batch_size) == 1:
         return f"the batch is one row already: {SHORTER}"
-    remedy = f"set {instead(config, values)}: the optimizer steps stay the same"
+    remedy = f"set {describe_changes(config, values)}: the optimizer steps stay the same"
     if distillation is not None and (distillation.method == "policy_gradient" or distillation.on_policy_fraction):
         rows = distillation.rollout_batch_size or data.val_batch_size
-        remedy += f"; while sampling set {instead(config, {'distillation_kwargs.rollout_batch_size': rows // 2 or 1})}"
+        remedy += f"; for rollouts set distillation_kwargs.rollout_batch_size {rows // 2 or 1} (now {rows})"
     return f"{remedy}; if that is not enough, {SHORTER}"
 
 
@@ -65,13 +68,46 @@ def evaluation_remedy(config: FineTuneConfig) -> str:
     rows = config.dataset_kwargs.val_batch_size
     if rows == 1:
         return f"rows are evaluated one by one already: {SHORTER}"
-    return (f"set {instead(config, {'dataset_kwargs.val_batch_size': rows // 2})}: the scores stay the same, and the "
-            "same command resumes from the last checkpoint")
+    return (f"set dataset_kwargs.val_batch_size {rows // 2} (now {rows}): the scores stay the same, and the same "
+            "command resumes from the last checkpoint")
 
 
 def decoding_remedy(options) -> str:
-    """Of validate_model.py, by its flags."""
+    """For validate_model.py, by its flags."""
     for flag, value in (("--batch_size", options.batch_size), ("--num_beams", options.num_beams)):
         if value > 1:
             return f"set {flag} {value // 2} (now {value}), or take a smaller model"
     return "lower --max_generation_length, or take a smaller model"
+
+
+# -- the same optimizer steps in other micro-batches ---------------------------------------------------------------
+
+
+def rows_per_step(config: FineTuneConfig) -> int:
+    return config.dataset_kwargs.train_batch_size * config.trainer_kwargs.accumulation_steps
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`, but at least 1."""
+    return next(size for size in range(max(1, min(number, limit)), 0, -1) if number % size == 0)
+
+
+def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
+    """The keys to set for the same steps in micro-batches of `batch_size` rows, a divisor of `rows_per_step`.
+
+    Keys that count micro-batches are scaled too, so that they keep meaning the same number of rows.
+    """
+    options, before = config.trainer_kwargs, config.dataset_kwargs.train_batch_size
+    values = {BATCH: batch_size, ACCUMULATION: rows_per_step(config) // batch_size}
+    counts = {"n_batch_ckpt_save": options.checkpoint_every, "ckpt_training_batch": options.batches_per_epoch,
+              "loss_scaling_batch": options.loss_scaling_interval if options.adaptive_loss_scaling else None}
+    for key, count in counts.items():
+        if count is not None and batch_size != before:
+            values[f"trainer_kwargs.{key}"] = max(1, round(count * before / batch_size))
+    return values
+
+
+def describe_changes(config: FineTuneConfig, values: dict[str, int]) -> str:
+    """`dataset_kwargs.train_batch_size 4 (now 8) and ...`."""
+    now = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in values}
+    return " and ".join(f"{key} {value} (now {now[key]})" for key, value in values.items())

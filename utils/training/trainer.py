@@ -1,103 +1,92 @@
-"""The loop: epochs of optimizer steps, validation after each, checkpoints on the way.
-
-Micro-batches back-propagate SUMS over label tokens; each optimizer step divides its gradients once by the label tokens
-of all its micro-batches on all processes. So a step is the same whatever the micro-batch size, the accumulation and
-the number of processes.
-"""
+"""The training loop: epochs of optimizer steps, validation after each epoch, checkpoints on the way."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
 import torch
-from torch import nn
 
 from data.batches import Step, load_batches, plan_epoch
 from data.token_cache import TokenizedDataset
-from model.language_model import LanguageModel
-from model.objective import ObjectiveError
+from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Interrupted, NotFinite, never
 from utils.evaluation.validation import Validation
-from utils.runs.checkpoint import Checkpoints
-from utils.runs.run_folder import meanings
-from utils.runs.run_log import RunLog, progress_bar
-from utils.training.batch_numbers import BATCH
+from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
-from utils.training.nonfinite import NonFiniteHandler, check_before_saving
+from utils.training.nonfinite import NonFiniteHandler
 from utils.training.optimization import LRSchedule, make_schedule, restore_optimizer, schedule_notices
-from utils.training.out_of_memory import OutOfMemory, evaluation_remedy, out_of_memory_remedy
+from utils.training.out_of_memory import BATCH, OutOfMemory, evaluation_remedy, out_of_memory_remedy
 from utils.training.random_state import random_state, seed_everything, set_random_state
 from utils.training.signals import StopRequest
 from utils.training.state import TrainState
-from utils.training.step import TrainingError, accumulate_gradients, add_up, is_finite, update
-from utils.training.step_result import StepMetrics
+from utils.training.step import StepMetrics, TrainingError, optimizer_step
 
 
 class Trainer:
-    """Trains `objective` (an `nn.Module` returning `LossTerms`) and keeps `language_model`, which is part of it.
+    """Trains an objective's language model.
 
-    It knows nothing of teachers; objectives know nothing of optimizers.
+    It knows nothing of teachers; objectives know nothing of optimizers. log, checkpoints: a `RunLog` and the
+    `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one. score_ids: what the
+    scores that a checkpoint remembers are of ("judged_by", "scaled_by"); None if they are not measured.
     """
 
     def __init__(
         self,
-        objective: nn.Module,
-        language_model: LanguageModel,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         config: FineTuneConfig,
         table: TokenizedDataset,
         validation: Validation,
         context: DistributedContext,
-        log: RunLog,
-        checkpoints: Checkpoints,
+        log,
+        checkpoints,
         stop: StopRequest,
-        identity: dict,
+        fingerprint: dict,
+        score_ids: dict[str, str | None],
     ):
-        self.objective, self.language_model, self.optimizer = objective, language_model, optimizer
-        self.config, self.table, self.validation = config, table, validation
-        self.context, self.log, self.checkpoints, self.stop, self.identity = context, log, checkpoints, stop, identity
+        self.objective, self.language_model, self.optimizer = objective, objective.language_model, optimizer
+        self.config, self.table, self.validation, self.context = config, table, validation, context
+        self.log, self.checkpoints, self.stop = log, checkpoints, stop
+        self.fingerprint, self.score_ids = fingerprint, score_ids
         self.options = config.trainer_kwargs
-        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        self.state = TrainState(
-            accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline
+        self.state = TrainState(accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline)
+        self.saved: dict | None = None  # the state in the newest checkpoint
+        self.nonfinite = NonFiniteHandler(
+            objective, table, context, log, self.options.skip_nonfinite_steps, lambda: self.saved is not None
         )
-        self.saved: dict | None = None
-        self.meanings = meanings(config, validation)
-        pad_id, most = language_model.tokenizer.pad_token_id, self.options.skip_nonfinite_steps
-        self.guard = NonFiniteHandler(objective, pad_id, context, log, most, lambda: self.saved is not None)
         seed_everything((self.options.seed + context.rank) % 2**32)  # dropout differs between processes
 
-    # -- whole runs ----------------------------------------------------------------------------------------------
+    # -- resume --------------------------------------------------------------------------------------------------
 
     def restore(self, state: dict, tensors: dict) -> list[str]:
-        """Go on from a checkpoint's state; returns notices."""
+        """Continue from a checkpoint's state; returns notices."""
         self.state = TrainState.from_json(state)
-        # The rows of a step are what they were, in other micro-batches perhaps.
-        now = self.config.dataset_kwargs.train_batch_size
-        self.state.accumulation = self.state.accumulation * state["identity"].get(BATCH, now) // now
+        # The rows of a step are the same as before, perhaps in other micro-batches.
+        batch_size = self.config.dataset_kwargs.train_batch_size
+        self.state.accumulation = self.state.accumulation * state["identity"].get(BATCH, batch_size) // batch_size
         before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
-        self.meanings = {key: meaning or before[key] for key, meaning in self.meanings.items()}
+        self.score_ids = {key: name or before[key] for key, name in self.score_ids.items()}
         self.saved = self.checkpoint_state()
-        notices = self.state.reset_best(before, self.meanings, self.options.scaling_baseline)
+        notices = self.state.reset_best(before, self.score_ids, self.options.scaling_baseline)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
-        self.state.stopped_early &= patience is not None and self.state.evaluations_without_gain >= max(1, patience)
-        notices += self.change_of_rate()
+        self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
+        notices += self.learning_rate_notices()
         generators = tensors["random"]
-        same = len(generators) == self.context.world_size
-        if of_objective := tensors.get("objective"):  # what is not of the process alone is the same in all
-            self.objective.set_extra_state(of_objective[self.context.rank if same else 0])
+        same_size = len(generators) == self.context.world_size
+        if extra_states := tensors.get("objective"):  # what is not of one process alone is the same in all
+            self.objective.set_extra_state(extra_states[self.context.rank if same_size else 0])
         self.note_weights()  # a kill may have come before it
-        if not same:
-            return [*notices, f"the checkpoint was made by {len(generators)} processes, now there are "
-                    f"{self.context.world_size}: dropout will not repeat number for number"]
+        if not same_size:
+            return [*notices, f"the checkpoint was written by {len(generators)} processes, now there are "
+                    f"{self.context.world_size}: dropout will differ"]
         return notices + set_random_state(generators[self.context.rank])
 
-    def what_ended(self) -> str | None:
-        """The key that ends the run here, or None where it goes on."""
+    def ended_by(self) -> str | None:
+        """The key that ends the run here, or None if it continues."""
         if self.state.evaluation_pending:
             return None
         if self.state.stopped_early:
@@ -106,65 +95,164 @@ class Trainer:
             return "trainer_kwargs.max_steps"
         return "trainer_kwargs.epochs" if self.state.epoch >= self.options.epochs else None
 
-    def finished(self) -> bool:
-        return self.what_ended() is not None
+    # -- the loop ------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train to the end. The last weights are in `model_checkpoints/last`.
 
         Raises:
-            TrainingError: a loss or gradient that is not finite, and no such step may be left out (any more); the
-                weights are as before that step.
+            TrainingError: a loss or gradient is not finite, and no (further) step may be skipped; the weights are as
+                before that step.
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
         steps = self.total_steps(len(self.plan()), self.state)
         for line in schedule_notices(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, steps):
             self.log.info(line)
-        while not self.finished():
-            (self.finish_epoch if self.state.evaluation_pending else self.train_epoch)()
+        while not self.ended_by():
+            if not self.state.evaluation_pending:
+                self.train_epoch()
+            self.finish_epoch()
         if self.saved is None:
             self.save()
-        if refusal := self.log.settle():
-            raise TrainingError(f"{refusal}; the training is finished and saved, its last lines are missing there")
 
-    # -- an epoch ------------------------------------------------------------------------------------------------
+    def train_epoch(self) -> None:
+        """The rest of the epoch's optimizer steps."""
+        state, options = self.state, self.options
+        plan = self.plan()
+        schedule = self.schedule(len(plan))
+        remaining = plan[state.step_in_epoch :]
+        if options.max_steps is not None:
+            remaining = remaining[: options.max_steps - state.step]
+        self.objective.train()
+        steps = self.iter_steps(remaining)
+        self.rescale_loss()
+        start, tokens = time.perf_counter(), 0
+        title = f"epoch {state.epoch + 1}/{options.epochs}"
+        with progress_bar(title, len(plan), "step", state.step_in_epoch, self.context.is_main) as bar:
+            for step in remaining:
+                metrics = self.train_step(step, steps, schedule.learning_rate(state.step))
+                tokens += int(self.table.lengths[list(chain(*step))].sum())
+                bar.update()
+                last = step is remaining[-1]
+                if (state.step == 1 or state.step % options.log_every == 0 or last) and not metrics.skipped:
+                    now = time.perf_counter()
+                    self.record(metrics, tokens / (now - start))
+                    bar.set_postfix_str(f"loss {metrics.losses['loss']:.3f}, lr {metrics.learning_rate:.2e}, "
+                                        f"{tokens / (now - start):,.0f} tokens/s", refresh=False)
+                    start, tokens = now, 0
+                if options.adaptive_loss_scaling and self.passed(options.loss_scaling_interval, len(step)):
+                    state.scaling_pending = True
+                    self.rescale_loss()
+                if last:
+                    break  # finish_epoch saves, and stops if asked to
+                if metrics.stop_requested or self.passed(options.checkpoint_every, len(step)):
+                    self.save()
+                if metrics.stop_requested:
+                    self.stop.leave(state.step)
+        if state.step_in_epoch == len(plan):
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        state.evaluation_pending = True
+
+    def train_step(self, step: Step, steps: Iterator[Iterable[tuple]], learning_rate: float) -> StepMetrics:
+        """One optimizer step over the micro-batches of `step`; `steps` is the objective's `iter_steps`.
+
+        Raises:
+            TrainingError: the step is not finite and may not be skipped, or the objective cannot continue.
+        """
+        state = self.state
+        try:
+            micro_batches = next(steps)
+        except ObjectiveError as error:
+            self.save()
+            raise TrainingError(f"optimizer step {state.step + 1}: {error}; the weights before that step are in "
+                                "model_checkpoints/last") from error
+        metrics = optimizer_step(
+            self.objective, micro_batches, self.optimizer, self.context,
+            label_tokens=int(self.table.label_counts[list(chain(*step))].sum()), learning_rate=learning_rate,
+            clip_norm=self.options.clip_norm,
+            loss_scale=state.loss_scale if self.options.adaptive_loss_scaling else 1.0,
+            stop_requested=self.stop.requested,
+        )
+        if metrics.skipped:
+            own = self.local_micro_batches(step)
+            self.nonfinite.skip_step(state, metrics, step, [own[index] for index in metrics.bad_micro_batches])
+        else:
+            state.epoch_loss += metrics.losses["loss"] * metrics.label_tokens
+            state.epoch_tokens += metrics.label_tokens
+        state.step, state.step_in_epoch = state.step + 1, state.step_in_epoch + 1
+        state.micro_batches += len(step)
+        return metrics
+
+    def finish_epoch(self) -> None:
+        """Validate, decide about stopping, save."""
+        state, callbacks = self.state, self.config.callbacks_kwargs.kwargs
+        epoch = state.epoch if state.step_in_epoch else state.epoch - 1
+        best = False
+        if self.options.monitor_train and state.epoch_tokens:
+            self.log.record("train_epoch", state.step, epoch=epoch, loss=state.epoch_loss / state.epoch_tokens)
+        if epoch >= self.options.first_val_epoch:
+            metrics = self.evaluate(lambda interrupted: self.validation.run(state.step, epoch, interrupted))
+            score = metrics.get(self.config.monitored_metric)
+            if score is not None:
+                best = state.update_best(score, callbacks.mode, callbacks.threshold)
+                self.check_plateau(callbacks)
+        state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
+        if best or callbacks.save_final_model or state.best_step is None or not self.ended_by():
+            self.save(best)
+            self.note_weights()
+        if self.context.any(self.stop.requested) and not self.ended_by():
+            self.stop.leave(state.step)
+
+    # -- the plan of an epoch ------------------------------------------------------------------------------------
 
     def plan(self, state: TrainState | None = None) -> list[Step]:
-        """All steps of the epoch of a state; None is that of now."""
+        """All optimizer steps of the epoch of a state; None is the present one."""
         data, state = self.config.dataset_kwargs, state or self.state
         return plan_epoch(
             self.table.lengths, data.train_batch_size, state.accumulation, self.options.seed, state.epoch,
             data.tokens_per_batch, self.options.batches_per_epoch, self.objective.passes,
         )
 
+    def local_micro_batches(self, step: Step) -> Step:
+        """The micro-batches of a step that this process computes."""
+        return step[self.context.rank :: self.context.world_size]
+
+    def iter_steps(self, steps: list[Step]) -> Iterator[Iterable[tuple]]:
+        """For each step the arguments of the objective for this process's micro-batches."""
+        own = [self.local_micro_batches(step) for step in steps]
+        batches = load_batches(
+            self.table, list(chain(*own)), self.language_model.tokenizer.pad_token_id,
+            self.config.dataset_kwargs.num_workers, pin_memory=self.context.device.type == "cuda",
+        )
+        return self.objective.iter_steps(self.table, batches, list(map(len, own)))
+
     def total_steps(self, steps_in_epoch: int, state: TrainState) -> int:
-        """Optimizer steps of the run: those done before a state's epoch, and those that are to come at its length."""
+        """Optimizer steps of the run: those before the state's epoch, and all later epochs at its length."""
         total = state.step - state.step_in_epoch + steps_in_epoch * (self.options.epochs - state.epoch)
         return total if self.options.max_steps is None else min(total, self.options.max_steps)
 
     def schedule(self, steps_in_epoch: int, state: TrainState | None = None) -> LRSchedule:
-        """The learning rates in the epoch of a state; None is that of now."""
+        """The learning rates in the epoch of a state; None is the present one."""
         total = self.total_steps(steps_in_epoch, state or self.state)
         return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, total)
 
-    def change_of_rate(self) -> list[str]:
-        """A line where the learning rates do not go on from those that led to a checkpoint, as with more epochs."""
-        state, held = self.state, self.optimizer.param_groups[0]["lr"]
+    def learning_rate_notices(self) -> list[str]:
+        """A line if the learning rate jumps at a resume, because the schedule has changed (more epochs, say)."""
+        state, saved_rate = self.state, self.optimizer.param_groups[0]["lr"]
         taken = state.step - state.skipped_steps
-        if self.finished() or not taken:
+        if self.ended_by() or not taken:
             return []
-        # Of a step that was left out the optimizer does not hold the rate.
-        steps = range(taken - 1, state.step)
-        if any(math.isclose(schedule.learning_rate(step), held, rel_tol=1e-6)
-               for schedule in self.schedules_before() for step in steps):
+        # The optimizer does not hold the rate of a skipped step.
+        if any(math.isclose(schedule.learning_rate(step), saved_rate, rel_tol=1e-6)
+               for schedule in self.schedules_before() for step in range(taken - 1, state.step)):
             return []
         now = self.schedule(len(self.plan()))
-        return [f"learning rate: {held:.2e} at the checkpoint's last step, {now.learning_rate(state.step):.2e} at the "
-                f"next: the schedule is not that of before, it now covers {now.total} steps from lm_lr {now.peak:.2e}; "
+        return [f"learning rate: {saved_rate:.2e} at the checkpoint's last step, {now.learning_rate(state.step):.2e} "
+                f"at the next: the schedule has changed, it now covers {now.total} steps from lm_lr {now.peak:.2e}; "
                 "set optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates"]
 
     def schedules_before(self) -> Iterator[LRSchedule]:
-        """What today's config would have given for the last step: where it ended its epoch, at the length of that."""
+        """What today's config gives for the last step; if it ended its epoch, at the length of that epoch."""
         state = self.state
         if state.step_in_epoch:
             yield self.schedule(len(self.plan()))
@@ -174,191 +262,55 @@ class Trainer:
             epoch.step_in_epoch = len(self.plan(epoch))
             yield self.schedule(epoch.step_in_epoch, epoch)
 
-    def train_epoch(self) -> None:
-        plan = self.plan()
-        schedule = self.schedule(len(plan))
-        most = self.options.max_steps
-        remaining = plan[self.state.step_in_epoch :]
-        if most is not None:
-            remaining = remaining[: most - self.state.step]
-        shares = [self.local_micro_batches(step) for step in remaining]
-        self.objective.train()
-        steps = self.objective.iter_steps(self.table, load_batches(
-            self.table, list(chain(*shares)), self.language_model.tokenizer.pad_token_id,
-            self.config.dataset_kwargs.num_workers, pin_memory=self.context.device.type == "cuda",
-        ), list(map(len, shares)))
-        bar = progress_bar(
-            f"epoch {self.state.epoch + 1}/{self.options.epochs}", len(plan), "step", self.state.step_in_epoch,
-            self.context.is_main,
-        )
-        self.rescale_loss()
-        clock, tokens = time.perf_counter(), 0
-        with bar:
-            for step in remaining:
-                result = self.train_step(step, steps, schedule.learning_rate(self.state.step))
-                self.count(step, result)
-                tokens += int(self.table.lengths[list(chain(*step))].sum())
-                bar.update()
-                logged = self.state.step == 1 or self.state.step % self.options.log_every == 0
-                if (logged or step is remaining[-1]) and not result.skipped:
-                    now = time.perf_counter()
-                    self.record(result, tokens / (now - clock))
-                    bar.set_postfix_str(f"loss {result.losses['loss']:.3f}, lr {result.learning_rate:.2e}, "
-                                        f"{tokens / (now - clock):,.0f} tokens/s", refresh=False)
-                    clock, tokens = now, 0
-                if self.options.adaptive_loss_scaling and self.passed(self.options.loss_scaling_interval, len(step)):
-                    self.state.scaling_pending = True
-                    self.rescale_loss()
-                if step is not remaining[-1]:
-                    self.checkpoint_on_the_way(len(step))
-        if self.state.step_in_epoch == len(plan):
-            self.state.epoch, self.state.step_in_epoch = self.state.epoch + 1, 0
-        self.state.evaluation_pending = True
-
-    def local_micro_batches(self, step: Step) -> Step:
-        """The micro-batches of a step that this process does."""
-        return step[self.context.rank :: self.context.world_size]
-
-    def count(self, step: Step, result: StepMetrics) -> None:
-        self.state.step += 1
-        self.state.step_in_epoch += 1
-        self.state.micro_batches += len(step)
-        if not result.skipped:
-            self.state.epoch_loss += result.losses["loss"] * result.label_tokens
-            self.state.epoch_tokens += result.label_tokens
-
-    # -- a step --------------------------------------------------------------------------------------------------
-
-    def train_step(self, step: Step, steps: Iterator[Iterator], learning_rate: float) -> StepMetrics:
-        """One optimizer step over the micro-batches of `step`; `steps` is what the objective's `ahead` gives.
-
-        A step that is not finite is left out as often as the config allows it, else raises TrainingError; either way
-        weights and optimizer are as before.
-        """
-        scale = self.state.loss_scale if self.options.adaptive_loss_scaling else 1.0
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, sums = accumulate_gradients(self.objective, self.arguments_of_step(steps), self.context, scale)
-        tokens = int(self.table.label_counts[list(chain(*step))].sum())
-        result = add_up(self.parameters, sums, tokens, learning_rate, self.context)
-        if is_finite(result):
-            update(self.optimizer, self.parameters, result, self.options.clip_norm)
-        else:
-            own = zip(self.local_micro_batches(step), losses, strict=True)
-            bad = [rows for rows, loss in own if not math.isfinite(loss.item())]
-            self.guard.skip_step(self.state, result, self.table, step, bad)
-        return result
-
-    def arguments_of_step(self, steps: Iterator[Iterator]) -> Iterator:
-        """Raises TrainingError where the objective cannot go on; the weights of before are saved."""
-        try:
-            return next(steps)
-        except ObjectiveError as error:
-            self.save()
-            raise TrainingError(f"optimizer step {self.state.step + 1}: {error}; the weights of before that step are "
-                                "in model_checkpoints/last") from error
-
-    def record(self, result: StepMetrics, tokens_per_second: float) -> None:
-        extra = {"loss_scale": self.state.loss_scale} if self.options.adaptive_loss_scaling else {}
-        self.log.record(
-            "train", self.state.step, epoch=self.state.epoch, **result.losses, learning_rate=result.learning_rate,
-            grad_norm=result.grad_norm, label_tokens=result.label_tokens, tokens_per_second=tokens_per_second, **extra,
-        )
-
     # -- between steps -------------------------------------------------------------------------------------------
 
+    def record(self, metrics: StepMetrics, tokens_per_second: float) -> None:
+        extra = {"loss_scale": self.state.loss_scale} if self.options.adaptive_loss_scaling else {}
+        self.log.record(
+            "train", self.state.step, epoch=self.state.epoch, **metrics.losses, learning_rate=metrics.learning_rate,
+            grad_norm=metrics.grad_norm, label_tokens=metrics.label_tokens, tokens_per_second=tokens_per_second,
+            **extra,
+        )
+
     def passed(self, every: int | None, micro_batches: int) -> bool:
-        """Whether the step just done, of so many micro-batches, passed a multiple of `every` micro-batches."""
+        """Whether the last step, of `micro_batches` micro-batches, passed a multiple of `every` micro-batches."""
         done = self.state.micro_batches
         return every is not None and done // every > (done - micro_batches) // every
 
-    def rescale_loss(self) -> None:
-        """The score of adaptive loss scaling, where one is due; a run stopped in it is to do it again."""
-        if not self.state.scaling_pending or not self.options.adaptive_loss_scaling:
-            return
+    def evaluate(self, measure):
+        """`measure(interrupted)`, an evaluation. The work since the last checkpoint is saved if it is interrupted, runs
+        out of memory or cannot write its results."""
+        # In a group a process that stops alone would leave the others waiting: it neither stops nor saves.
+        alone = self.context.world_size == 1
         try:
             with out_of_memory_remedy(evaluation_remedy(self.config)):
-                score = self.validation.score(self.options.scaling_metric, self.interruption())
+                return measure((lambda: self.stop.requested) if alone else never)
+        except NotFinite as error:
+            self.nonfinite.stop(error, self.state.step)
         except Interrupted:
             self.save()
             self.stop.leave(self.state.step)
-        except NotFinite as error:
-            self.guard.refuse(error, self.state.step)
-        except OutOfMemory:
-            self.save_after_full_memory()
+        except (OutOfMemory, OSError):
+            if alone:
+                self.save()
             raise
+
+    def rescale_loss(self) -> None:
+        """Adaptive loss scaling: measure the score if one is due. A run that is stopped in it will do it again."""
+        if not self.state.scaling_pending or not self.options.adaptive_loss_scaling:
+            return
+        score = self.evaluate(lambda interrupted: self.validation.score(self.options.scaling_metric, interrupted))
         self.state.scaling_pending = False
         if score is not None:
             self.state.scale_loss(score, self.options.scaling_metric)
             self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
-    def checkpoint_on_the_way(self, micro_batches: int) -> None:
-        stopping = any(self.context.all_gather_object(self.stop.requested))
-        if stopping or self.passed(self.options.checkpoint_every, micro_batches):
-            self.save()
-        if stopping:
-            self.stop.leave(self.state.step)
-
-    def save_after_full_memory(self) -> None:
-        """When an evaluation fills the memory, the weights are good, and so is the work since the last checkpoint."""
-        if self.context.world_size == 1:  # in a group the others wait elsewhere
-            self.save()
-
-    def interruption(self):
-        """Evaluations stop at once on a signal, but not in a group, where the others would wait for ever."""
-        return (lambda: self.stop.requested) if self.context.world_size == 1 else never
-
-    def finish_epoch(self) -> None:
-        """Validate, decide about stopping, save."""
-        state, callbacks = self.state, self.config.callbacks_kwargs.kwargs
-        epoch = state.epoch if state.step_in_epoch else state.epoch - 1
-        best = False
-        try:
-            if self.options.monitor_train and state.epoch_tokens:
-                self.log.record("train_epoch", state.step, epoch=epoch, loss=state.epoch_loss / state.epoch_tokens)
-            if epoch >= self.options.first_val_epoch:
-                with out_of_memory_remedy(evaluation_remedy(self.config)):
-                    metrics = self.validation.run(state.step, epoch, self.interruption())
-                self.check_written(self.validation.refusals)
-                score = metrics.get(self.config.monitored_metric)
-                if score is not None:
-                    best = state.update_best(score, callbacks.mode, callbacks.threshold)
-                    self.decide(callbacks)
-        except Interrupted:
-            self.save()
-            self.stop.leave(state.step)
-        except NotFinite as error:
-            self.guard.refuse(error, self.state.step)
-        except OutOfMemory:
-            self.save_after_full_memory()
-            raise
-        state.evaluation_pending, state.epoch_loss, state.epoch_tokens = False, 0.0, 0
-        if best or callbacks.save_final_model or state.best_step is None or not self.finished():
-            self.save(best)
-            self.note_weights()
-            self.check_written(self.validation.refusals)
-        if any(self.context.all_gather_object(self.stop.requested)) and not self.finished():
-            self.stop.leave(state.step)
-
-    def note_weights(self) -> None:
-        """The scores of this step say which weights they are of, where those have been saved."""
-        if self.context.is_main:
-            self.validation.note_weights(self.checkpoints.root / f"step-{self.state.step}")
-
-    def check_written(self, refusals: list[str]) -> None:
-        """Results that could not be written end the run, but not before the weights that they are of are safe."""
-        if of_all := [each for of_process in self.context.all_gather_object(refusals) for each in of_process]:
-            self.save()
-            raise TrainingError(f"{of_all[0]}; {self.where_saved()}")
-
-    def where_saved(self) -> str:
-        return f"stopped at optimizer step {self.state.step}, checkpoint written; {self.stop.how_to_go_on}"
-
-    def decide(self, callbacks) -> None:
-        if self.state.step_in_epoch:  # max_steps ended the epoch early: its plan may still be gone on with
+    def check_plateau(self, callbacks) -> None:
+        if self.state.step_in_epoch:  # max_steps ended the epoch early: a later run may continue its plan
             return
-        most = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
+        max_accumulation = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
         increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
-        decision = self.state.on_plateau(callbacks.patience, increase, most)
+        decision = self.state.on_plateau(callbacks.patience, increase, max_accumulation)
         if decision == "increase":
             self.log.info(f"no gain in {callbacks.patience} evaluations: accumulation is now {self.state.accumulation}")
         elif decision == "stop":
@@ -368,21 +320,26 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.identity, **self.meanings}
+        return {**self.state.to_json(), "identity": self.fingerprint, **self.score_ids}
 
     def save(self, best: bool = False) -> None:
-        """Write `step-N`, unless just this state is saved already."""
-        generators, of_objective = (self.context.all_gather_object(each) for each in
-                                    (random_state(), self.objective.get_extra_state()))
+        """Write `step-N`, unless this state is saved already."""
         state = self.checkpoint_state()
         if state == self.saved and not best:
             return
-        check_before_saving(self.objective, self.optimizer, self.state.step, self.saved is not None)
+        self.nonfinite.check_before_saving(self.optimizer, self.state.step)
+        generators, extra_states = zip(
+            *self.context.all_gather_object((random_state(), self.objective.get_extra_state())), strict=True
+        )
         if self.context.is_main:
-            refusal = self.log.settle()  # first: no checkpoint is newer than its log
-            tensors = {"optimizer": self.optimizer.state_dict(), "random": generators, "objective": of_objective}
+            self.log.flush()  # first: no checkpoint is newer than its log
+            tensors = {"optimizer": self.optimizer.state_dict(), "random": list(generators),
+                       "objective": list(extra_states)}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
-            if refusal is not None:
-                raise TrainingError(f"{refusal}; {self.where_saved()}")
         self.saved = state
         self.context.barrier()
+
+    def note_weights(self) -> None:
+        """Let the scores of this step name the weights that they are of, once those are saved."""
+        if self.context.is_main:
+            self.validation.note_weights(self.checkpoints.root / f"step-{self.state.step}")
