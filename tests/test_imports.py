@@ -1,10 +1,15 @@
-"""The floors: model/ and data/ know neither each other nor utils/, and nothing imports a script."""
+"""Imports run downwards: scripts, rooms of utils/, then model/ and data/, which know neither each other nor utils/."""
 
 import ast
 
 from tests.conftest import ROOT
 
 MAY_IMPORT = {"model": {"model"}, "data": {"data"}, "utils": {"model", "data", "utils"}}
+ROOMS = {  # of utils/, and the rooms that each may import; beside them it has modules that any room may import
+    "config": set(), "training": {"config", "evaluation"}, "evaluation": {"config", "training"},
+    "distillation": {"config", "training", "evaluation"},
+    "runs": {"config", "training", "evaluation", "distillation"},
+}
 SCRIPTS = {"train", "train_kd", "validate_model"}
 
 
@@ -24,6 +29,18 @@ def test_imports_run_downwards():
     wrong = [(str(path.relative_to(ROOT)), name) for floor, allowed in MAY_IMPORT.items()
              for path in sorted((ROOT / floor).rglob("*.py")) for name in imported(path)
              if name.partition(".")[0] not in allowed]
+    assert not wrong
+
+
+def test_rooms_of_utils():
+    """Fault: the loop knows the run folder, or a config needs a model."""
+    wrong = []
+    for path in sorted((ROOT / "utils").rglob("*.py")):
+        room = path.parent.name if path.parent.name in ROOMS else None
+        allowed = ROOMS[room] | {room} if room else set()
+        if path.name != "compare.py":  # a command
+            wrong += [(str(path.relative_to(ROOT)), name) for name in imported(path)
+                      if name.split(".")[0] == "utils" and name.split(".")[1] in ROOMS.keys() - allowed]
     assert not wrong
 
 
