@@ -19,7 +19,7 @@ from data.token_cache import TokenizedDataset
 from model.decoding.loop import beam_search, evaluating, greedy_decode
 from model.language_model import LanguageModel
 from utils.evaluation import rouge
-from utils.runs.run_log import progress_bar
+from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
 from utils.training.random_state import forked_random_state
 

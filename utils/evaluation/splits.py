@@ -14,7 +14,8 @@ from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation
 from utils.evaluation.validation import EvaluationSet, Validation
 from utils.files import write_json
-from utils.runs.run_log import RunLog, progress_bar
+from utils.progress import progress_bar
+from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
 
 GET_DATA = "python -m data.cnn_dailymail downloads CNN/DailyMail there; ./demo.sh shows everything without it"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.config.strict_json import ConfigError, show
-from utils.runs.checkpoint import CheckpointError
+from utils.manifest import CheckpointError
 from utils.text import shorten
 
 

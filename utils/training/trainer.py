@@ -20,10 +20,10 @@ from model.language_model import LanguageModel
 from model.objective import ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Interrupted, NotFinite, never
-from utils.evaluation.validation import Validation
+from utils.evaluation.validation import Validation, meanings
+from utils.progress import progress_bar
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.run_folder import meanings
-from utils.runs.run_log import RunLog, progress_bar
+from utils.runs.run_log import RunLog
 from utils.training.batch_numbers import BATCH
 from utils.training.distributed import DistributedContext
 from utils.training.nonfinite import NonFiniteHandler, check_before_saving
