@@ -1,4 +1,4 @@
-"""Files are the old one or the complete new one, and the errors of the system in one line: utils/files.py, errors.py."""
+"""Files are the old one or the complete new one; errors of the system in one line: utils/files.py, errors.py."""
 
 import errno
 import hashlib

@@ -1,7 +1,6 @@
 """metrics.jsonl and curves, also on a disk that refuses them: utils/runs/run_log.py."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -118,4 +117,4 @@ def test_other_processes_write_nothing(tmp_path):
     log.record("train", 1, loss=1.0)
     assert log.settle() is None
     log.close()
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
