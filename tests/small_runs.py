@@ -74,6 +74,12 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
+def error_line(capsys) -> str:
+    """The one error of a script."""
+    [line] = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if ".py: error: " in line]
+    return line
+
+
 def metrics(output_dir: Path, split: str = "train") -> list[dict]:
     """Lines of one split without their speed, which no two runs share."""
     lines = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())

@@ -19,7 +19,6 @@ from tests.faults.damage import (
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights
 from utils.runs.checkpoint import CheckpointError, verify
-from utils.runs.seal import is_broken, sealed
 from validate_model import main as validate_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,18 +288,3 @@ def test_a_model_needs_no_optimizer(finished, tmp_path, capsys):
     assert run(tmp_path, config) == 0
     shutil.rmtree(model / "trainer_state")  # a plain model folder, of which nothing is known
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "third")})) == 0
-
-
-# -- the seal ------------------------------------------------------------------------------------------------------
-
-
-def test_a_seal_tells_every_change(tmp_path):
-    """Scores that a disk has changed are compared; or whole ones are refused when they are read back."""
-    content = {"rougeL": 0.1 + 0.2, "é": [1, None, {"x": -1e-300}], "z": "\u2028"}
-    stored = json.loads(json.dumps(sealed(content)))
-    assert not is_broken(stored) and not is_broken(content) and not is_broken({})
-    assert list(stored) == ["rougeL", "é", "z", "sha256"]
-    for change in ({"rougeL": 0.3}, {"new": 1}, {"sha256": "0" * 64}, {"sha256": None}, {"z": float("nan")},
-                   {"z": "\ud800"}):
-        assert is_broken({**stored, **change}), change
-    assert is_broken({key: value for key, value in stored.items() if key != "é"})

@@ -17,7 +17,6 @@ import validate_model
 from model.loading import load_language_model
 from tests.conftest import tiny_gpt2, tiny_language_model, write_rows
 from tests.small_runs import changed, make_project, make_rows, write_config
-from utils.runs.seal import KEY, sealed
 
 UGLY = "\x1b]0;owned\x07\x1b[2J\u202egood\u200b\x9b31m\u2028"  # sets a title, clears the screen, turns the direction
 
@@ -114,12 +113,8 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
 
 def state_json(**values):
-    """Without the file's own sum."""
     def change(step: Path, mark: Path) -> None:
         edit(step / "trainer_state/state.json", **values)
-        state = json.loads((step / "trainer_state/state.json").read_text())
-        del state[KEY]
-        (step / "trainer_state/state.json").write_text(json.dumps(state))
 
     return change
 
@@ -149,11 +144,10 @@ def test_checkpoint_with_a_manifest_that_fits(finished, tmp_path, mark, capsys, 
     step = (tmp_path / "run/model_checkpoints/last").resolve()
     change(step, mark)
     manifest = json.loads((step / "trainer_state/manifest.json").read_text())
-    manifest.pop(KEY)
     for name in manifest["files"]:
         content = (step / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (step / "trainer_state/manifest.json").write_text(json.dumps(sealed(manifest)))
+    (step / "trainer_state/manifest.json").write_text(json.dumps(manifest))
     before = {path: path.read_bytes() for path in (tmp_path / "run/model_checkpoints").rglob("*") if path.is_file()}
     config = changed(config, trainer_kwargs={"output_dir": str(tmp_path / "run")})
     capsys.readouterr()

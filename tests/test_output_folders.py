@@ -1,20 +1,16 @@
-"""Folders that scripts write into: none that a training needs, none left behind by a failed start, `~` is the home."""
+"""Folders that scripts write into: shared by no two runs, none that a training needs, earlier runs archived."""
 
-import errno
-import tempfile
 from pathlib import Path
 
 import pytest
 
 import validate_model
 from tests.conftest import write_rows
-from tests.small_kd_runs import make_kd_project, run_kd
-from tests.small_runs import changed, make_project, make_rows, metrics, run
-from tests.test_damaged_files import error_line
+from tests.small_runs import changed, error_line, make_project, make_rows, metrics, run
 from tests.test_run_lock import snapshot
-from utils.config.strict_json import ConfigError
-from utils.runs import result_folder
-from utils.runs.result_folder import is_of_training, output_folder, write_results
+from utils.errors import UserError
+from utils.runs import run_folder, score_table
+from utils.runs.run_folder import archive_previous_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,15 +54,6 @@ def test_a_place_for_checkpoints_is_refused(finished, tmp_path, capsys, name):
     assert snapshot(folder) == before
 
 
-def test_folders_with_such_names_of_somebody_else_are_taken(tmp_path):
-    """Fault: whoever keeps runs below a folder model_checkpoints, or names them step-1, cannot work there."""
-    for name in ("model_checkpoints/mine", "step-1", "last"):
-        with output_folder(tmp_path / name, "key"):
-            (tmp_path / name / "x").write_text("x")
-    with output_folder(tmp_path, "key"):
-        pass
-
-
 @pytest.mark.parametrize("sign", ["model_checkpoints", "config.json"])
 def test_scores_of_a_training_are_not_replaced(finished, capsys, sign):
     """Fault: an evaluation into the folder of a training replaces its scores.json without a word."""
@@ -84,57 +71,60 @@ def test_scores_of_a_training_are_not_replaced(finished, capsys, sign):
         (folder / "aside").rename(output_dir / other)
 
 
-def test_an_evaluation_repeats_into_its_own_folder(tmp_path):
-    """Fault: a second evaluation is refused where the first one wrote."""
+# -- one script at a time ------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
+    """Fault: two evaluations in one folder leave the predictions of one beside the scores of the other; or a second
+    one, after the first, is refused."""
     csv = write_rows(tmp_path / "x.csv", make_rows(3))
+    codes, real = [], score_table.evaluate
+
+    def second(*values):
+        if not codes:
+            codes.append(evaluate(tmp_path / "out", csv))
+        return real(*values)
+
+    monkeypatch.setattr(score_table, "evaluate", second)
     assert [evaluate(tmp_path / "out", csv) for _ in "ab"] == [0, 0]
-    assert not is_of_training(tmp_path / "out")
+    assert codes == [2]
+    assert f"--output_dir: another run is writing to {tmp_path / 'out'}: process " in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "predictions.json", "run.lock", "scores.json"]
 
 
-# -- failed starts -----------------------------------------------------------------------------------------------
+# -- earlier runs --------------------------------------------------------------------------------------------------
+
+NAMES = ["model_checkpoints", "metrics.jsonl", "scores.json"]
 
 
-def test_a_failed_start_leaves_no_folders(tmp_path):
-    """Fault: a mistyped path leaves an empty output_dir, its parents and caches; or what was there before goes."""
-    config = make_project(tmp_path, rows=4)
-    write_rows(tmp_path / "bad.csv", [{"id": "a", "article": "", "highlights": "b"}])
-    (tmp_path / "there").mkdir()
-    before = {*tmp_path.rglob("*"), tmp_path / "config.json"}
-    for parent in ("there", "new"):
-        into = {"output_dir": str(tmp_path / parent / "a/b")}
-        for section, values in (("model_arch", {"lang_model": str(tmp_path / "absent")}),
-                                ("dataset_kwargs", {"train_dataset": "absent.csv"}),
-                                ("dataset_kwargs", {"train_dataset": "bad.csv", "cache_dir": None}),
-                                ("dataset_kwargs", {"train_dataset": "bad.csv"}),
-                                ("trainer_kwargs", {"resume_from": str(tmp_path / "absent")})):
-            assert run(tmp_path, changed(changed(config, trainer_kwargs=into), **{section: values})) == 2
-        assert evaluate(tmp_path / parent / "c/d", tmp_path / "train.csv", str(tmp_path / "absent")) == 2
-        assert {*tmp_path.rglob("*")} == before
+def test_an_earlier_run_is_archived(tmp_path):
+    """Fault: a new run in a used folder overwrites the earlier one, or moves what is not a run's."""
+    assert archive_previous_run(tmp_path, NAMES) is None and not list(tmp_path.iterdir())
+    (tmp_path / "earlier-run-9").mkdir()
+    for name in ("mine.txt", "metrics.jsonl"):
+        (tmp_path / name).write_text("1")
+    (tmp_path / "model_checkpoints/step-1").mkdir(parents=True)
+    assert archive_previous_run(tmp_path, NAMES) == tmp_path / "earlier-run-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-run-10", "earlier-run-9", "mine.txt"]
+    assert (tmp_path / "earlier-run-10/metrics.jsonl").read_text() == "1"
+    assert (tmp_path / "earlier-run-10/model_checkpoints/step-1").is_dir()
 
 
-def test_a_failed_start_with_a_teacher_leaves_no_folders(tmp_path):
-    """Fault: a mistyped teacher leaves an empty output_dir."""
-    config = make_kd_project(tmp_path, rows=4)
-    assert run_kd(tmp_path, changed(config, trainer_kwargs={"teacher_ckpt_path": str(tmp_path / "absent")})) == 2
-    assert not (tmp_path / "run").exists()
+def test_a_disk_that_refuses_to_archive_is_named(tmp_path, monkeypatch):
+    """Fault: a traceback, or a new run between the files of the earlier one."""
+    (tmp_path / "scores.json").write_text("1")
+
+    def refuse(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(run_folder, "sync", refuse)
+    with pytest.raises(UserError, match="earlier-run-1: No space left on device: free space"):
+        archive_previous_run(tmp_path, NAMES)
+    assert (tmp_path / "earlier-run-1/scores.json").read_text() == "1"
 
 
-def test_what_was_put_into_a_new_folder_stays(tmp_path):
-    """Fault: a start that fails takes along what somebody has put into the folder meanwhile."""
-    with pytest.raises(ConfigError), output_folder(tmp_path / "a/b", "key"):
-        (tmp_path / "a/mine").write_text("x")
-        raise ConfigError("later")
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["mine"]
-
-
-def test_a_folder_that_cannot_be_made_leaves_no_parents(tmp_path):
-    """Fault: the parents of a name that no file system takes stay."""
-    with pytest.raises(ConfigError, match="File name too long"), output_folder(tmp_path / "a" / ("b" * 300), "key"):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-# -- names and results -------------------------------------------------------------------------------------------
+# -- names and places ----------------------------------------------------------------------------------------------
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -153,21 +143,6 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert (tmp_path / "home/out/scores.json").is_file()
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": "~nobody-of-this-name/run"})) == 0
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["~nobody-of-this-name"]
-
-
-def test_no_empty_folder_where_neither_disk_has_room(tmp_path, monkeypatch):
-    """Fault: results that find no room in the temporary folder either leave an empty folder there."""
-    def full(folder, texts):
-        (folder / "half").write_text("x")
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-
-    (tmp_path / "system").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "system"))
-    monkeypatch.setattr(result_folder, "write_together", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_results(tmp_path, {"scores.json": ""})
-    assert caught.value.filename == str(tmp_path)
-    assert not list((tmp_path / "system").iterdir())
 
 
 def test_folders_on_another_disk(tmp_path):

@@ -1,11 +1,9 @@
-"""How text of files is escaped where it is shown: consoles, JSON, tables for spreadsheets."""
+"""How text of files is escaped where it is shown: consoles, tables for spreadsheets."""
 
-import json
 import sys
 
 import pytest
 
-from utils.files import json_text
 from utils.text import in_spreadsheet, one_line, printable, shorten
 
 
@@ -38,14 +36,3 @@ def test_long_texts():
 def test_spreadsheet_cells(cell, expected):
     """Fault: a name is run as a formula; or a negative number becomes text."""
     assert in_spreadsheet(cell) == expected and type(in_spreadsheet(cell)) is type(expected)
-
-
-def test_json_can_be_shown_and_means_the_same():
-    """Fault: predictions.json turns the direction of a terminal's text; or escapes change the values."""
-    others = [0x7F, 0x9B, 0xAD, 0x200B, 0x200C, 0x200D, 0x202E, 0x2066, 0x2028, 0xFEFF, 0xE0041]
-    signs = "".join(map(chr, [*range(0x20), *others]))
-    value = {signs: [signs, 1.5, None], "é 東京": "\\u202e \" \\"}
-    text = json_text(value)
-    assert json.loads(text) == value
-    assert {sign for sign in text if not sign.isprintable()} == {"\n", "\u200c", "\u200d"}  # some scripts need joiners
-    assert "é 東京" in text

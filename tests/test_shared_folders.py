@@ -1,17 +1,12 @@
-"""Two programs at one time: what they may share they share to the right results, what not is refused with a reason."""
+"""Two programs at one time share the caches of token ids and teacher outputs, to the right results."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-import utils.runs.build
-import validate_model
 from tests.faults.runs import fork_server
 from tests.small_kd_runs import make_kd_project
-from tests.small_runs import assert_equal_weights, changed, make_project, run, weights, write_config
-from utils.runs import score_table
-from utils.runs.run_lock import hold
+from tests.small_runs import assert_equal_weights, changed, make_project, weights, write_config
 
 TABLES = "data.token_cache:write_table"
 CACHES = "utils.distillation.cached_teacher:make_cache"
@@ -64,44 +59,3 @@ def test_two_distillations_fill_one_teacher_cache(server, tmp_path, kind):
     assert_equal_weights(ends[0], ends[1])
     assert_equal_weights(ends[0], ends[2])
     assert not [path for path in (tmp_path / "shared").iterdir() if path.name.startswith(".")]
-
-
-def arguments(folder: Path, output_dir: Path) -> list[str]:
-    return ["--model_path", str(folder / "model"), "--csv_path", str(folder / "validation.csv"), "--device_id", "-1",
-            "--max_generation_length", "4", "--output_dir", str(output_dir)]
-
-
-def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
-    """Two evaluations in one folder leave the predictions of one beside the scores of the other."""
-    make_project(tmp_path)
-    with hold(tmp_path, "key"):
-        assert validate_model.main(arguments(tmp_path, tmp_path)) == 2
-    line = capsys.readouterr().err.strip()
-    assert line.startswith(f"validate_model.py: error: --output_dir: another run is writing to {tmp_path}: process "
-                           f"{os.getpid()} on ")
-    inside, evaluate = [], score_table.evaluate
-
-    def second(*values):
-        if not inside:
-            inside.append(validate_model.main(arguments(tmp_path, tmp_path / "out")))
-        return evaluate(*values)
-
-    monkeypatch.setattr(score_table, "evaluate", second)
-    assert validate_model.main(arguments(tmp_path, tmp_path / "out")) == 0
-    assert inside == [2]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.json", "scores.json"]
-
-
-def test_a_training_and_an_evaluation_do_not_share_a_folder(tmp_path, capsys, monkeypatch):
-    """An evaluation overwrites the scores.json of a training that is under way."""
-    config = make_project(tmp_path, rows=4)
-    codes, build = [], utils.runs.build.build_fine_tuning
-
-    def evaluated_meanwhile(*values):
-        codes.append(validate_model.main(arguments(tmp_path, tmp_path / "run")))
-        return build(*values)
-
-    monkeypatch.setattr(utils.runs.build, "build_fine_tuning", evaluated_meanwhile)
-    assert run(tmp_path, config) == 0
-    assert codes == [2]
-    assert not (tmp_path / "run/scores.json").exists()

@@ -185,7 +185,7 @@ class Poisoned(Distance):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path):
     """Fault: one NaN step makes a saved model all NaN and the run "successful" (case A11)."""
-    from utils.training.trainer import TrainingError
+    from utils.errors import TrainingError
 
     trainer, objective = make_trainer(tmp_path, Poisoned)
     step = [np.array([0, 1]), np.array([2, 3])]

@@ -3,13 +3,12 @@
 
 import json
 import shutil
-import tempfile
 
 import pytest
 import torch
 
 import model.decoding.loop
-import utils.files
+import utils.compare
 import validate_model
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
 from tests.test_validate_model import (  # noqa: F401
@@ -194,26 +193,25 @@ def test_run_that_dies_while_decoding_changes_nothing(tmp_path, folder, earlier,
     assert content(tmp_path / "out") == earlier
 
 
-def test_full_disk_changes_nothing(tmp_path, folder, earlier, monkeypatch, capsys):
-    """Fault: predictions of one run beside scores of another, or temporaries left, when the second file fails."""
-    calls, real = [], utils.files.sync_file
+def test_full_disk_leaves_no_false_scores(tmp_path, folder, earlier, monkeypatch, capsys):
+    """Fault: predictions of one run beside scores of another, and utils.compare does not notice."""
+    real = score_table.write_text
 
-    def second_one_fails(descriptor, path):
-        calls.append(None)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(descriptor, path)
+    def full(path, text):
+        if path.name == "scores.json":
+            raise OSError(28, "not written (No space left on device)", str(path))
+        real(path, text)
 
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(utils.files, "sync_file", second_one_fails)
+    monkeypatch.setattr(score_table, "write_text", full)
     assert run(tmp_path, folder, tmp_path / "news.csv", "--max_generation_length", "3")[0] == 1
     line = error_line(capsys)
     assert "scores.json" in line and "No space left on device" in line
-    assert content(tmp_path / "out") == earlier
-    [instead] = (tmp_path / "elsewhere").iterdir()
-    assert f"the results are in {instead} instead" in line
-    assert read_output(instead)[1]["rows"] == len(read_output(instead)[0])
+    assert (tmp_path / "out/scores.json").read_bytes() == earlier["scores.json"]
+    monkeypatch.undo()
+    run(tmp_path, folder, tmp_path / "news.csv", out="other")
+    capsys.readouterr()
+    assert utils.compare.main([str(tmp_path / "other"), str(tmp_path / "out")]) == 2
+    assert "is not the file behind the scores.json" in capsys.readouterr().err
 
 
 def test_output_dir_that_is_a_file(tmp_path, folder, capsys):
@@ -235,6 +233,6 @@ def test_output_is_strict_json(tmp_path, folder):
         raise AssertionError(f"{name} in the JSON")
 
     run(tmp_path, folder, write_news(tmp_path / "news.csv"))
-    for path in (tmp_path / "out").iterdir():
+    for path in (tmp_path / "out").glob("*.json"):
         json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
     assert read_output(tmp_path / "out")[1]["rows"] == len(ARTICLES)

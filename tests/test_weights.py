@@ -14,7 +14,6 @@ from tests import small_runs
 from tests.conftest import ROOT, tiny_language_model, write_rows
 from tests.score_folders import objects_of, refusal, shown, write_run, write_scores
 from utils.evaluation.weights import weights_of
-from utils.runs.seal import is_broken, sealed
 
 
 def digest(path: Path) -> str:
@@ -71,7 +70,6 @@ def test_scores_say_their_weights(tmp_path):
     root = tmp_path / "run/model_checkpoints"
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["weights"] == {"sha256": digest(root / "step-8/model.safetensors"), "step": 8}
-    assert not is_broken(scores)
     assert validate(tmp_path, root / "step-4")["weights"] == {"path": str(root / "step-4"),
         "sha256": digest(root / "step-4/model.safetensors"), "step": 4}
     assert validate(tmp_path, tmp_path / "model")["weights"]["step"] is None
@@ -105,14 +103,9 @@ def test_kill_between_checkpoint_and_scores(tmp_path):
     assert small_runs.run(tmp_path, config) == 0
     path = tmp_path / "run/scores.json"
     whole = path.read_bytes()
-    content = {key: value for key, value in json.loads(whole).items() if key != "sha256"}
-    path.write_text(json.dumps(sealed({**content, "weights": {"sha256": None, "step": 4}})))
+    path.write_text(json.dumps({**json.loads(whole), "weights": {"sha256": None, "step": 4}}))
     assert small_runs.run(tmp_path, config) == 0  # it is finished, and says so
     assert path.read_bytes() == whole
-    damaged = whole.replace(content["weights"]["sha256"].encode(), b"").replace(b'"sha256": ""', b'"sha256": null')
-    path.write_bytes(damaged)
-    assert small_runs.run(tmp_path, config) == 0
-    assert path.read_bytes() == damaged  # nobody knows what else has changed
 
 
 # -- what compare says ---------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from data.os_errors import describe
 from utils.config.strict_json import ConfigError
+from utils.errors import describe
 from utils.text import one_line, printable, shorten
 from utils.training.signals import Stopped
 

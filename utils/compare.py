@@ -13,8 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from data.os_errors import describe
 from utils.cli import INTERRUPTED, OneLineParser, user_path
+from utils.errors import describe
 from utils.evaluation.comparison import CompareError, compare, differing_origins, read_evaluation
 from utils.evaluation.rouge import METRICS
 from utils.files import json_text, write_text

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from utils.runs.own_checkpoints import check_model_folder
 
 from data.prompts import PromptFormat
 from data.teacher_cache import ArrayShape, TeacherCache, is_whole
@@ -30,7 +31,6 @@ from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, run
 from utils.evaluation.comparison import CompareError, compare, read_evaluation
 from utils.runs.checkpoint import CheckpointError, Checkpoints, load_state, verify
-from utils.runs.own_checkpoints import check_model_folder
 
 ENDINGS = ("found", "older taken", "made anew", "read around", "harmless")
 

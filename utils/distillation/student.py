@@ -14,25 +14,25 @@ from model.loading import (
 from model.student_init import copy_teacher_layers
 from utils.config.distill import DistillConfig
 from utils.distillation.teacher import TeacherSource, check_weights_path
-from utils.runs.own_checkpoints import check_model_folder
-from utils.runs.run_folder import ResumePoint, load_model
+from utils.manifest import check_model_folder
+from utils.training.load_model import load_model
 
 KEY = "trainer_kwargs.student_ckpt_path"
 
 
-def load_student(config: DistillConfig, start: ResumePoint, source: TeacherSource) -> LanguageModel:
-    """The student on the CPU.
+def load_student(config: DistillConfig, checkpoint: Path | None, source: TeacherSource) -> LanguageModel:
+    """The student on the CPU; of `checkpoint` if a run is resumed.
 
     Raises:
         ModelError: one line that names the key.
     """
-    if start.folder is not None:
-        return load_model(config, start)
+    if checkpoint is not None:
+        return load_model(config, checkpoint)
     if config.distillation_kwargs.student_init is not None:
         return from_teacher_layers(config, source)
     if config.trainer_kwargs.student_ckpt_path is not None:
         return from_checkpoint(config, config.trainer_kwargs.student_ckpt_path)
-    return load_model(config, start)
+    return load_model(config, checkpoint)
 
 
 def from_checkpoint(config: DistillConfig, path: str) -> LanguageModel:
@@ -41,7 +41,7 @@ def from_checkpoint(config: DistillConfig, path: str) -> LanguageModel:
     try:
         otherwise = "or null, for the weights of student_lang_model"
         check_weights_path(path, config.trainer_kwargs.output_dir, otherwise)
-        check_model_folder(path)
+        check_model_folder(path, KEY)
         if path.endswith(".pt"):
             return load_language_model(
                 arch.lang_model, weights=path, tokenizer=arch.tokenizer, dropout=arch.dropout

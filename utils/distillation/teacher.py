@@ -22,7 +22,7 @@ from model.teacher import Teacher
 from model.vocabulary import shared_vocabulary
 from utils.config.distill import DistillConfig
 from utils.config.load import ConfigError
-from utils.runs.own_checkpoints import check_model_folder
+from utils.manifest import check_model_folder
 from utils.training.distributed import DistributedContext, choose_device
 
 NOT_OF_THE_WEIGHTS = ("transformers_version", "_name_or_path", "dtype", "prompt_template", "prompt_max_length")
@@ -91,7 +91,7 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
         if path is not None:
             check_weights_path(path, config.trainer_kwargs.output_dir, "train the teacher first, with train.py")
         if not legacy:
-            check_model_folder(name)
+            check_model_folder(name, key)
         if not legacy and name in DEMO_SHAPES:
             raise ModelError(f"'{name}' has random weights, so it can teach nothing: train it (./demo.sh does), and "
                              f"name its checkpoint in {KEY}")

@@ -9,12 +9,12 @@ from torch import nn
 from data.articles import Article
 from data.prompts import PromptFormat
 from data.token_cache import TokenizedDataset
+from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
 from utils.evaluation.rouge import METRICS
 from utils.evaluation.weights import json_object, weights_of
-from utils.files import json_text, write_text
+from utils.files import json_text, sha256_text, write_text
 from utils.runs.run_log import RunLog
-from utils.runs.seal import KEY, is_broken, sealed, sha256_of_text
 from utils.training.distributed import DistributedContext
 
 
@@ -64,10 +64,10 @@ class Validation:
             self.log.info(f"{each.name} after step {step}: {shown}")
             results[each.name] = metrics
         if scores and self.context.is_main:
-            sums = {"predictions_sha256": {name: sha256_of_text(text) for name, text in texts.items()}}
+            sums = {"predictions_sha256": {name: sha256_text(text) for name, text in texts.items()}}
             unsaved = {"sha256": None, "step": step}  # until a checkpoint holds them
             content = {"step": step, "weights": unsaved, **scores, **sums}
-            self.write({**texts, "scores.json": json_text(sealed(content))})
+            self.write({**texts, "scores.json": json_text(content)})
         return results.get("validation", {})
 
     def losses(self, table: TokenizedDataset, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
@@ -92,7 +92,6 @@ class Validation:
 
     def write(self, texts: dict[str, str]) -> None:
         """One file after the other, so that no scores are newer than their predictions."""
-        self.log.flush()
         for name, text in texts.items():
             path = self.output_dir / name
             path.parent.mkdir(exist_ok=True)  # not its parents: without them the run folder was removed
@@ -101,10 +100,9 @@ class Validation:
     def note_weights(self, checkpoint: Path) -> None:
         """Adds the weights saved in `checkpoint` to a `scores.json` that is of the same step and lacks them."""
         content, weights = json_object(self.output_dir / "scores.json"), weights_of(checkpoint)
-        if content.get("weights") != {**weights, "sha256": None} or weights["sha256"] is None or is_broken(content):
+        if content.get("weights") != {**weights, "sha256": None} or weights["sha256"] is None:
             return
-        content.pop(KEY, None)
-        self.write({"scores.json": json_text(sealed({**content, "weights": weights}))})
+        self.write({"scores.json": json_text({**content, "weights": weights})})
 
     def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
         """One metric of the validation set, for adaptive loss scaling."""
@@ -131,3 +129,11 @@ class Validation:
             if each.name == "validation" and each.articles:
                 return f"{metric} on rows {articles_sha256(each.articles)[:16]}, {decoding}"
         return None
+
+
+def meanings(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
+    """What the scores that a checkpoint remembers are of; None if they are not measured."""
+    options = config.trainer_kwargs
+    judged_by = validation.meaning(config.monitored_metric)
+    scaled_by = validation.meaning(options.scaling_metric) if options.adaptive_loss_scaling else None
+    return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}

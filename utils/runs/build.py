@@ -12,16 +12,17 @@ from utils.distillation.student import load_student
 from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
 from utils.evaluation.splits import Tables, make_prompt_format, measured_datasets
 from utils.runs.run import RunComponents, set_up_model
-from utils.runs.run_folder import ResumePoint, load_model
+from utils.runs.run_folder import ResumePoint
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
+from utils.training.load_model import load_model
 
 
 def build_fine_tuning(
     context: DistributedContext, config: FineTuneConfig, log: RunLog, start: ResumePoint, keep: bool = True
 ) -> RunComponents:
     """The parts of a run. keep: nothing is kept here but tokenised rows, so it changes nothing."""
-    language_model = set_up_model(load_model(config, start), config, context, log, start)
+    language_model = set_up_model(load_model(config, start.folder), config, context, log, start)
     parameters = language_model.parameter_count() / 1e6
     log.info(f"model: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
     prompt_format = make_prompt_format(config, language_model)
@@ -37,7 +38,7 @@ def build_distillation(
     kwargs = config.distillation_kwargs
     source, notices = find_teacher(config)
     device, device_notices = teacher_device(config, context)
-    student = set_up_model(load_student(config, start, source), config, context, log, start)
+    student = set_up_model(load_student(config, start.folder, source), config, context, log, start)
     prompt_format = make_prompt_format(config, student)
     tables = Tables(config, prompt_format, context, log)
     texts = tables.first_texts(config.dataset_kwargs.train_dataset)

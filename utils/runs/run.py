@@ -13,18 +13,18 @@ from utils.cli import quiet_libraries
 from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import warnings_of
 from utils.evaluation.splits import Tables, make_validation
+from utils.evaluation.validation import meanings
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.run_folder import (
     ResumePoint,
     check_resume_compatible,
-    claimed,
     find_checkpoint,
-    how_to_go_on,
-    identity,
-    meanings,
-    open_run_folder,
-    restore_links,
-    understood,
+    lock_run_folder,
+    prepare_run_folder,
+    repair_links,
+    restoring,
+    resume_fingerprint,
+    resume_hint,
 )
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext, init_distributed, launch_group
@@ -59,11 +59,11 @@ def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devic
         options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
     )
     output_dir = Path(options.output_dir)
-    stop_request, remedy = StopRequest(how_to_go_on(config)), out_of_memory_remedy(training_remedy(config))
-    with remedy, claimed(output_dir, context.is_main) as taken_over, stop_request as stop:
+    stop_request, remedy = StopRequest(resume_hint(config)), out_of_memory_remedy(training_remedy(config))
+    with remedy, lock_run_folder(output_dir, context.is_main), stop_request as stop:
         log = RunLog(output_dir, context.is_main)
         start = context.broadcast_object(find_checkpoint(config) if context.is_main else None)
-        for line in (*warnings_of(config), *context.notices, context.describe(), *taken_over, *start.notices):
+        for line in (*warnings_of(config), *context.notices, context.describe(), *start.notices):
             log.info(line)
         seed_everything(options.seed)
         return train_objective(build(context, config, log, start), config, context, stop, log, start)
@@ -102,26 +102,26 @@ def train_objective(
     )
     validation = make_validation(config, objective, prompt_format, tables, context, log)
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
-    of_run = identity(config, train_table, of_objective)
+    fingerprint = resume_fingerprint(config, train_table, of_objective)
     trainer = Trainer(
-        objective, optimizer, config, train_table, validation, context, log, checkpoints, stop, of_run,
+        objective, optimizer, config, train_table, validation, context, log, checkpoints, stop, fingerprint,
         meanings(config, validation),
     )
     if start.folder is not None:
-        check_resume_compatible(of_run, start.state)
-        with understood(start.folder):
+        check_resume_compatible(fingerprint, start.state)
+        with restoring(start.folder):
             for line in trainer.restore(start.state, start.tensors):
                 log.info(line)
     if context.is_main:
-        restore_links(checkpoints, start, trainer.state.best_step)
+        repair_links(checkpoints, start, trainer.state.best_step)
     if ended_by := trainer.ended_by():
         log.info(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
                 "anew, set trainer_kwargs.load_from_checkpoint to false")
         return 0
     if context.is_main:
-        for line in open_run_folder(config, start):
+        for line in prepare_run_folder(config, start):
             log.info(line)
-        restore_links(checkpoints, start, trainer.state.best_step)
+        repair_links(checkpoints, start, trainer.state.best_step)
         tables.write_skipped(output_dir)
     context.barrier()
     log.open(trainer.state.step, trainer.state.evaluation_pending)

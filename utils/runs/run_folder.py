@@ -1,9 +1,9 @@
-"""The run folder `output_dir/`: resume what is in it, or set it aside and start anew."""
+"""The run folder `output_dir/`: resume what is in it, or archive it and start a new run."""
 
 import json
-import re
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,35 +11,31 @@ from pathlib import Path
 from platform import python_version
 from uuid import uuid4
 
-from data.os_errors import describe
 from data.token_cache import TokenizedDataset
-from model.language_model import LanguageModel, ModelError
-from model.loading import load_language_model
 from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import ConfigError, config_json
-from utils.evaluation.validation import Validation
-from utils.files import write_text
-from utils.runs.checkpoint import OTHER, CheckpointError, Checkpoints, load_state, read_state, verify
-from utils.runs.earlier_runs import archive_previous_run
-from utils.runs.own_checkpoints import check_model_folder, others
-from utils.runs.result_folder import check_links, output_folder
-from utils.runs.run_lock import hold
+from utils.errors import UserError, describe
+from utils.files import sync, write_text
+from utils.manifest import CheckpointError, complete_beside, step_folders, verify
+from utils.runs.checkpoint import Checkpoints, load_state
+from utils.runs.folder_lock import CHECKPOINTS, is_run_config, lock_folder
 from utils.text import shorten
+from utils.training.load_model import model_key
 from utils.training.out_of_memory import ACCUMULATION, BATCH, BOUND, TOKENS
 
-RUN_FILES = (  # the checkpoints first: once they are moved, no start goes on from them
-    "model_checkpoints", "config.json", "metrics.jsonl", "tensorboard", "predictions", "scores.json",
-    "skipped_rows.json",
+KEY = "trainer_kwargs.output_dir"
+RUN_FILES = (  # the checkpoints first: once they are moved, no start resumes from them
+    CHECKPOINTS, "config.json", "metrics.jsonl", "tensorboard", "predictions", "scores.json", "skipped_rows.json",
 )
 # What a checkpoint of train_kd.py meant that was written before these keys were kept.
 OLDER_KEYS = {"distillation_kwargs.method": "divergence", "distillation_kwargs.on_policy_fraction": 0.0}
-STEP = re.compile(r"step-[0-9]+")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
+START_ANEW = "set trainer_kwargs.load_from_checkpoint to false to start a new run (the earlier one is kept)"
 
 
 @dataclass
 class ResumePoint:
-    """How a run begins: anew (folder None), or from the checkpoint in `folder`."""
+    """Where a run starts: from scratch (folder None), or from the checkpoint in `folder`."""
 
     run_id: str
     folder: Path | None = None
@@ -47,32 +43,43 @@ class ResumePoint:
     tensors: dict = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
+    def is_in(self, root: Path) -> bool:
+        """Whether the checkpoint is one of those in `root`."""
+        return self.folder is not None and self.folder.resolve().parent == root.resolve()
+
+
+@contextmanager
+def lock_run_folder(output_dir: Path, is_main: bool) -> Iterator[None]:
+    """Make the run folder, and hold it against other runs until the end. Raises UserError."""
+    if not is_main:
+        yield
+        return
+    with lock_folder(output_dir, KEY):
+        yield
+
 
 def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
-    """What to start from. Changes nothing but what an interrupted write left behind.
+    """The checkpoint to resume from, read; a run in the folder is not changed.
 
     Raises:
-        CheckpointError: `resume_from` is no whole checkpoint.
+        UserError: the folder is not of a run.
+        CheckpointError: `resume_from` is damaged, or all checkpoints in the folder are.
     """
     options = config.trainer_kwargs
-    notices = check_is_run_folder(Path(options.output_dir))
-    root = Path(options.output_dir) / "model_checkpoints"
-    folder = None
+    output_dir = Path(options.output_dir)
+    root, folder, notices = output_dir / CHECKPOINTS, None, check_is_run_folder(output_dir)
     if options.resume_from is not None:
         folder = Path(options.resume_from)
         try:
             verify(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"trainer_kwargs.resume_from: {error}{others(folder)}") from error
+            raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint"
+                                  f"{complete_beside(folder)}") from error
     elif options.load_from_checkpoint:
-        Checkpoints(root, None, options.keep_checkpoints)  # brings back what an interrupted write moved aside
-        folder, passed_over = Checkpoints(root, newest_run(root), options.keep_checkpoints).newest()
+        folder, passed_over = Checkpoints(root, None, options.keep_checkpoints).newest()
         notices += passed_over
         if folder is None and passed_over:
-            raise CheckpointError(
-                f"{root}: none of its checkpoints is whole ({'; '.join(passed_over)}); to start anew set "
-                "trainer_kwargs.load_from_checkpoint to false (the earlier run is kept)"
-            )
+            raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {START_ANEW}")
     if folder is None:
         return ResumePoint(uuid4().hex, notices=notices)
     state, tensors = load_state(folder)
@@ -80,74 +87,30 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
     return ResumePoint(state["run_id"], folder, state, tensors, notices)
 
 
-@contextmanager
-def claimed(output_dir: Path, is_main: bool) -> Iterator[list[str]]:
-    """Makes the run folder and holds it, so that no second run writes into it; yields notices.
-
-    Raises:
-        ConfigError: it cannot be made, another run is in it, or a training keeps its checkpoints there.
-    """
-    if not is_main:
-        yield []
-        return
-    key = "trainer_kwargs.output_dir"
-    with output_folder(output_dir, key):
-        predictions = [f"predictions/{path.name}" for path in (output_dir / "predictions").glob("*")]
-        check_links(output_dir, (*RUN_FILES, *predictions), key)
-        with hold(output_dir, key) as notices:
-            yield notices
-
-
 def check_is_run_folder(output_dir: Path) -> list[str]:
-    """Notices. Raises ConfigError for a folder with a config.json of something else, such as a model's."""
+    """Notices. Raises UserError for a folder with a config.json of something else, such as a model's."""
     path = output_dir / "config.json"
-    try:
-        if not path.exists() or "_description_environment" in json.loads(path.read_text(encoding="utf-8")):
-            return []
-    except OSError as error:
-        raise ConfigError(f"trainer_kwargs.output_dir: {describe(error, path)}") from error
-    except (ValueError, TypeError):
-        pass
-    if any(STEP.fullmatch(each.name) for each in (output_dir / "model_checkpoints").glob("step-*")):
-        return [f"{path} is damaged: it is not needed, and written anew"]
-    raise ConfigError(f"trainer_kwargs.output_dir: {path} is not of a run, and would be moved: choose another folder")
+    if not path.exists() or is_run_config(path):
+        return []
+    if step_folders(output_dir / CHECKPOINTS):
+        return [f"{path} is damaged: it is not needed, and will be written again"]
+    raise UserError(f"{KEY}: {path} is not of a run, and would be moved: choose another folder")
 
 
-def how_to_go_on(config: FineTuneConfig) -> str:
-    """What to do after a signal has stopped a run."""
+def resume_hint(config: FineTuneConfig) -> str:
+    """How to continue a run that a signal has stopped."""
     options = config.trainer_kwargs
     if options.load_from_checkpoint and options.resume_from is None:
         return "the same command goes on from there"
     return "to go on from there, set trainer_kwargs.load_from_checkpoint to true and resume_from to null"
 
 
-def restore_links(checkpoints: Checkpoints, start: ResumePoint, best_step: int | None) -> None:
-    """Mends what a kill left undone after the newest checkpoint, from which the run goes on, was in its place."""
-    if is_own(start, checkpoints.root) and not later_checkpoints(checkpoints.root, start.state["step"]):
-        with suppress(CheckpointError):
-            checkpoints.settle(start.state["step"], best_step)
+# -- may this config continue that checkpoint? -------------------------------------------------------------------
 
 
-def is_own(start: ResumePoint, root: Path) -> bool:
-    """Whether a run goes on from a checkpoint in its own folder."""
-    return start.folder is not None and start.folder.resolve().parent == root.resolve()
-
-
-def newest_run(root: Path) -> str | None:
-    """The run of the checkpoint `last`, so that steps of another run lying beside it are not taken for its own; where
-    that one is damaged, of the one written last."""
-    states = []
-    for folder in (root / "last", *root.glob("step-*")):
-        with suppress(CheckpointError):
-            states.append(read_state(folder))
-        if folder.name == "last" and states:
-            break
-    return max(states, key=lambda state: str(state.get("saved_at")))["run_id"] if states else None
-
-
-def identity(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict | None = None) -> dict:
-    """What must be the same for a checkpoint to be continued: the model, what decides which rows come next, and what
-    the objective adds."""
+def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict | None = None) -> dict:
+    """What must not change for a run to be resumed: the model, what decides which rows come next, and what the
+    objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
     return {
         model_key(config): arch.lang_model,
@@ -166,100 +129,96 @@ def identity(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict
     }
 
 
-def model_key(config: FineTuneConfig) -> str:
-    """Where a config names the model that is trained."""
-    is_student = "student_lang_model" in type(config.model_arch).model_fields
-    return f"model_arch.{'student_' if is_student else ''}lang_model"
-
-
-def meanings(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
-    """What the scores that a checkpoint remembers are of; None where they are not measured."""
-    options = config.trainer_kwargs
-    judged_by = validation.meaning(config.monitored_metric)
-    scaled_by = validation.meaning(options.scaling_metric) if options.adaptive_loss_scaling else None
-    return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}
-
-
-def load_model(config: FineTuneConfig, start: ResumePoint) -> LanguageModel:
-    """The checkpoint's model where one is resumed, else what model_arch asks for."""
-    arch = config.model_arch
-    if start.folder is not None:
-        return load_language_model(str(start.folder), dropout=arch.dropout)
-    check_model_folder(arch.lang_model, model_key(config))
-    check_model_folder(arch.tokenizer, "model_arch.tokenizer")
-    try:
-        return load_language_model(
-            arch.lang_model, tokenizer=arch.tokenizer, from_scratch=arch.from_scratch, architecture=arch.architecture,
-            dropout=arch.dropout,
-        )
-    except ModelError as error:
-        keys = [model_key(config), *(["model_arch.tokenizer"] if arch.tokenizer else [])]
-        raise ModelError(f"{' and '.join(keys)}: {error}") from error
-
-
-@contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """What is made of a checkpoint's state inside may find it to be something else: CheckpointError."""
-    try:
-        yield
-    except (ConfigError, CheckpointError):
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "
-                              f"{OTHER}") from error
-
-
 def check_resume_compatible(now: dict, state: dict) -> None:
-    """Raises ConfigError where what decides the next rows is not what it was when the checkpoint was written."""
+    """Raises UserError if a `resume_fingerprint` is not the one in a checkpoint's state."""
     before = state.get("identity", {})
-    if not isinstance(before, dict):
-        raise ConfigError("cannot resume: the checkpoint's state.json is not one of a run: resume from another one")
     if "distillation_kwargs.kl_div" in before:
         before = {**OLDER_KEYS, **before}
     if has_same_steps(before, now):
         before = {**before, **{key: now[key] for key in (BATCH, ACCUMULATION, TOKENS)}}
-    # Keys of another script or method are there on one side alone: told only where nothing else says why.
+    # Keys of another script or method are on one side only: named only if nothing else differs.
     common = [key for key in now if key in before and before[key] != now[key]]
     keys = common or [*now, *(key for key in before if key not in now)]
     changed = [f"{shorten(key)} was {shorten(repr(before.get(key)))} and is {now.get(key)!r}" for key in keys
                if before.get(key) != now.get(key)]
     if changed:
-        raise ConfigError(
-            f"cannot resume: {'; '.join(changed)}; put it back, or set trainer_kwargs.load_from_checkpoint to false "
-            "to start anew (the earlier run is kept), or choose another output_dir"
-        )
+        raise UserError(f"cannot resume: {'; '.join(changed)}; put it back, or {START_ANEW}, or choose another "
+                        "output_dir")
 
 
 def has_same_steps(before: dict, now: dict) -> bool:
-    """Whether the rows of all steps are the same, in micro-batches that may differ: the rows of a step depend on the
-    product, unless epochs are bounded by micro-batches."""
-    bounded = any(each.get(BOUND) is not None for each in (before, now))
-    products = [(each.get(BATCH) or 0) * (each.get(ACCUMULATION) or 0) for each in (before, now)]
+    """Whether all optimizer steps have the same rows, if perhaps in other micro-batches: they depend on the product
+    of batch size and accumulation, unless epochs are bounded by micro-batches."""
+    bounded = any(fingerprint.get(BOUND) is not None for fingerprint in (before, now))
+    products = [(fingerprint.get(BATCH) or 0) * (fingerprint.get(ACCUMULATION) or 0) for fingerprint in (before, now)]
     return not bounded and products[0] == products[1] > 0
 
 
-def open_run_folder(config: FineTuneConfig, start: ResumePoint) -> Iterator[str]:
-    """Make the folder ready and write the resolved config into it; what is there of other runs is set aside. Yields
-    notices of what has been done."""
+@contextmanager
+def restoring(folder: Path) -> Iterator[None]:
+    """Errors while a checkpoint's state is restored become a CheckpointError."""
+    try:
+        yield
+    except (UserError, ConfigError):
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "
+                              f"resume from another checkpoint, or {START_ANEW}") from error
+
+
+# -- the folder of a run that starts -----------------------------------------------------------------------------
+
+
+def prepare_run_folder(config: FineTuneConfig, start: ResumePoint) -> Iterator[str]:
+    """Archive what is there of other runs and write the resolved config. Yields notices of what has been done."""
     output_dir = Path(config.trainer_kwargs.output_dir)
-    root = output_dir / "model_checkpoints"
-    own = is_own(start, root)
-    if earlier := archive_previous_run(output_dir, () if own else RUN_FILES):
-        yield f"an earlier run was in {output_dir}: moved to {earlier}"
-    if own and (later := archive_previous_run(root, later_checkpoints(root, start.state["step"]))):
-        yield f"checkpoints after step {start.state['step']}: moved to {later}"
-    if not own and (best := start.state.get("best_step")) is not None:
+    root = output_dir / CHECKPOINTS
+    is_own = start.is_in(root)
+    if not is_own and (archive := archive_previous_run(output_dir, RUN_FILES)):
+        yield f"an earlier run was in {output_dir}: moved to {archive}"
+    if is_own and (archive := archive_previous_run(root, later_checkpoints(root, start.state["step"]))):
+        yield f"checkpoints after step {start.state['step']}: moved to {archive}"
+    if not is_own and (best := start.state.get("best_step")) is not None:
         yield (f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; {root / 'best'} "
                "will be the next that is better")
     write_text(output_dir / "config.json", with_environment(config))
 
 
+def archive_previous_run(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move those of `names` that are in `folder` to a new `earlier-run-N` in it, in their order; returns that or None.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    present = [name for name in names if os.path.lexists(folder / name)]
+    if not present:
+        return None
+    numbers = [int(path.name[12:]) for path in folder.glob("earlier-run-*") if path.name[12:].isdecimal()]
+    archive = folder / f"earlier-run-{max(numbers, default=0) + 1}"
+    try:
+        archive.mkdir()
+        for name in present:
+            (folder / name).rename(archive / name)
+        sync(archive)
+        sync(folder)
+    except OSError as error:
+        raise UserError(f"{KEY}: the earlier run cannot be moved to {describe(error, archive)}") from error
+    return archive
+
+
 def later_checkpoints(root: Path, step: int) -> list[str]:
     """Names of the step folders after `step`, and of the links to them."""
-    steps = [path for path in root.glob("step-*") if path.name[5:].isdecimal() and int(path.name[5:]) > step]
-    links = [path for path in (root / "last", root / "best") if path.is_symlink() and path.resolve() in
-             {folder.resolve() for folder in steps}]
-    return [path.name for path in (*steps, *links)]
+    later = [folder for number, folder in step_folders(root) if number > step]
+    links = [link for link in (root / "last", root / "best") if link.is_symlink() and
+             link.resolve() in {folder.resolve() for folder in later}]
+    return [path.name for path in (*later, *links)]
+
+
+def repair_links(checkpoints: Checkpoints, start: ResumePoint, best_step: int | None) -> None:
+    """Finish what a kill has cut off after the newest checkpoint, from which the run resumes, was written."""
+    if start.is_in(checkpoints.root) and not later_checkpoints(checkpoints.root, start.state["step"]):
+        with suppress(CheckpointError):
+            checkpoints.repair_links(start.state["step"], best_step)
 
 
 def with_environment(config: FineTuneConfig) -> str:

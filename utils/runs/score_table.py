@@ -13,11 +13,10 @@ from utils.config.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOption
 from utils.evaluation.evaluate import Generation, predict, score_lines, scored_predictions
 from utils.evaluation.rouge import lead_sentences
 from utils.evaluation.weights import weights_of
-from utils.files import json_text
-from utils.runs.own_checkpoints import check_model_folder
-from utils.runs.result_folder import result_folder, write_results
+from utils.files import json_text, sha256_text, write_text
+from utils.manifest import check_model_folder
+from utils.runs.folder_lock import lock_result_folder
 from utils.runs.run_log import RunLog
-from utils.runs.seal import sealed, sha256_of_text
 from utils.text import printable
 from utils.training.distributed import DistributedContext, init_distributed
 from utils.training.out_of_memory import decoding_remedy, out_of_memory_remedy
@@ -32,9 +31,7 @@ def score_table(options: ValidateOptions) -> int:
     context = init_distributed(device, options.device_id, options.precision, key="--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    with out_of_memory_remedy(decoding_remedy(options)), result_folder(output_dir, RESULTS) as notices:
-        for line in notices:
-            log.info(line)
+    with out_of_memory_remedy(decoding_remedy(options)), lock_result_folder(output_dir, "--output_dir"):
         return evaluate(options, articles, bad_rows, context, log)
 
 
@@ -56,8 +53,10 @@ def evaluate(
     predictions = json_text(records)
     scores |= {"skipped_rows": len(bad_rows), **facts,
                "settings": {**options.model_dump(), "max_generation_length": most},
-               "predictions_sha256": {"predictions.json": sha256_of_text(predictions)}}
-    write_results(output_dir, {"predictions.json": predictions, "scores.json": json_text(sealed(scores))})
+               "predictions_sha256": {"predictions.json": sha256_text(predictions)}}
+    # The scores last: by the SHA-256 in them utils.compare notices that they are not of these predictions.
+    write_text(output_dir / "predictions.json", predictions)
+    write_text(output_dir / "scores.json", json_text(scores))
     print("\n".join(score_lines(scores)))
     print(printable(f"written: {', '.join(str(output_dir / name) for name in RESULTS)}"))
     return 0

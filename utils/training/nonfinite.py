@@ -9,11 +9,12 @@ from torch import nn
 
 from data.batches import Step
 from data.token_cache import TokenizedDataset
+from utils.errors import TrainingError
 from utils.evaluation.evaluate import NotFinite
 from utils.training.distributed import DistributedContext
 from utils.training.optimization import find_nonfinite_state
 from utils.training.state import TrainState
-from utils.training.step import StepMetrics, TrainingError, is_finite_rate
+from utils.training.step import StepMetrics, is_finite_rate
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"

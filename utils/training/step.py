@@ -18,12 +18,6 @@ from utils.training.distributed import DistributedContext, all_reduce_gradients
 MAX_PARTS = 32  # room in the message between processes for the parts of a loss
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on: one line for the user."""
-
-    exit_code = 1
-
-
 @dataclass
 class StepMetrics:
     """Results of one optimizer step, the same on every process but for `bad_micro_batches`.

@@ -12,6 +12,7 @@ from data.batches import Step, load_batches, plan_epoch
 from data.token_cache import TokenizedDataset
 from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
+from utils.errors import TrainingError
 from utils.evaluation.evaluate import Interrupted, NotFinite, never
 from utils.evaluation.validation import Validation
 from utils.progress import progress_bar
@@ -22,7 +23,7 @@ from utils.training.out_of_memory import BATCH, OutOfMemory, evaluation_remedy, 
 from utils.training.random_state import random_state, seed_everything, set_random_state
 from utils.training.signals import StopRequest
 from utils.training.state import TrainState
-from utils.training.step import StepMetrics, TrainingError, optimizer_step
+from utils.training.step import StepMetrics, optimizer_step
 
 
 class Trainer:
@@ -332,10 +333,13 @@ class Trainer:
             *self.context.all_gather_object((random_state(), self.objective.get_extra_state())), strict=True
         )
         if self.context.is_main:
-            self.log.flush()  # first: no checkpoint is newer than its log
+            problem = self.log.settle()  # first: no checkpoint is newer than its log
             tensors = {"optimizer": self.optimizer.state_dict(), "random": list(generators),
                        "objective": list(extra_states)}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
+            if problem:
+                raise TrainingError(f"{problem}; stopped at optimizer step {self.state.step}, checkpoint written; "
+                                    f"{self.stop.resume_hint}")
         self.saved = state
         self.context.barrier()
 

@@ -1,0 +1,105 @@
+"""One run in a folder: the lock of an output folder, and which folders a script may write into."""
+
+import json
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils.errors import UserError, describe
+from utils.manifest import TRAINER_STATE
+
+CHECKPOINTS = "model_checkpoints"
+# How long worker processes, which inherit the lock, may outlive a killed run: they look for their parent every 5 s.
+WORKER_SECONDS = 20.0
+IN_CHECKPOINTS = re.compile(r"step-[0-9]+|last|best")
+
+
+@contextmanager
+def lock_folder(folder: Path, key: str) -> Iterator[None]:
+    """Make the folder, and hold it against other runs. The system releases the lock of a process that dies.
+
+    key: the setting that names the folder. Raises UserError: another run is in it, it cannot be written, or it is a
+    place for checkpoints, which a training deletes and replaces.
+    """
+    check_outside_checkpoints(folder, key)
+    holder = folder / "run.lock.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        lock = FileLock(folder / "run.lock")
+        lock.acquire(timeout=0 if is_running(read_holder(holder)) else WORKER_SECONDS)
+    except Timeout as error:
+        raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; wait for "
+                        "it or stop it, or choose another folder") from error
+    except OSError as error:
+        raise UserError(f"{key}: {describe(error, folder)}") from error
+    try:
+        with suppress(OSError):  # it is only for the message: a full disk is no reason to refuse
+            holder.write_text(json.dumps({
+                "host": socket.gethostname(), "pid": os.getpid(), "program": Path(sys.argv[0]).name,
+                "since": datetime.now(UTC).isoformat(timespec="seconds")}))
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+@contextmanager
+def lock_result_folder(folder: Path, key: str) -> Iterator[None]:
+    """`lock_folder` for an evaluation, which must not replace the scores of a training."""
+    if (folder / CHECKPOINTS).exists() or is_run_config(folder / "config.json"):
+        raise UserError(f"{key}: {folder} is the folder of a training, which has scores of its own: name another "
+                        f"folder, such as {folder / 'evaluation'}")
+    with lock_folder(folder, key):
+        yield
+
+
+def check_outside_checkpoints(folder: Path, key: str) -> None:
+    """Raises UserError for a folder of checkpoints, a checkpoint, and a folder inside one."""
+    real = folder.resolve()
+    is_one = real.parent.name == CHECKPOINTS and IN_CHECKPOINTS.fullmatch(real.name)
+    is_inside = any((path / TRAINER_STATE).is_dir() for path in (real, *real.parents))
+    holds_some = any(IN_CHECKPOINTS.fullmatch(path.parent.name) for path in real.glob(f"*/{TRAINER_STATE}"))
+    if real.name == CHECKPOINTS or is_one or is_inside or holds_some:
+        raise UserError(f"{key}: {folder} is a place for the checkpoints of a training: name another folder")
+
+
+def is_run_config(path: Path) -> bool:
+    """Whether a file is the resolved config that a training has written."""
+    with suppress(OSError, ValueError, TypeError):
+        return "_description_environment" in json.loads(path.read_text(encoding="utf-8"))
+    return False
+
+
+def read_holder(path: Path) -> dict:
+    with suppress(OSError, ValueError):
+        if isinstance(holder := json.loads(path.read_text(encoding="utf-8")), dict):
+            return holder
+    return {}
+
+
+def describe_holder(holder: dict) -> str:
+    process = "process {pid} on {host} ({program}, since {since})"
+    return process.format(**holder) if holder.keys() >= {"pid", "host", "program", "since"} else "an unknown process"
+
+
+def is_running(holder: dict) -> bool:
+    """Whether the holder is a living process of this machine, so that waiting for its workers is in vain."""
+    if os.name != "posix" or holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except PermissionError:  # it lives, under another user
+        return True
+    except (OSError, KeyError, TypeError, OverflowError):
+        return False
+    return True
