@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.config.strict_json import parse, show
-from utils.evaluation.rouge import METRICS, paired_bootstrap
+from utils.evaluation.rouge import METRICS
+from utils.evaluation.statistics import holm, paired_bootstrap
 from utils.evaluation.weights import weights_of
 from utils.files import finish_writing
 from utils.runs.run_log import split_lines
@@ -319,9 +320,7 @@ def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric:
 def paired(rows: dict[str, ScoredRow], base_rows: dict[str, ScoredRow]) -> dict[str, float]:
     """Difference of the means over the same ids, its 95 % interval and p value."""
     result = paired_bootstrap(
-        [{"score": rows[row_id].score} for row_id in base_rows],
-        [{"score": base_row.score} for base_row in base_rows.values()],
-        "score",
+        [rows[row_id].score for row_id in base_rows], [base_row.score for base_row in base_rows.values()]
     )
     low, high = result["interval"]
     return {"difference": result["difference"], "difference_low": low, "difference_high": high,
@@ -354,14 +353,3 @@ def add_gap_shares(rows: list[dict], metric: str, teacher: str, baseline: str) -
             row["gap_share"] = (row[metric] - base[metric]) / gap
     another = f"gap: empty where {', '.join(elsewhere)} would be compared with {baseline}, scored on another set"
     return [another] if elsewhere else []
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number, in the given order: Holm (1979), "A simple sequentially rejective multiple
-    test procedure".
-    """
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted

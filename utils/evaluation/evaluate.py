@@ -18,7 +18,8 @@ from data.prompts import PromptFormat
 from data.token_cache import TokenizedDataset
 from model.decoding.loop import beam_search, evaluating, greedy_decode
 from model.language_model import LanguageModel
-from utils.evaluation import rouge
+from utils.evaluation.rouge import METRICS, score_rows
+from utils.evaluation.statistics import confidence_intervals, mean_scores
 from utils.runs.run_log import progress_bar
 from utils.training.distributed import DistributedContext
 from utils.training.random_state import forked_random_state
@@ -159,8 +160,8 @@ def scored_predictions(articles: list[Article], texts: list[str]) -> tuple[list[
 
     `facts` is scored where the CSV has such a column: JSON lists of strings that the highlights hold.
     """
-    rows = rouge.score_rows(texts, [row.highlights for row in articles])
-    scores = {**rouge.mean_scores(rows), "confidence_intervals": rouge.confidence_intervals(rows), "rows": len(rows),
+    rows = score_rows(texts, [row.highlights for row in articles])
+    scores = {**mean_scores(rows), "confidence_intervals": confidence_intervals(rows), "rows": len(rows),
               "articles_sha256": articles_sha256(articles)}
     facts = [row.extra["facts"] for row in articles if "facts" in row.extra]
     if len(facts) == len(texts) and (share := fact_share(texts, facts)) is not None:
@@ -179,7 +180,7 @@ def articles_sha256(articles: list[Article]) -> str:
 def score_lines(scores: dict) -> list[str]:
     """What `scored_predictions` gives, for the console."""
     lines = [f"{scores['rows']} rows, mean F-measure with 95 % interval"]
-    for metric in rouge.METRICS:
+    for metric in METRICS:
         low, high = scores["confidence_intervals"][metric]
         lines.append(f"  {metric:<10} {scores[metric]:.4f}   {low:.4f} to {high:.4f}")
     return [*lines, f"  {'facts':<10} {scores['facts']:.4f}"] if "facts" in scores else lines

@@ -11,7 +11,7 @@ from model.loading import check_same_architecture, has_tokenizer, load_language_
 from utils.cli import quiet_libraries
 from utils.config.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions
 from utils.evaluation.evaluate import Generation, predict, score_lines, scored_predictions
-from utils.evaluation.rouge import lead_sentences
+from utils.evaluation.lead import lead_sentences
 from utils.evaluation.weights import weights_of
 from utils.files import json_text
 from utils.runs.own_checkpoints import check_model_folder
