@@ -20,7 +20,7 @@ from model.decoding.loop import beam_search, evaluating, greedy_decode
 from model.language_model import LanguageModel
 from utils.evaluation.rouge import METRICS, score_rows
 from utils.evaluation.statistics import confidence_intervals, mean_scores
-from utils.runs.run_log import progress_bar
+from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
 from utils.training.random_state import forked_random_state
 

@@ -11,14 +11,14 @@ _STOP = re.compile("(?<![.!?…])[.!?…]++(?: '')?[\"'”’»)\\]]*+(?= |$)|[�
 _OPENING = "\"'“‘«([`"
 # Tokenised text has spaces around quotes; no longer word opens a sentence.
 _NEXT_WORD = re.compile(f"[ {re.escape(_OPENING)}]*([^ ]{{0,40}})")
-# A full stop after a title never ends a sentence; after an abbreviation, an initial or dotted letters ("U.S.", "p.m.")
-# only if the next word often opens one.
-_TITLES = frozenset("Mr Mrs Ms Dr Prof Gov Sen Sens Rep Gen Lt Col Sgt Capt Cpl Maj Adm Cmdr Rev Pres Supt Det St Mt Ft "
-                    "No Nos v vs".split())
+# A full stop after a title never ends a sentence; after an abbreviation, an initial or dotted letters ("U.S.") only if
+# the next word often opens one.
+_TITLES = frozenset("Mr Mrs Ms Dr Prof Gov Sen Sens Rep Gen Lt Col Sgt Capt Cpl Maj Adm Cmdr Rev Pres Supt Det St Mt "
+                    "Ft No Nos v vs".split())
 _ABBREVIATIONS = frozenset("Jr Sr Inc Co Corp Ltd Bros Ave Jan Feb Aug Sept Oct Nov Dec etc".split())
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]|Ph\.D")
-_OPENERS = frozenset("A After All An And As At But By For From He His I If In It On One Police She Since So That The There They "
-                     "This Those We What When While Who With You".split())
+_OPENERS = frozenset("A After All An And As At But By For From He His I If In It On One Police She Since So That The "
+                     "There They This Those We What When While Who With You".split())
 
 
 def lead_sentences(article: str, n: int = 3) -> str:

@@ -62,7 +62,8 @@ def scorer(other_script: bool):
     """The package's scorer with a tokenizer of ours."""
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes seconds
 
-    return RougeScorer(METRICS, tokenizer=SimpleNamespace(tokenize=unicode_tokens if other_script else english_tokens()))
+    tokenize = unicode_tokens if other_script else english_tokens()
+    return RougeScorer(METRICS, tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
 def english_tokens(cached_words: int = 1 << 16) -> Callable[[str], list[str]]:

@@ -42,7 +42,7 @@ def paired_bootstrap(
     """
     differences = np.array([a - b for a, b in zip(scores_a, scores_b, strict=True)], dtype=np.float64)
     means = _resampled_means(differences[:, None], resamples, seed)
-    far_side = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    far_side = int(min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0)))
     return {
         "difference": statistics.fmean(differences),
         "interval": _percentiles(means, level)[:, 0].tolist(),
