@@ -240,7 +240,7 @@ def test_file_that_is_no_scores(tmp_path, capsys, content):
 
 
 def test_missing_folder(tmp_path):
-    """Fault: a traceback and exit code 1 for a folder that does not exist, or torch is imported; run as users run it."""
+    """Fault: a traceback for a folder that does not exist, or an error imports torch."""
     program = ("import sys, utils.compare; code = utils.compare.main(sys.argv[1:]); "
                "print(sorted({'torch', 'transformers', 'nltk'} & sys.modules.keys())); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "absent")], cwd=ROOT, capture_output=True,

@@ -3,8 +3,6 @@
 import json
 import sys
 
-import pytest
-
 from utils.files import json_text
 from utils.text import one_line, printable, shorten
 
