@@ -13,7 +13,9 @@ from transformers import AutoTokenizer
 from data import demo_news
 from data.demo_templates import EVENTS, GENERIC, POOLS
 from data.prompts import PromptFormat
-from utils.evaluation.rouge import lead_sentences, mean_scores, score_rows
+from utils.evaluation.lead import lead_sentences
+from utils.evaluation.rouge import score_rows
+from utils.evaluation.statistics import mean_scores
 
 TABLES = "teacher_short teacher student_short student_short_noisy student student_noisy validation test".split()
 CLEAN = [name for name in TABLES if not name.endswith("_noisy")]

@@ -64,7 +64,7 @@ def tables(output: str) -> list[dict[str, float]]:
     """ROUGE-1 in per cent by the first word of the row, for both tables."""
     names = ("lead-3", "teacher", "fine-tuning", "forward", "reverse", "JS")
     lines = [line for line in output.splitlines() if line.startswith((*names, *OWN))]
-    rows = [re.match(r"(\S+).*?  +(\d+\.\d) \[", line) for line in lines]
+    rows = [re.match(r"(\S+).*?  +(\d+\.\d) ±", line) for line in lines]
     found = [(row[1], float(row[2])) for row in rows if row]
     assert [name for name, _ in found] == [*names, *OWN, *names]
     return [dict(found[:10]), dict(found[10:])]

@@ -1,10 +1,8 @@
-"""How text of files is escaped where it is shown: consoles, tables for spreadsheets."""
+"""How text of files is escaped where it is shown: on the console."""
 
 import sys
 
-import pytest
-
-from utils.text import in_spreadsheet, one_line, printable, shorten
+from utils.text import one_line, printable, shorten
 
 
 def test_every_sign_is_shown_or_escaped():
@@ -26,13 +24,3 @@ def test_long_texts():
     assert shorten("x" * 100) == "x" * 77 + "..." and shorten("x" * 80) == "x" * 80
     assert one_line("a" * 10_000 + "remedy") == f"{'a' * 600} ... {'a' * 294}remedy"
     assert one_line("a\nb") == "a\\nb"
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [("=1+1", "'=1+1"), ("+1", "'+1"), ("-x", "'-x"), ("@SUM(A1)", "'@SUM(A1)"), (" \t=1", "' \t=1"), ("＝1", "'＝1"),
-     ("plain", "plain"), ("a=b", "a=b"), ("", ""), (-1.5, -1.5), (0, 0), (True, True), (None, None)],
-)
-def test_spreadsheet_cells(cell, expected):
-    """Fault: a name is run as a formula; or a negative number becomes text."""
-    assert in_spreadsheet(cell) == expected and type(in_spreadsheet(cell)) is type(expected)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import validate_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
 from utils.config.validate_options import read_options, validate_parser
-from utils.runs import score_table
 
 TEMPLATE = "{article}\nTL;DR:"  # data.prompts.DEFAULT_TEMPLATE, as cases and README state it
 CONTEXT, NEW = 128, 12
@@ -104,11 +103,7 @@ def test_predictions_have_the_rows_of_the_csv_in_its_order(tmp_path, folder):
         assert record["target_highlight"] == " ".join(record["article"].split()[:6])
         assert (record["sentiment"], record["length_bucket"], record["category"]) == ("neutral", "0-100", "local")
         assert (record["article_length"], record["source"]) == ("52", "paper")
-
-
-def test_fields_without_a_column_are_null(tmp_path, folder):
-    """Fault: a KeyError, or fields left out, where the CSV has only the three columns."""
-    _, predictions, _ = run(tmp_path, folder, write_news(tmp_path / "news.csv", 2))
+    _, predictions, _ = run(tmp_path, "lead-3", write_news(tmp_path / "plain.csv", 2))
     for record in predictions:
         assert list(record) == FIELDS
         assert record["sentiment"] is record["length_bucket"] is record["category"] is None
@@ -139,32 +134,8 @@ def test_scores_are_means_over_rows_with_intervals(tmp_path, folder):
     }
 
 
-def test_interval_is_the_percentiles_of_resampled_means(tmp_path, monkeypatch):
-    """Fault: an interval of rows instead of means: for 0 and 1 in equal number it would be all of 0 to 1."""
-    path = write_news(tmp_path / "news.csv")
-    half = [row["highlights"] if index % 2 else "" for index, row in enumerate(news_rows())]
-    monkeypatch.setattr(score_table, "lead_sentences", lambda article: half[ARTICLES.index(article)])
-    _, _, scores = run(tmp_path, "lead-3", path)
-    # Means of 10 draws of a fair coin: P(mean <= 0.1) = 11/1024 < 2.5 % < P(mean <= 0.2) = 56/1024.
-    assert scores["rouge1"] == 0.5
-    assert scores["confidence_intervals"]["rouge1"] == pytest.approx([0.2, 0.8], abs=1e-12)
-
-
-def news_rows() -> list[dict]:
-    return [{"highlights": " ".join(text.split()[:6])} for text in ARTICLES]
-
-
-def test_empty_predictions_score_zero_and_count(tmp_path, monkeypatch):
-    """Fault: empty predictions are left out of the mean, so a model that says nothing half the time looks perfect."""
-    monkeypatch.setattr(score_table, "lead_sentences", lambda article: "" if article != ARTICLES[1] else article)
-    _, predictions, scores = run(tmp_path, "lead-3", write_news(tmp_path / "news.csv", 2))
-    assert texts(predictions) == ["", "Rain fell on the town."]
-    assert predictions[0]["rouge"] == dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.0)
-    assert (scores["rows"], scores["rouge1"], scores["rougeLsum"]) == (2, 0.5, 0.5)
-
-
 def test_model_that_ends_at_once(tmp_path):
-    """Fault: decoding that cannot return an empty summary, or counts the end-of-text as text."""
+    """Fault: empty summaries fail, leave the mean, or hold the end-of-text as text."""
     gpt2 = tiny_gpt2(positions=CONTEXT)
     with torch.no_grad():  # hidden state = 100 * the embedding of end-of-text, whatever the input
         gpt2.transformer.ln_f.weight.zero_()
@@ -227,12 +198,6 @@ def test_template_of_the_checkpoint_is_used_and_recorded(tmp_path, folder):
     assert (scores["prompt_template"], scores["prompt_max_length"]) == ("{article} =>", 64)
 
 
-def test_template_without_article_is_refused(tmp_path, folder, capsys):
-    """Fault: every prompt is the same text and the scores are of nothing."""
-    assert run(tmp_path, folder, write_news(tmp_path / "news.csv"), "--prompt_template", "Sum up")[0] == 2
-    assert 'prompt_template is "Sum up"' in error_line(capsys)
-
-
 # -- options -----------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +225,7 @@ def test_flags_win_over_the_config_file(tmp_path, folder):
     ({"num_beams": 100_000}, ["num_beams is 100000", "from 1 to 1000"]),
     ({"on_bad_row": "skipp"}, ['on_bad_row is "skipp"', '"skip"']),
     ({"columns": {"articel": "text"}}, ["articel", "article"]),
+    ({"prompt_template": "Sum up"}, ["prompt_template", "{article}"]),
 ])
 def test_wrong_names_and_values_of_the_file(tmp_path, folder, capsys, values, words):
     """Fault: a misspelt name is ignored in silence, or a value is converted."""

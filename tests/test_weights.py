@@ -1,8 +1,6 @@
-"""Which weights scores are of: recorded beside them, and told by utils.compare where they are gone."""
+"""Which weights scores are of: recorded beside them, and a remark of utils.compare if they are gone."""
 
 import json
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import torch
 
 import validate_model
 from tests import small_runs
-from tests.conftest import ROOT, tiny_language_model, write_rows
-from tests.score_folders import objects_of, refusal, shown, write_run, write_scores
+from tests.conftest import tiny_language_model, write_rows
+from tests.score_folders import objects_of, shown, write_run, write_scores
 from utils.evaluation.weights import weights_of
 
 
@@ -21,7 +19,19 @@ def digest(path: Path) -> str:
 
 
 def remarks(capsys, *arguments) -> list[str]:
+    capsys.readouterr()
     return [line for line in shown(capsys, *arguments).splitlines() if line.startswith("the weights behind")]
+
+
+def speed(capsys, folder: Path) -> float | None:
+    return objects_of(capsys, folder)[folder.name]["tokens_per_second"]
+
+
+def validate(tmp_path: Path, model_path, out: str = "out") -> dict:
+    arguments = ["--csv_path", tmp_path / "validation.csv", "--model_path", model_path, "--output_dir", tmp_path / out,
+                 "--device_id", "-1", "--max_generation_length", "8", "--precision", "float32"]
+    assert validate_model.main(list(map(str, arguments))) == 0
+    return json.loads((tmp_path / out / "scores.json").read_text())
 
 
 # -- what is recorded ----------------------------------------------------------------------------------------------
@@ -53,59 +63,37 @@ def test_digest_of_several_files(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_checkpoints_are_not_read_again(tmp_path):
-    """Fault: a comparison reads gigabytes of checkpoints; or it takes a manifest for what it does not say."""
-    assert small_runs.run(tmp_path, small_runs.make_project(tmp_path, rows=8)) == 0
-    step = tmp_path / "run/model_checkpoints/step-4"
-    before = {"sha256": digest(step / "model.safetensors"), "step": 4}
-    (step / "model.safetensors").write_bytes(b"")
-    assert weights_of(step) == weights_of(step.parent / "best") == before
-
-
 def test_scores_say_their_weights(tmp_path):
-    """Fault: scores of a training or of validate_model.py that cannot be told from those of other weights."""
+    """Fault: scores do not say which weights they are of, never if a kill came before that was noted, or gigabytes of
+    checkpoints are read to find out."""
     config = small_runs.changed(small_runs.make_project(tmp_path, rows=8),
                                 trainer_kwargs={"metrics": ["rouge"], "epochs": 2})
     assert small_runs.run(tmp_path, config) == 0
-    root = tmp_path / "run/model_checkpoints"
-    scores = json.loads((tmp_path / "run/scores.json").read_text())
-    assert scores["weights"] == {"sha256": digest(root / "step-8/model.safetensors"), "step": 8}
-    assert validate(tmp_path, root / "step-4")["weights"] == {"path": str(root / "step-4"),
-        "sha256": digest(root / "step-4/model.safetensors"), "step": 4}
+    root, path = tmp_path / "run/model_checkpoints", tmp_path / "run/scores.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    weights = {"sha256": digest(root / "step-8/model.safetensors"), "step": 8}
+    assert content["weights"] == weights
+    assert validate(tmp_path, root / "step-4")["weights"] == {
+        "path": str(root / "step-4"), "sha256": digest(root / "step-4/model.safetensors"), "step": 4}
     assert validate(tmp_path, tmp_path / "model")["weights"]["step"] is None
     assert validate(tmp_path, "lead-3")["weights"] == {"sha256": None, "step": None}
-
-
-def validate(tmp_path: Path, model_path, out: str = "out") -> dict:
-    arguments = ["--csv_path", tmp_path / "validation.csv", "--model_path", model_path, "--output_dir", tmp_path / out,
-                 "--device_id", "-1", "--max_generation_length", "8", "--precision", "float32"]
-    assert validate_model.main(list(map(str, arguments))) == 0
-    return json.loads((tmp_path / out / "scores.json").read_text())
+    path.write_text(json.dumps({**content, "weights": {"sha256": None, "step": 8}}))
+    assert small_runs.run(tmp_path, config) == 0  # it is finished, and says so
+    assert json.loads(path.read_text())["weights"] == weights
+    (root / "step-8/model.safetensors").write_bytes(b"")
+    assert weights_of(root / "step-8") == weights
 
 
 def test_weights_that_are_not_kept(tmp_path, capsys):
-    """Fault: scores of an epoch whose weights are not kept name those of another, or are told to be gone."""
+    """Fault: scores of an epoch whose weights are not kept name those of another, or get a remark."""
     config = small_runs.changed(
         small_runs.make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "epochs": 2},
-        optimizer_kwargs={"lm_lr": 9.0},  # no word is right in either epoch, so that the first stays best
+        optimizer_kwargs={"lm_lr": 9.0},  # no word is right in either epoch, so the first stays best
         callbacks_kwargs={"kwargs": {"save_final_model": False, "mode": "max"}})
     assert small_runs.run(tmp_path, config) == 0
-    scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert not (tmp_path / "run/model_checkpoints/step-8").exists()
-    assert scores["weights"] == {"sha256": None, "step": 8}
-    capsys.readouterr()
+    assert json.loads((tmp_path / "run/scores.json").read_text())["weights"] == {"sha256": None, "step": 8}
     assert remarks(capsys, tmp_path / "run") == []
-
-
-def test_kill_between_checkpoint_and_scores(tmp_path):
-    """Fault: scores lack their weights for ever where a kill came after the checkpoint and before they were noted."""
-    config = small_runs.changed(small_runs.make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"]})
-    assert small_runs.run(tmp_path, config) == 0
-    path = tmp_path / "run/scores.json"
-    whole = path.read_bytes()
-    path.write_text(json.dumps({**json.loads(whole), "weights": {"sha256": None, "step": 4}}))
-    assert small_runs.run(tmp_path, config) == 0  # it is finished, and says so
-    assert path.read_bytes() == whole
 
 
 # -- what compare says ---------------------------------------------------------------------------------------------
@@ -115,87 +103,47 @@ def test_scores_of_an_earlier_training(tmp_path, capsys):
     """Fault: old scores under the new run's name and speed, after a new training in the same folder."""
     config = small_runs.make_project(tmp_path, rows=8)
     assert small_runs.run(tmp_path, config) == 0
-    best = tmp_path / "run/model_checkpoints/best"
+    best, folder = tmp_path / "run/model_checkpoints/best", tmp_path / "run/test"
     validate(tmp_path, best, "run/test")
-    capsys.readouterr()
-    assert remarks(capsys, tmp_path / "run/test") == []
-    assert objects_of(capsys, tmp_path / "run/test")["test"]["tokens_per_second"] > 0
+    assert remarks(capsys, folder) == [] and speed(capsys, folder) > 0
     again = small_runs.changed(config, trainer_kwargs={"load_from_checkpoint": False, "seed": 5})
     assert small_runs.run(tmp_path, again) == 0
-    capsys.readouterr()
-    folder = tmp_path / "run/test"
     assert remarks(capsys, folder) == [
         f"the weights behind test (step 4, {best}) are no longer there, deleted or replaced since: score what is there "
         f"now with validate_model.py --output_dir {folder}"]
-    assert objects_of(capsys, folder)["test"]["tokens_per_second"] is None
-    validate(tmp_path, best, "run/test")
-    capsys.readouterr()
-    assert remarks(capsys, folder) == []
+    assert speed(capsys, folder) is None
 
 
-def test_model_folder_that_was_written_anew(tmp_path, capsys):
-    """Fault: scores of a model folder of any other origin stay, whatever is in it now."""
+def test_model_folder_that_was_replaced(tmp_path, capsys):
+    """Fault: scores of any other model folder stay without a remark, whatever is in it now."""
     tiny_language_model().save(tmp_path / "model")
     write_rows(tmp_path / "validation.csv", small_runs.make_rows(3))
     validate(tmp_path, tmp_path / "model")
-    capsys.readouterr()
     assert remarks(capsys, tmp_path / "out") == []
     tiny_language_model(seed=2).save(tmp_path / "model")
-    (told,) = remarks(capsys, tmp_path / "out")
-    assert told.startswith(f"the weights behind out ({tmp_path / 'model'}) are no longer there")
+    (remark,) = remarks(capsys, tmp_path / "out")
+    assert remark.startswith(f"the weights behind out ({tmp_path / 'model'}) are no longer there")
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    assert remarks(capsys, tmp_path / "out") == [told]
-
-
-def checkpoint(folder: Path, content: bytes) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(content)
-    return folder
-
-
-def recorded(run: Path, content: bytes, step: int = 7) -> Path:
-    path = run / "scores.json"
-    weights = {"sha256": sha256(content).hexdigest(), "step": step}
-    path.write_text(json.dumps({**json.loads(path.read_text()), "weights": weights}))
-    return run
+    assert remarks(capsys, tmp_path / "out") == [remark]
 
 
 def test_step_that_a_training_no_longer_keeps(tmp_path, capsys):
     """Fault: a training whose scored step was deleted by keep_checkpoints loses its speed, or nothing is said."""
-    run = recorded(write_run(tmp_path / "run", speeds=(1, 20), validation=[0.5]), b"seven")
-    checkpoint(run / "model_checkpoints/step-9", b"nine")
+    run = write_run(tmp_path / "run", speeds=(1, 20), validation=[0.5])
+    weights = {"sha256": sha256(b"seven").hexdigest(), "step": 7}
+    scores = json.loads((run / "scores.json").read_text())
+    (run / "scores.json").write_text(json.dumps({**scores, "weights": weights}))
+    step = run / "model_checkpoints/step-7"
+    step.mkdir(parents=True)
     assert remarks(capsys, run) == [
-        f"the weights behind run (step 7, {run}/model_checkpoints/step-7) are no longer there, deleted or replaced "
-        f"since: score what is there now with validate_model.py --output_dir {run}/evaluation"]
-    assert objects_of(capsys, run)["run"]["tokens_per_second"] == 20
-    step = checkpoint(run / "model_checkpoints/step-7", b"other")
-    assert len(remarks(capsys, run)) == 1
-    assert objects_of(capsys, run)["run"]["tokens_per_second"] is None
+        f"the weights behind run (step 7, {step}) are no longer there, deleted or replaced since: score what is there "
+        f"now with validate_model.py --output_dir {run}/evaluation"]
+    assert speed(capsys, run) == 20
     (step / "model.safetensors").write_bytes(b"seven")
     assert remarks(capsys, run) == []
-    assert objects_of(capsys, run)["run"]["tokens_per_second"] == 20
 
 
-@pytest.mark.parametrize(("weights", "model_path"), [
-    (None, "absent"), ({}, "absent"), ({"sha256": None, "step": None}, "gpt2"), ({"sha256": None, "step": 3}, "absent"),
-])
-def test_weights_that_nothing_is_known_of(tmp_path, capsys, weights, model_path):
-    """Fault: scores of an older version, or of a model of the hub, are told to be of weights that are gone."""
-    assert remarks(capsys, write_scores(tmp_path / "a", weights=weights, settings={"model_path": model_path})) == []
-
-
-@pytest.mark.parametrize("model_path", [None, 3, "a\0b", "\x1b[31m"])
-def test_paths_of_another_kind(tmp_path, capsys, model_path):
-    """Fault: a traceback, or control characters on the console, for a path that no script wrote."""
-    known = {"sha256": "00" * 32, "step": None}
-    folder = write_scores(tmp_path / "a", weights=known, settings={"model_path": model_path})
-    (told,) = remarks(capsys, folder)
-    assert told.isprintable()
-    for weights in ("x", {"sha256": "00", "step": "\x1b"}):
-        assert "is not a scores.json" in refusal(capsys, write_scores(tmp_path / "b", weights=weights))
-
-
-def test_comparing_needs_no_torch():
-    """Fault: a table takes ten seconds because something that it needs takes torch with it."""
-    code = "import sys, utils.compare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+@pytest.mark.parametrize("weights", [None, {}, {"sha256": None, "step": None}, {"sha256": None, "step": 3}])
+def test_weights_that_are_unknown(tmp_path, capsys, weights):
+    """Fault: a remark on scores of an older version, or of a model of the hub."""
+    assert remarks(capsys, write_scores(tmp_path / "a", weights=weights, settings={"model_path": "absent"})) == []

@@ -22,13 +22,3 @@ def one_line(text: object) -> str:
     """What goes to the console: one line; of a very long one, beginning and end."""
     text = str(text)
     return printable(text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}")
-
-
-def in_spreadsheet(cell: object) -> object:
-    """A cell of a CSV for people: a text that a spreadsheet program would run as a formula gets an apostrophe in front.
-
-    Numbers stay numbers. For tables alone: data sets keep their texts as they are.
-    """
-    if isinstance(cell, str) and cell.lstrip().startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")):
-        return f"'{cell}"
-    return cell

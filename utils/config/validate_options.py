@@ -1,8 +1,9 @@
 """Options of validate_model.py: flags, and the same names in a JSON file (`--config`; flags win)."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -13,7 +14,7 @@ from utils.config.strict_json import ConfigError, parse, read_json
 from utils.text import shorten
 
 LEAD_3 = "lead-3"
-DEFAULT_LENGTH = 100  # tokens of a summary, where neither the user nor the model says another number
+DEFAULT_LENGTH = 100  # maximum tokens of a summary if neither the user nor the model says
 
 EXAMPLES = """\
 examples:
@@ -24,7 +25,7 @@ examples:
 
 
 class ValidateOptions(BaseModel):
-    """What to decode, with what, and how."""
+    """What to decode, with which model, and how."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -38,15 +39,14 @@ class ValidateOptions(BaseModel):
     device_id: int | None = Field(None, ge=-1, description="GPU number; -1 is the CPU; default: a GPU if there is one")
     output_dir: Name = Field("predictions", description="folder for predictions.json and scores.json")
     max_generation_length: int | None = Field(
-        None, ge=1,
-        description=f"most tokens of a summary; default: what the model's folder records, else {DEFAULT_LENGTH}",
+        None, ge=1, description=f"maximum tokens of a summary; default: the model's own, else {DEFAULT_LENGTH}"
     )
     batch_size: int = Field(8, ge=1, description="articles decoded together")
     num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the CSV stops, or is left out")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the table is an error, or skipped")
     columns: dict[Literal["id", "article", "highlights"], ColumnName | None] | None = Field(
-        None, description='other column names, as JSON: {"article": "text", "id": null} (null: rows are numbered)'
+        None, description='other column names, as JSON: {"article": "text", "id": null} (null: number the rows)'
     )
     prompt_template: Annotated[str, AfterValidator(check_template)] | None = Field(
         None, description="default: the one that the model was trained on"
@@ -66,49 +66,40 @@ def validate_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=user_path, metavar="FILE", help="JSON object with the same names; flags win")
     for name, field in ValidateOptions.model_fields.items():
         default = "" if field.is_required() or field.default is None else f" (default: {field.default})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, **argument_kind(name, field.annotation),
-                            help=(field.description + default).replace("%", "%%"))
+        options = {"metavar": name.upper()}
+        if field.annotation is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif field.annotation in (int, int | None):
+            options = {"type": int, "metavar": "N"}
+        elif get_origin(field.annotation) is Literal:
+            options = {"choices": get_args(field.annotation)}
+        elif name == "columns":
+            options = {"type": json_object, "metavar": "JSON"}
+        text = (field.description + default).replace("%", "%%")
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def argument_kind(name: str, annotation) -> dict:
-    if annotation is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if annotation in (int, int | None):
-        return {"type": int, "metavar": "N"}
-    if name == "columns":
-        return {"type": json_object, "metavar": "JSON"}
-    if choices := getattr(annotation, "__args__", None) if name in ("on_bad_row", "precision") else None:
-        return {"choices": choices}
-    return {"metavar": name.upper()}
-
-
 def json_object(text: str) -> dict:
-    try:
-        value = parse(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        like = '\'{"article": "text"}\''
-        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a JSON object: write such as {like}")
-    return value
+    with suppress(ValueError):
+        if isinstance(value := parse(text), dict):
+            return value
+    example = '\'{"article": "text"}\''
+    raise argparse.ArgumentTypeError(f"{shorten(text)} is not a JSON object: write such as {example}")
 
 
 def read_options(arguments: argparse.Namespace) -> ValidateOptions:
-    """Options of the file, then of the flags.
+    """Options of the file, overridden by the flags.
 
     Raises:
-        ConfigError: the file cannot be read, an unknown name, a value of another type, or a name that is missing.
+        ConfigError: the file cannot be read, or a name or value is unknown, missing or of another type.
     """
     flags = {name: value for name, value in vars(arguments).items() if name in ValidateOptions.model_fields}
     source = shorten(str(arguments.config), 200) if arguments.config else "arguments"
-    values = read_json(arguments.config) if arguments.config else {}
-
-    def origin(path: tuple) -> str:
-        return f"--{path[0]}" if path and path[0] in flags else source
-
-    options = validate_model(ValidateOptions, {**values, **flags}, source, origin)
+    values = {**(read_json(arguments.config) if arguments.config else {}), **flags}
+    options = validate_model(ValidateOptions, values, source,
+                             lambda path: f"--{path[0]}" if path and path[0] in flags else source)
     if options.is_legacy_file and options.model_name is None:
         raise ConfigError(
             f"{options.model_path} is a state dict without its architecture: give --model_name, such as gpt2-medium, "

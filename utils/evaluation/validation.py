@@ -54,7 +54,7 @@ class Validation:
         for each in self.sets:
             metrics = self.losses(each.table, each.name, interrupted)
             if each.articles:
-                records, scores[each.name] = scored_predictions(each.articles, self.predict(each, interrupted))
+                records, scores[each.name] = self.predict_and_score(each, interrupted)
                 metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
                 scores[each.name] |= self.how_decoded()
                 if self.save_predictions:
@@ -74,11 +74,14 @@ class Validation:
         batch_size = self.generation.batch_size
         return measure_loss(self.objective, table, batch_size, self.context, interrupted, f"{name} loss")
 
-    def predict(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> list[str]:
-        return predict(
+    def predict_and_score(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> tuple[list[dict], dict]:
+        """(prediction records, which only the main process has; scores)."""
+        texts = predict(
             self.objective.language_model, self.prompt_format, each.articles, self.generation, self.context,
             interrupted, f"{each.name} ROUGE",
         )
+        records, scores = scored_predictions(each.articles, texts) if self.context.is_main else ([], None)
+        return records, self.context.broadcast_object(scores)
 
     def how_decoded(self) -> dict:
         """What changes the predictions, under the names that validate_model.py gives it."""
@@ -112,7 +115,7 @@ class Validation:
             if metric == "perplexity":
                 return self.losses(each.subset or each.table, "loss scaling", interrupted)[metric]
             if each.articles:
-                return scored_predictions(each.articles, self.predict(each, interrupted))[1][metric]
+                return self.predict_and_score(each, interrupted)[1][metric]
         return None
 
     def meaning(self, metric: str) -> str | None:

@@ -1,6 +1,5 @@
 """Decode the articles of a table with a model and score them: predictions.json and scores.json."""
 
-import os
 import time
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from model.loading import check_same_architecture, has_tokenizer, load_language_
 from utils.cli import quiet_libraries
 from utils.config.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions
 from utils.evaluation.evaluate import Generation, predict, score_lines, scored_predictions
-from utils.evaluation.rouge import lead_sentences
+from utils.evaluation.lead import lead_sentences
 from utils.evaluation.weights import weights_of
 from utils.files import json_text, sha256_text, write_text
 from utils.manifest import check_model_folder
@@ -65,30 +64,30 @@ def evaluate(
 def model_predictions(
     options: ValidateOptions, articles: list[Article], context: DistributedContext, log: RunLog
 ) -> tuple[list[str], dict, int]:
-    """The generated highlights, what scores.json says of the model, and the most tokens that a summary could have."""
+    """(the generated highlights, what scores.json records of the model, maximum tokens of a summary)."""
     for line in (*context.notices, context.describe()):
         log.info(line)
-    path = Path(options.model_path).resolve()  # of a link: a training may point it to other weights meanwhile
+    path = Path(options.model_path).resolve()  # a training may point the link to other weights meanwhile
     language_model = load_model(options).to(context.device)
     language_model.check_family()
-    template = language_model.prompt_template if options.prompt_template is None else options.prompt_template
+    template = options.prompt_template if options.prompt_template is not None else language_model.prompt_template
     if template is None:
         template = DEFAULT_TEMPLATE
         log.info(f"the model does not say which prompt it was trained on: using --prompt_template {template!r}")
     max_length = min(language_model.prompt_max_length or language_model.context, language_model.context)
     prompt_format = PromptFormat(language_model.tokenizer, template, max_length)
-    most = options.max_generation_length or language_model.max_new_tokens or DEFAULT_LENGTH
-    if options.max_generation_length is None and not prompt_format.has_room(most):
-        log.info(f"the model's folder records max_new_tokens {most}, which leaves no room for an article in "
-                f"{max_length} tokens: using --max_generation_length {DEFAULT_LENGTH}")
-        most = DEFAULT_LENGTH
-    generation = Generation(most, options.num_beams, options.early_stopping, options.batch_size)
+    max_new_tokens = options.max_generation_length or language_model.max_new_tokens or DEFAULT_LENGTH
+    if options.max_generation_length is None and not prompt_format.has_room(max_new_tokens):
+        log.info(f"the model's folder records max_new_tokens {max_new_tokens}, which leaves no room for an article in "
+                 f"{max_length} tokens: using --max_generation_length {DEFAULT_LENGTH}")
+        max_new_tokens = DEFAULT_LENGTH
+    generation = Generation(max_new_tokens, options.num_beams, options.early_stopping, options.batch_size)
     texts = predict(language_model, prompt_format, articles, generation, context)
     return texts, {
         "prompt_template": template, "prompt_max_length": max_length, "precision": context.precision,
         "device": str(context.device), "parameters": language_model.parameter_count(),
-        "weights": {**weights_of(path), "path": os.path.abspath(options.model_path)},  # noqa: PTH100 (a link stays one)
-    }, most
+        "weights": {**weights_of(path), "path": str(Path(options.model_path).absolute())},
+    }, max_new_tokens
 
 
 def load_model(options: ValidateOptions) -> LanguageModel:
