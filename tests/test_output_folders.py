@@ -12,7 +12,7 @@ from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, make_rows, metrics, run
 from tests.test_damaged_files import error_line
 from tests.test_run_lock import snapshot
-from utils.config.strict_json import ConfigError
+from utils.config.load import ConfigError
 from utils.runs import result_folder
 from utils.runs.result_folder import is_of_training, output_folder, write_results
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config.strict_json import parse, show
+from utils.config.load import parse, show
 from utils.evaluation.rouge import METRICS, paired_bootstrap
 from utils.evaluation.weights import weights_of
 from utils.files import finish_writing

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from utils.config.strict_json import ConfigError, show
+from utils.config.load import ConfigError, show
 from utils.runs.checkpoint import CheckpointError
 from utils.text import shorten
 
