@@ -222,53 +222,30 @@ def test_keys_of_the_other_script(tmp_path, key):
 
 
 WRONG = {
-    "optimizer_kwargs.lm_lr": ["fast", 0, True, None],
-    "optimizer_kwargs.kwargs": [[1]],
-    "trainer_kwargs.epochs": [3.0, 0, True, None],
-    "trainer_kwargs.compile": ["false", 1, 0.0, None],
-    "trainer_kwargs.device": ["CUDA"],
-    "trainer_kwargs.metrics": ["rouge"],
-    "trainer_kwargs.gradient_clipping": ["null", -0.5],
-    "trainer_kwargs.loss_scaling_batch": [0, -2, "x"],
-    "trainer_kwargs.adaptive_loss_metric": [1, "rouge"],
-    "trainer_kwargs.baseline_threshold": [-0.5],
-    "trainer_kwargs.n_batch_ckpt_save": [-2],
-    "trainer_kwargs.seed": [-1, 2**32],
-    "trainer_kwargs.keep_checkpoints": [0],
-    "trainer_kwargs.output_dir": ["", "a\nb", "a\0b", "\ud800"],
-    "model_arch.lang_model": [5, "", "\x1b[31m"],
-    "model_arch.gpu_device_id": [-1],
-    "model_arch.dropout": [1, -0.1],
-    "model_arch.generation_kwargs": [3],
-    "model_arch.generation_kwargs.num_beams": [0, 1001],
-    "lr_scheduler_kwargs.min_lr_ratio": [1.5, -0.1],
-    "lr_scheduler_kwargs.num_training_steps": [0],
-    "callbacks_kwargs.kwargs.patience": [-1, 1.5],
-    "dataset_kwargs": [[]],
-    "dataset_kwargs.train_dataset": [None],
-    "dataset_kwargs.prompt_template": ["x\ny", "{article}{article}"],
+    "optimizer_kwargs.lm_lr": ["fast", 0, True, None], "optimizer_kwargs.kwargs": [[1]],
+    "trainer_kwargs.epochs": [3.0, 0, True, None], "trainer_kwargs.compile": ["false", 1, 0.0, None],
+    "trainer_kwargs.device": ["CUDA"], "trainer_kwargs.metrics": ["rouge"],
+    "trainer_kwargs.gradient_clipping": ["null", -0.5], "trainer_kwargs.loss_scaling_batch": [0, -2, "x"],
+    "trainer_kwargs.adaptive_loss_metric": [1, "rouge"], "trainer_kwargs.baseline_threshold": [-0.5],
+    "trainer_kwargs.n_batch_ckpt_save": [-2], "trainer_kwargs.seed": [-1, 2**32],
+    "trainer_kwargs.keep_checkpoints": [0], "trainer_kwargs.output_dir": ["", "a\nb", "a\0b", "\ud800"],
+    "model_arch.lang_model": [5, "", "\x1b[31m"], "model_arch.gpu_device_id": [-1], "model_arch.dropout": [1, -0.1],
+    "model_arch.generation_kwargs": [3], "model_arch.generation_kwargs.num_beams": [0, 1001],
+    "lr_scheduler_kwargs.min_lr_ratio": [1.5, -0.1], "lr_scheduler_kwargs.num_training_steps": [0],
+    "callbacks_kwargs.kwargs.patience": [-1, 1.5], "dataset_kwargs": [[]], "dataset_kwargs.train_dataset": [None],
+    "dataset_kwargs.prompt_template": ["x\ny", "{article}{article}"], "dataset_kwargs.num_workers": [-1, 257],
     "dataset_kwargs.columns": [{"article": None}],
-    "dataset_kwargs.num_workers": [-1, 257],
 }
 WRONG_KD = {
-    "distillation_kwargs.method": ["divergance"], "distillation_kwargs.kl_div": ["js"],
-    "distillation_kwargs.on_policy_fraction": [1.1, None], "distillation_kwargs.rollout": ["teachers"],
-    "distillation_kwargs.alpha": [-0.1, 1.1], "distillation_kwargs.rollout_temperature": [0, 1001],
-    "distillation_kwargs.rollout_top_k": [0], "distillation_kwargs.rollout_top_p": [0, 1.1],
-    "distillation_kwargs.rollout_batch_size": [0], "distillation_kwargs.rollout_epochs": [0, 1001],
-    "distillation_kwargs.importance_weight": ["tokens"], "distillation_kwargs.lm_weight": [-0.1, 1.1],
-    "distillation_kwargs.clip_epsilon": [0, 1], "distillation_kwargs.whiten": [1],
-    "distillation_kwargs.penalty": ["true"], "distillation_kwargs.frequency_weight": [-0.1],
-    "distillation_kwargs.diversity_weight": [-0.1], "distillation_kwargs.entropy_weight": [-0.1, None],
-    "distillation_kwargs.entropy_floor": [0], "distillation_kwargs.temperature": [0, 1001],
-    "distillation_kwargs.kd_weight": [-0.1, 1.1], "distillation_kwargs.beta": [0, 1],
-    "distillation_kwargs.lambda": [0, 1, None], "distillation_kwargs.mu": [-0.1, 1.1],
-    "distillation_kwargs.chunk_size": [0, 64.0, 1_000_001], "distillation_kwargs.student_init": ["teacher_layer"],
-    "distillation_kwargs.student_layers": [3, [], [0, 4, 4]],
-    "distillation_kwargs.teacher_cache": ["hidden", True], "distillation_kwargs.teacher_cache.kind": ["hiden"],
-    "distillation_kwargs.teacher_cache.top_k": [0], "distillation_kwargs.teacher_cache.dtype": ["float16"],
-    "distillation_kwargs.teacher_cache.dir": [""], "model_arch.teacher_gpu_device_id": [-1],
-    "model_arch.student_lang_model": [None], "trainer_kwargs.student_ckpt_path": [""],
+    "method": ["divergance"], "kl_div": ["js"], "on_policy_fraction": [1.1, None], "rollout": ["teachers"],
+    "alpha": [-0.1, 1.1], "rollout_temperature": [0, 1001], "rollout_top_k": [0], "rollout_top_p": [0, 1.1],
+    "rollout_batch_size": [0], "rollout_epochs": [0, 1001], "importance_weight": ["tokens"], "lm_weight": [-0.1, 1.1],
+    "clip_epsilon": [0, 1], "whiten": [1], "penalty": ["true"], "frequency_weight": [-0.1], "diversity_weight": [-0.1],
+    "entropy_weight": [-0.1, None], "entropy_floor": [0], "temperature": [0, 1001], "kd_weight": [-0.1, 1.1],
+    "beta": [0, 1], "lambda": [0, 1, None], "mu": [-0.1, 1.1], "chunk_size": [0, 64.0, 1_000_001],
+    "student_init": ["teacher_layer"], "student_layers": [3, [], [0, 4, 4]], "teacher_cache": ["hidden", True],
+    "teacher_cache.kind": ["hiden"], "teacher_cache.top_k": [0], "teacher_cache.dtype": ["float16"],
+    "teacher_cache.dir": [""],
 }
 EDGES = {
     "temperature": [1e-3, 2, 1000], "kd_weight": [0, 1], "beta": [0.001, 0.999], "lambda": [0.001, 0.999], "mu": [0, 1],
@@ -284,15 +261,14 @@ def cases(table: dict[str, list]) -> list[tuple]:
     return [(key, value) for key, values in table.items() for value in values]
 
 
-@pytest.mark.parametrize(("key", "value", "content", "model"), [
-    *((key, value, nested(key, value), None) for key, value in cases(WRONG)),
-    *((key, value, nested(key, value), DistillConfig) for key, value in cases(WRONG_KD)),
+@pytest.mark.parametrize(("key", "value"), [
+    *cases(WRONG), *((f"distillation_kwargs.{key}", value) for key, value in cases(WRONG_KD)),
 ])
-def test_wrong_values(tmp_path, key, value, content, model):
+def test_wrong_values(tmp_path, key, value):
     """Fault: a value of another type is converted, one out of range accepted, or key or value are not named."""
-    if model:
-        content = content if "model_arch" in content else TEACHER | content
-    (line,) = refusal(tmp_path, content, **({"model": model} if model else {}))
+    by_distillation = key.startswith("distillation_kwargs")
+    (line,) = refusal_kd(tmp_path, TEACHER | nested(key, value)) if by_distillation else refusal(
+        tmp_path, nested(key, value))
     assert line.startswith(f"config.json: {key}: ") and " should " in line and "(got " in line
     assert not isinstance(value, int | float) or f"(got {json.dumps(value)}" in line
     assert line.isprintable()
@@ -354,84 +330,59 @@ def test_all_errors_at_once_each_in_one_line(tmp_path):
 # -- keys that exclude each other --------------------------------------------------------------------------------
 
 
-def test_contradictions(tmp_path):
-    """Fault: two keys that exclude each other are accepted, and one is ignored; or a proposed remedy does not work."""
-    stopping = "callbacks_kwargs.kwargs"
-    for content, keys, *remedies in [
-        ({"trainer_kwargs": {"monitor_test": True}}, ["trainer_kwargs.monitor_test", "dataset_kwargs.test_dataset"],
-         ["trainer_kwargs.monitor_test=false"], ["dataset_kwargs.test_dataset=x"]),
-        ({"dataset_kwargs": {"validation_dataset": None}},
-         ["trainer_kwargs.monitor_val", "dataset_kwargs.validation_dataset"], ["trainer_kwargs.monitor_val=false"]),
-        (nested(stopping, {"mode": "max", "metric": "loss"}), [f"{stopping}.mode", f"{stopping}.metric"],
-         [f"{stopping}.mode=min"], [f"{stopping}.metric=rougeL"]),
-        (nested(stopping, {"mode": "min", "metric": "rouge1"}), [f"{stopping}.mode", f"{stopping}.metric"],
-         [f"{stopping}.mode=max"], [f"{stopping}.metric=loss"]),
-        (nested(stopping, {"patience": 2}) | {"trainer_kwargs": {"monitor_val": False}},
-         [f"{stopping}.patience", "trainer_kwargs.monitor_val"],
-         [f"{stopping}.patience=null"], ["trainer_kwargs.monitor_val=true"]),
-        ({"lr_scheduler_kwargs": {"increase_batch_size_on_plateau": True}, "trainer_kwargs": {"monitor_val": False}},
-         ["lr_scheduler_kwargs.increase_batch_size_on_plateau", "trainer_kwargs.monitor_val"],
-         ["trainer_kwargs.monitor_val=true"], ["lr_scheduler_kwargs.increase_batch_size_on_plateau=false"]),
-        (nested(stopping, {"mode": "max"}) | {"trainer_kwargs": {"metrics": []}},
-         [stopping, "rougeL", "trainer_kwargs.metrics"],
-         ['trainer_kwargs.metrics=["rouge"]'], [f"{stopping}.mode=min", f"{stopping}.metric=loss"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "monitor_val": False}},
-         ["trainer_kwargs.adaptive_loss_scaling", "trainer_kwargs.monitor_val"],
-         ["trainer_kwargs.monitor_val=true"], ["trainer_kwargs.adaptive_loss_scaling=false"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "metrics": []}},
-         ["trainer_kwargs.adaptive_loss_scaling", "trainer_kwargs.metrics"],
-         ['trainer_kwargs.metrics=["rouge"]'], ["trainer_kwargs.adaptive_loss_metric=perplexity"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "baseline_threshold": 11}},
-         ["trainer_kwargs.baseline_threshold is 11", "trainer_kwargs.adaptive_loss_metric"],
-         ["trainer_kwargs.baseline_threshold=0.15"]),
-    ]:
-        (line,) = refusal(tmp_path, content)
-        assert line.startswith("config.json: ") and [key for key in keys if key not in line] == []
-        for remedy in remedies:
-            load(tmp_path, content, *remedy)
+STOPPING, ARCH, TRAINER = "callbacks_kwargs.kwargs", "model_arch", "trainer_kwargs"
+KWARGS, DATA, PLATEAU = "distillation_kwargs", "dataset_kwargs", "lr_scheduler_kwargs.increase_batch_size_on_plateau"
 
 
-@pytest.mark.parametrize(
-    ("content", "keys", "remedies"),
-    [
-        (parts({"teacher_lang_model": None}), ["model_arch.teacher_lang_model", "trainer_kwargs.teacher_ckpt_path"],
-         ["trainer_kwargs.teacher_ckpt_path=x", "model_arch.teacher_lang_model=x"]),
-        (parts({"teacher_lang_model": None}, {"teacher_ckpt_path": "old/model.pt"}),
-         ["model_arch.teacher_lang_model", "trainer_kwargs.teacher_ckpt_path", ".pt"],
-         ["model_arch.teacher_lang_model=gpt2-medium"]),
-        (parts(None, {"student_ckpt_path": "x"}, LAYERS),
-         ["trainer_kwargs.student_ckpt_path", "distillation_kwargs.student_init"],
-         ["trainer_kwargs.student_ckpt_path=null", "distillation_kwargs.student_init=null"]),
-        (parts({"from_scratch": True}, {"student_ckpt_path": "x"}),
-         ["trainer_kwargs.student_ckpt_path", "model_arch.from_scratch"],
-         ["trainer_kwargs.student_ckpt_path=null", "model_arch.from_scratch=false"]),
-        (parts({"from_scratch": True}, None, LAYERS), ["distillation_kwargs.student_init", "model_arch.from_scratch"],
-         ["distillation_kwargs.student_init=null", "model_arch.from_scratch=false"]),
-        (parts(None, None, {"student_layers": [0]}),
-         ["distillation_kwargs.student_layers", "distillation_kwargs.student_init"],
-         ["distillation_kwargs.student_layers=null", "distillation_kwargs.student_init=teacher_layers"]),
-        (parts({"architecture": {"n_layer": 2}}, {"student_ckpt_path": "x"}),
-         ["trainer_kwargs.student_ckpt_path", "model_arch.architecture"],
-         ["trainer_kwargs.student_ckpt_path=null", "model_arch.architecture={}"]),
-        (parts({"tokenizer": "x"}, None, LAYERS), ["model_arch.tokenizer", "distillation_kwargs.student_init"],
-         ["model_arch.tokenizer=null", "distillation_kwargs.student_init=null"]),
-        (parts(None, None, POLICY | {"teacher_cache": {}}), ["teacher_cache", "method", "highlights"],
-         ["distillation_kwargs.teacher_cache=null", "distillation_kwargs.method=divergence"]),
-        (parts(None, None, POLICY | {"on_policy_fraction": 0.5}), ["on_policy_fraction", "method", "rollouts"],
-         ["distillation_kwargs.on_policy_fraction=0", "distillation_kwargs.method=divergence"]),
-        (parts(None, None, {"on_policy_fraction": 0.5, "teacher_cache": {}}),
-         ["on_policy_fraction", "teacher_cache", "highlights"],
-         ["distillation_kwargs.on_policy_fraction=0", "distillation_kwargs.teacher_cache=null"]),
-        (parts(None, {"monitor_test": True}), ["trainer_kwargs.monitor_test", "dataset_kwargs.test_dataset"],
-         ["trainer_kwargs.monitor_test=false", "dataset_kwargs.test_dataset=x"]),
-    ],
-)
-def test_contradictions_of_distillation(tmp_path, content, keys, remedies):
+@pytest.mark.parametrize(("settings", "words", "remedies"), [
+    (["trainer_kwargs.monitor_test=true"], [f"{DATA}.test_dataset"],
+     ["trainer_kwargs.monitor_test=false", f"{DATA}.test_dataset=x"]),
+    ([f"{DATA}.validation_dataset=null"], ["trainer_kwargs.monitor_val"], ["trainer_kwargs.monitor_val=false"]),
+    ([f"{STOPPING}.mode=max", f"{STOPPING}.metric=loss"], [], [f"{STOPPING}.mode=min", f"{STOPPING}.metric=rougeL"]),
+    ([f"{STOPPING}.mode=min", f"{STOPPING}.metric=rouge1"], [], [f"{STOPPING}.mode=max", f"{STOPPING}.metric=loss"]),
+    ([f"{STOPPING}.patience=2", f"{TRAINER}.monitor_val=false"], [],
+     [f"{STOPPING}.patience=null", f"{TRAINER}.monitor_val=true"]),
+    ([f"{PLATEAU}=true", f"{TRAINER}.monitor_val=false"], [], [f"{PLATEAU}=false", f"{TRAINER}.monitor_val=true"]),
+    ([f"{TRAINER}.metrics=[]", f"{STOPPING}.mode=max"], ["rougeL"],
+     [f'{TRAINER}.metrics=["rouge"]', f"{STOPPING}.mode=min"]),
+    ([f"{TRAINER}.adaptive_loss_scaling=true", f"{TRAINER}.monitor_val=false"], [],
+     [f"{TRAINER}.monitor_val=true", f"{TRAINER}.adaptive_loss_scaling=false"]),
+    ([f"{TRAINER}.adaptive_loss_scaling=true", f"{TRAINER}.metrics=[]"], ["perplexity"],
+     [f'{TRAINER}.metrics=["rouge"]', f"{TRAINER}.adaptive_loss_metric=perplexity"]),
+    ([f"{TRAINER}.adaptive_loss_metric=rouge1", f"{TRAINER}.baseline_threshold=11",
+      f"{TRAINER}.adaptive_loss_scaling=true"], ["0.15"], [f"{TRAINER}.baseline_threshold=0.15"]),
+    ([f"{ARCH}.teacher_lang_model=null"], [f"{TRAINER}.teacher_ckpt_path"],
+     [f"{TRAINER}.teacher_ckpt_path=x", f"{ARCH}.teacher_lang_model=x"]),
+    ([f"{ARCH}.teacher_lang_model=null", f"{TRAINER}.teacher_ckpt_path=old/model.pt"], ["gpt2-medium"],
+     [f"{ARCH}.teacher_lang_model=gpt2-medium"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{KWARGS}.student_init=teacher_layers"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{KWARGS}.student_init=null"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{ARCH}.from_scratch=true"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{ARCH}.from_scratch=false"]),
+    ([f"{KWARGS}.student_init=teacher_layers", f"{ARCH}.from_scratch=true"], [],
+     [f"{KWARGS}.student_init=null", f"{ARCH}.from_scratch=false"]),
+    ([f"{KWARGS}.student_layers=[0]"], [f"{KWARGS}.student_init"],
+     [f"{KWARGS}.student_layers=null", f"{KWARGS}.student_init=teacher_layers"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{ARCH}.architecture={{\"n_layer\": 2}}"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{ARCH}.architecture={{}}"]),
+    ([f"{KWARGS}.student_init=teacher_layers", f"{ARCH}.tokenizer=x"], [],
+     [f"{KWARGS}.student_init=null", f"{ARCH}.tokenizer=null"]),
+    ([f"{KWARGS}.teacher_cache={{}}", f"{KWARGS}.method=policy_gradient"], ["highlights"],
+     [f"{KWARGS}.teacher_cache=null", f"{KWARGS}.method=divergence"]),
+    ([f"{KWARGS}.on_policy_fraction=0.5", f"{KWARGS}.method=policy_gradient"], ["rollouts"],
+     [f"{KWARGS}.on_policy_fraction=0", f"{KWARGS}.method=divergence"]),
+    ([f"{KWARGS}.on_policy_fraction=0.5", f"{KWARGS}.teacher_cache={{}}"], ["highlights"],
+     [f"{KWARGS}.on_policy_fraction=0", f"{KWARGS}.teacher_cache=null"]),
+])
+def test_contradictions(tmp_path, settings, words, remedies):
     """Fault: of two keys that exclude each other one is ignored; or a proposed remedy does not work."""
-    (line,) = refusal_kd(tmp_path, content)
-    assert line.startswith("config.json: ") and [key for key in keys if key not in line] == []
+    (line,) = refusal_kd(tmp_path, TEACHER, *settings)
+    keys = [setting.partition("=")[0].removeprefix(f"{KWARGS}.") for setting in settings]
+    assert line.startswith("config.json: ") and [word for word in (*keys, *words) if word not in line] == []
     for remedy in remedies:
-        load_kd(tmp_path, content, remedy)
+        load_kd(tmp_path, TEACHER, *settings, remedy)
+    if not any(name in "".join(settings) for name in ("teacher", "student", KWARGS)):
+        assert refusal(tmp_path, {}, *settings) == [line]
 
 
 def test_all_contradictions_at_once(tmp_path):

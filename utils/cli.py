@@ -70,15 +70,19 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         if code > 128:
             print(f"{name}: {error}", file=sys.stderr)
             return code
-        if debug:
-            traceback.print_exc()
-        for line in message_of(error).split("\n"):  # a config has a line for each mistake
-            print(f"{name}: error: {one_line(line)}", file=sys.stderr)
-        return code
+        return fail(name, message_of(error), code, debug)
     finally:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def fail(name: str, message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    for line in message.split("\n"):  # a config has a line for each mistake
+        print(f"{name}: error: {one_line(line)}", file=sys.stderr)
+    return code
 
 
 def message_of(error: Exception) -> str:

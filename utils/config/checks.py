@@ -26,89 +26,80 @@ def monitored_metric(stopping) -> str:
 
 def contradictions(config) -> Iterator[str]:
     """One line, with a remedy, for each set of keys that exclude each other."""
-    yield from monitoring_contradictions(config)
-    yield from scaling_contradictions(config.trainer_kwargs, config.dataset_kwargs)
-    if hasattr(config, "distillation_kwargs"):
-        yield from teacher_contradictions(config.model_arch, config.trainer_kwargs)
-        yield from student_contradictions(config.model_arch, config.trainer_kwargs, config.distillation_kwargs)
-        yield from method_contradictions(config.distillation_kwargs)
-
-
-def monitoring_contradictions(config) -> Iterator[str]:
     trainer, data, stopping = config.trainer_kwargs, config.dataset_kwargs, config.callbacks_kwargs.kwargs
     for monitor, dataset in (("monitor_val", "validation_dataset"), ("monitor_test", "test_dataset")):
         if getattr(trainer, monitor) and getattr(data, dataset) is None:
             yield (f"trainer_kwargs.{monitor} is true but dataset_kwargs.{dataset} is null: set {dataset} to a file, "
                    f"or {monitor} to false")
-    if not trainer.monitor_val and stopping.patience is not None:
-        yield (f"callbacks_kwargs.kwargs.patience is {stopping.patience} but trainer_kwargs.monitor_val is false: set "
-               "monitor_val to true, or patience to null (no early stopping)")
-    if not trainer.monitor_val and config.lr_scheduler_kwargs.increase_batch_size_on_plateau:
-        yield ("lr_scheduler_kwargs.increase_batch_size_on_plateau is true but trainer_kwargs.monitor_val is false: "
-               "set monitor_val to true, or increase_batch_size_on_plateau to false")
+
+    if not trainer.monitor_val:
+        for key, is_set, off in (
+            ("callbacks_kwargs.kwargs.patience", stopping.patience is not None, "null"),
+            ("lr_scheduler_kwargs.increase_batch_size_on_plateau",
+             config.lr_scheduler_kwargs.increase_batch_size_on_plateau, "false"),
+            ("trainer_kwargs.adaptive_loss_scaling", trainer.adaptive_loss_scaling, "false"),
+        ):
+            if is_set:
+                yield (f"{key} is set but trainer_kwargs.monitor_val is false: set monitor_val to true, or "
+                       f"{key.rpartition('.')[2]} to {off}")
+
     metric = monitored_metric(stopping)
     mode, other = ("max", "loss") if metric.startswith("rouge") else ("min", "rougeL")
     if stopping.mode != mode:
         yield (f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is "{metric}": '
                f'set mode to "{mode}", or metric to "{other}"')
     if trainer.monitor_val and mode == "max" and "rouge" not in trainer.metrics:
-        yield (f'callbacks_kwargs.kwargs monitors {metric} (mode is "{stopping.mode}") but trainer_kwargs.metrics '
+        yield (f'{metric} is monitored (callbacks_kwargs.kwargs.mode is "{stopping.mode}") but trainer_kwargs.metrics '
                'lacks "rouge": add it, or set mode to "min" and metric to "loss"')
 
+    if trainer.adaptive_loss_scaling and trainer.scaling_metric.startswith("rouge"):
+        if trainer.monitor_val and "rouge" not in trainer.metrics:
+            yield ('trainer_kwargs.adaptive_loss_scaling is true but trainer_kwargs.metrics lacks "rouge": add it, set '
+                   'adaptive_loss_metric to "perplexity", or adaptive_loss_scaling to false')
+        if trainer.scaling_baseline > 1:
+            yield (f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
+                   f"trainer_kwargs.adaptive_loss_metric is {trainer.scaling_metric}, from 0 to 1, and "
+                   "trainer_kwargs.adaptive_loss_scaling is true: set baseline_threshold to a score, such as 0.15")
 
-def scaling_contradictions(trainer, data) -> Iterator[str]:
-    if not trainer.adaptive_loss_scaling:
-        return
-    start, end = "trainer_kwargs.adaptive_loss_scaling is true but", "or adaptive_loss_scaling to false"
-    by_rouge = trainer.scaling_metric.startswith("rouge")
-    if not trainer.monitor_val:
-        yield f"{start} trainer_kwargs.monitor_val is false: set monitor_val to true, {end}"
-    elif data.validation_dataset is None:
-        yield f"{start} dataset_kwargs.validation_dataset is null: set validation_dataset to a file, {end}"
-    elif by_rouge and "rouge" not in trainer.metrics:
-        yield (f'{start} trainer_kwargs.metrics lacks "rouge": add it, set adaptive_loss_metric to "perplexity", '
-               f"{end}")
-    if by_rouge and trainer.scaling_baseline > 1:
-        yield (f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
-               f"trainer_kwargs.adaptive_loss_metric is {trainer.scaling_metric}, a score from 0 to 1: set "
-               "baseline_threshold to a score, such as 0.15")
+    if hasattr(config, "distillation_kwargs"):
+        yield from distillation_contradictions(config.model_arch, trainer, config.distillation_kwargs)
 
 
-def teacher_contradictions(arch, trainer) -> Iterator[str]:
+def distillation_contradictions(arch, trainer, distillation) -> Iterator[str]:
+    teacher, student = "trainer_kwargs.teacher_ckpt_path", "trainer_kwargs.student_ckpt_path"
+    init, layers = "distillation_kwargs.student_init", "distillation_kwargs.student_layers"
     if arch.teacher_lang_model is None and trainer.teacher_ckpt_path is None:
-        yield ("model_arch.teacher_lang_model and trainer_kwargs.teacher_ckpt_path are both null: set "
-               "teacher_ckpt_path to the teacher, such as model_checkpoints/best of a train.py run")
+        yield (f"model_arch.teacher_lang_model and {teacher} are both null: set teacher_ckpt_path to the teacher, such "
+               "as model_checkpoints/best of a train.py run")
     elif arch.teacher_lang_model is None and trainer.teacher_ckpt_path.endswith(".pt"):
-        yield ("trainer_kwargs.teacher_ckpt_path is a .pt file but model_arch.teacher_lang_model is null: set "
-               "teacher_lang_model to the architecture of that file, such as gpt2-medium")
+        yield (f"{teacher} is a .pt file but model_arch.teacher_lang_model is null: set teacher_lang_model to the "
+               "architecture of that file, such as gpt2-medium")
 
-
-def student_contradictions(arch, trainer, distillation) -> Iterator[str]:
-    checkpoint, init = "trainer_kwargs.student_ckpt_path", "distillation_kwargs.student_init"
-    chosen = {checkpoint: trainer.student_ckpt_path is not None, init: distillation.student_init is not None,
+    starts = {student: trainer.student_ckpt_path is not None, init: distillation.student_init is not None,
               "model_arch.from_scratch": arch.from_scratch}
-    if sum(chosen.values()) > 1:
-        yield (f"{' and '.join(key for key, is_set in chosen.items() if is_set)} are different ways to initialize the "
-               "student: keep one, and set the others to null or false")
-    if chosen[checkpoint] and arch.architecture:
-        yield (f"{checkpoint} is set, and that checkpoint has an architecture, but model_arch.architecture is not "
-               "empty: remove architecture, or set student_ckpt_path to null")
-    if chosen[init] and arch.tokenizer is not None:
+    if several := if_several(starts):
+        yield f"{several} are different ways to initialize the student: keep one, and set the others to null or false"
+    if starts[student] and arch.architecture:
+        yield (f"{student} is set, and that checkpoint has an architecture, but model_arch.architecture is not empty: "
+               "remove architecture, or set student_ckpt_path to null")
+    if starts[init] and arch.tokenizer is not None:
         yield (f"{init} is set, so the student has the teacher's embeddings and tokenizer, but model_arch.tokenizer "
                "is set too: set tokenizer or student_init to null")
-    if distillation.student_layers is not None and not chosen[init]:
-        yield (f'distillation_kwargs.student_layers is set but {init} is null: set student_init to "teacher_layers", '
-               "or student_layers to null")
+    if distillation.student_layers is not None and not starts[init]:
+        yield f'{layers} is set but {init} is null: set student_init to "teacher_layers", or student_layers to null'
+
+    if several := if_several({"teacher_cache": distillation.teacher_cache is not None,
+                              "on_policy_fraction": distillation.on_policy_fraction > 0,
+                              'method "policy_gradient"': distillation.method == "policy_gradient"}):
+        yield (f"distillation_kwargs: {several} exclude each other (a cache holds outputs for the highlights only, "
+               "policy_gradient has its own rollouts): keep one; set teacher_cache to null, on_policy_fraction to 0, "
+               'method to "divergence"')
 
 
-def method_contradictions(distillation) -> Iterator[str]:
-    chosen = {"teacher_cache is set": distillation.teacher_cache is not None,
-              "on_policy_fraction is not 0": distillation.on_policy_fraction > 0,
-              'method is "policy_gradient"': distillation.method == "policy_gradient"}
-    if sum(chosen.values()) > 1:
-        yield (f"distillation_kwargs: {' and '.join(key for key, is_set in chosen.items() if is_set)} exclude each "
-               "other (a cache holds outputs for the highlights only, policy_gradient has its own rollouts): keep one; "
-               'set teacher_cache to null, on_policy_fraction to 0, method to "divergence"')
+def if_several(chosen: dict[str, bool]) -> str:
+    """The names of the chosen, if there are at least two; else nothing."""
+    names = [name for name, is_chosen in chosen.items() if is_chosen]
+    return " and ".join(names) if len(names) > 1 else ""
 
 
 # -- notices -----------------------------------------------------------------------------------------------------
