@@ -37,7 +37,7 @@ class DistillModelArch(Section):
     student_lang_model: Name = Field("gpt2", description="hub id, local folder, or built-in demo size (demo-student)")
     teacher_gpu_device_id: Index | None = Field(
         0, description="GPU index of the teacher, may be the student's; null: 0; ignored, with a notice, if there is "
-        "no GPU, and with multi_gpu, where each process has a teacher beside its student")
+        "no GPU or with multi_gpu (each process then has a teacher beside its student)")
     student_gpu_device_id: Index | None = Field(
         0, description="GPU index of the student; null: 0; ignored, with a notice, if there is no GPU")
     from_scratch: FromScratch = False

@@ -141,7 +141,7 @@ class TrainerKwargs(Section):
         "rougeL", description="with adaptive_loss_scaling: the score; -1: rougeL")
     baseline_threshold: Literal[-1] | Annotated[float, Field(ge=0)] = Field(
         0.15, description="with adaptive_loss_scaling: the first baseline; -1: 0.15")
-    multi_gpu: bool = Field(False, description="data-parallel training: starts one process per GPU")
+    multi_gpu: bool = Field(False, description="data-parallel training, with one process per GPU")
     multi_gpu_ids: list[Index] = Field(default=[], description="with multi_gpu: GPU indices; empty: all")
     is_training: bool | None = Field(
         None, exclude=True, description="accepted without effect: training scripts train")
@@ -202,7 +202,7 @@ class LrSchedulerKwargs(Section):
     type: Literal["linear", "cosine"] = Field("linear", description="shape of the decay")
     num_warmup_steps: int = Field(-1, ge=-1, description="warm-up steps; -1: a tenth of all steps")
     max_warmup_steps: Index | None = Field(
-        None, description="maximum number of warm-up steps, also for the tenth; null: no limit")
+        None, description="maximum number of warm-up steps, also if num_warmup_steps is -1; null: no limit")
     num_training_steps: Literal[-1] | Count = Field(
         -1, description="steps until the decay ends; -1: computed from the data, epochs and max_steps")
     min_lr_ratio: Share = Field(0.0, description="learning rate at the end of the decay, as a share of lm_lr")
@@ -217,7 +217,7 @@ class StoppingKwargs(Section):
     mode: Literal["max", "min"] = Field("min", description="whether a higher or a lower metric is better")
     metric: Literal["loss", "perplexity", "rouge1", "rouge2", "rougeL", "rougeLsum"] | None = Field(
         None, description="monitored on the validation set; null: rougeL for mode max, loss for mode min")
-    threshold: float = Field(0.0, ge=0, description="an improvement is a change of the metric by more than this")
+    threshold: float = Field(0.0, ge=0, description="an improvement must be larger than this")
     save_final_model: bool = Field(True, description="keep the weights of the last epoch even if they are not the best")
 
 
@@ -240,9 +240,9 @@ class DatasetKwargs(Section):
     train_batch_size: Count = Field(1, description="rows per micro-batch")
     val_batch_size: Count = Field(8, description="rows per batch in evaluation and decoding")
     tokens_per_batch: Count | None = Field(
-        None, description="maximum number of tokens per micro-batch, padding included; then the rows of a step "
-        "(train_batch_size x gradient_accumulation_steps) are split by this instead of train_batch_size; null: no "
-        "limit")
+        None, description="maximum number of tokens per micro-batch, padding included; the rows of a step "
+        "(train_batch_size x gradient_accumulation_steps) are then split by this limit instead of by "
+        "train_batch_size; null: no limit")
     prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
         "{article}\nTL;DR:", description="the prompt; contains {article} exactly once; special tokens in it, such as "
         "<|sum|> or those of a chat format, are read as special tokens")

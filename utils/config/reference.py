@@ -82,7 +82,7 @@ def type_of(node: dict) -> str:
     if values := constants(node):
         return ", ".join(map(json.dumps, values))
     if node.get("type") == "array":
-        return f"list of {type_of(node['items'])}"
+        return f"list of {type_of(node['items']).replace('integer', 'integers')}"
     limits = [f"{sign} {node[name]}" for name, sign in LIMITS.items() if name in node]
     return " ".join([TYPES.get(node["type"], node["type"]), " and ".join(limits)]).strip()
 
