@@ -109,8 +109,8 @@ def warnings_of(config) -> list[str]:
     """One line for each key that is set but has no effect, or an effect that is not wanted."""
     lines = []
     if useless := [f"trainer_kwargs.{key}" for key in NO_EFFECT if getattr(config.trainer_kwargs, key) is not None]:
-        lines.append(f"no effect: {' and '.join(useless)}; remove, nothing replaces them: training scripts train, and "
-                     "the KV cache is always used")
+        lines.append(f"{' and '.join(useless)}: no effect, and nothing to set instead: training scripts train, and the "
+                     "KV cache is always used")
     if config.lr_scheduler_kwargs.increase_batch_size_on_plateau and config.callbacks_kwargs.kwargs.patience is None:
         lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau has no effect: set "
                      "callbacks_kwargs.kwargs.patience, the epochs without improvement that make a plateau")
@@ -131,7 +131,7 @@ def unused_keys(kwargs) -> dict[str, str]:
     unused: dict[str, str] = {}
     if kwargs.method == "divergence":
         unused |= dict.fromkeys(POLICY_KEYS, "only policy_gradient uses it")
-        unused |= {key: f"only kl_div {' and '.join(names)} use it, and kl_div is {kwargs.kl_div}"
+        unused |= {key: f"it is a parameter of kl_div {' and '.join(names)}, and kl_div is {kwargs.kl_div}"
                    for key, names in OWNERS.items() if kwargs.kl_div not in names}
         if kwargs.kd_weight == 0:
             unused |= dict.fromkeys(("temperature", "on_policy_fraction"), "kd_weight is 0")

@@ -1,6 +1,7 @@
 """Load a config: strict JSON, `--set section.key=value`, and errors of one line that name file, key and remedy."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from os import PathLike
@@ -18,7 +19,7 @@ FREE_TEXT = "_description"  # keys that start with it
 MAX_ERRORS = 20  # a JSON file of something else has thousands
 AN_OBJECT = "Input should be an object {...}"  # pydantic's own words name Python's types
 MESSAGES = {"dict_type": AN_OBJECT, "model_type": AN_OBJECT}
-NUMBER_TYPES = {"int_type", "float_type"}  # pydantic's errors for what is not a number
+NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
 
 
 class ConfigError(ValueError):
@@ -156,15 +157,9 @@ def describe_errors(model: type[BaseModel], path: tuple, errors: list[dict]) -> 
     text = " or ".join(messages).replace(" or Input should be ", " or ").removeprefix("Value error, ")
     if not path:
         return text.split("\n")
-    remedy = f", write {value} without quotes" if types & NUMBER_TYPES and is_number(value) else ""
+    in_quotes = types & {"int_type", "float_type"} and isinstance(value, str) and re.fullmatch(NUMBER, value)
+    remedy = f", write {value} without quotes" if in_quotes else ""
     return [f"{name}: {text} (got {show(value)}{remedy})"]
-
-
-def is_number(text) -> bool:
-    try:
-        return isinstance(json.loads(text), int | float)
-    except (TypeError, ValueError):
-        return False
 
 
 def nearest(model: type[BaseModel], path: tuple) -> str:
