@@ -1,6 +1,7 @@
 """Both configs: their keys, defaults and ranges, and what is refused or has no effect: utils/config/."""
 
 import json
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -69,15 +70,8 @@ def test_the_page_of_keys_has_none_that_is_unknown(shared):
     page = (shared / "config_keys.md").read_text(encoding="utf-8")
     known = set((json.dumps(schema()) + json.dumps(schema(DistillConfig))).replace('"', " ").split())
     lines = [line for line in page.splitlines() if line.startswith("| ") and "distillation_kwargs" not in line]
-    rows = [line.split("|") for line in lines]
-    cells = [row[2] for row in rows if len(row) >= 5 and row[1].strip() != "section" and "---" not in row[1]]
-    keys = set()
-    for cell in cells:
-        outside, depth = "", 0
-        for char in cell:  # example values are in brackets
-            depth += (char == "(") - (char == ")")
-            outside += char if depth == 0 else ""
-        keys |= {part.strip().lstrip(".").rsplit(".", 1)[-1] for part in outside.split("`")[1::2]}
+    cells = [re.sub(r"\([^()]*\)", "", line.split("|")[2]) for line in lines]  # without example values
+    keys = {name.rpartition(".")[2] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     assert len(keys) > 50 and "lm_lr" in keys
     assert keys - known == set()
 

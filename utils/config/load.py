@@ -63,7 +63,7 @@ def read_json(path: str | PathLike) -> dict:
     except OSError as error:
         remedy = "name a config with --config FILE, or run ./demo.sh, which needs none"
         raise ConfigError(f"{name} cannot be read: {error.strerror}: {remedy}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} should hold an object, {{...}} (got {show(values)})")
@@ -71,8 +71,11 @@ def read_json(path: str | PathLike) -> dict:
 
 
 def parse(text: str):
-    """JSON; ValueError for a key that is twice in one object. NaN and infinities pass: the models refuse them."""
-    return json.loads(text, object_pairs_hook=without_duplicates)
+    """JSON; ValueError if it is none or repeats a key. NaN and infinities pass: the models refuse them."""
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -96,7 +99,7 @@ def apply_override(values: dict, text: str) -> tuple[str, ...]:
             raise ConfigError(f"--set {shorten(text)}: {section} is {show(values)}, which has no keys")
     try:
         values[key] = parse(raw)
-    except (ValueError, RecursionError):
+    except ValueError:
         values[key] = raw
     return path
 
