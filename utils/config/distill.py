@@ -96,7 +96,7 @@ def parameter_field(key: str):
     default, lowest, highest, is_open, description = PARAMETERS[key]
     limits = {"gt": lowest, "lt": highest} if is_open else {"ge": lowest, "le": highest}
     alias = {"alias": key.rstrip("_")} if key.endswith("_") else {}
-    return Field(default, description=f"{', '.join(OWNERS[key])}: {description}", **limits, **alias)
+    return Field(default, description=f"with {', '.join(OWNERS[key])}: {description}", **limits, **alias)
 
 
 class DistillationKwargs(Section):
@@ -111,8 +111,8 @@ class DistillationKwargs(Section):
         "forward", description="the divergence D of teacher p and student q; "
         + "; ".join(f"{name}: {entry.description}" for name, entry in DIVERGENCES.items()))
     temperature: float = Field(
-        1.0, ge=0.001, le=1000, description="softmax temperature of both models in D, which the loss multiplies "
-        "by its square; with policy_gradient, in the rewards and the single-step part")
+        1.0, ge=0.001, le=1000, description="softmax temperature of both models in D, which counts times temperature² "
+        "in the loss; with policy_gradient: in the rewards and the single-step part")
     kd_weight: Share = Field(
         0.5, description="weight w of the divergence: the loss of a label token is (1 - w) cross-entropy + "
         "w temperature² D")
@@ -125,13 +125,13 @@ class DistillationKwargs(Section):
         None, description='store the teacher\'s outputs on disk, so that they are computed once for all epochs and '
         'runs; {"kind": "hidden"} is the simplest; null: off')
     on_policy_fraction: Share = Field(
-        0.0, description="method divergence: share of the optimizer steps whose divergence is computed on the "
+        0.0, description="with method divergence: share of the optimizer steps whose divergence is computed on the "
         "student's own rollouts; cross-entropy stays on the highlights")
     rollout: Literal["mixed", "student", "teacher", "labels"] = Field(
-        "mixed", description="policy_gradient: source of the sequences, of up to "
-        "generation_kwargs.max_generation_length tokens; mixed: alpha teacher + (1 - alpha) student; labels: the "
-        "highlights, without sampling")
-    alpha: Share = Field(0.2, description="rollout mixed: share of the teacher")
+        "mixed", description="with policy_gradient: source of the sequences, of up to "
+        "generation_kwargs.max_generation_length tokens; mixed: sampled from alpha teacher + (1 - alpha) student; "
+        "labels: the highlights, without sampling")
+    alpha: Share = Field(0.2, description="with rollout mixed: share of the teacher")
     rollout_temperature: float = Field(
         1.0, ge=0.001, le=1000, description="softmax temperature of both models during sampling")
     rollout_top_k: Count | None = Field(None, description="sample from the N most likely tokens; null: from all")
@@ -140,23 +140,25 @@ class DistillationKwargs(Section):
     rollout_batch_size: Count | None = Field(
         None, description="rows decoded at the same time; null: dataset_kwargs.val_batch_size")
     rollout_epochs: int = Field(
-        1, ge=1, le=1000, description="policy_gradient: consecutive optimizer steps that use the same rollouts")
+        1, ge=1, le=1000, description="with policy_gradient: consecutive optimizer steps that use the same rollouts")
     importance_weight: Literal["token", "sequence"] = Field(
-        "token", description="policy_gradient: importance weight for sampling from the mixture; token: each token's "
-        "own ratio (below 1 with rollout_top_k or rollout_top_p); sequence: their product, unbiased, high variance")
-    lm_weight: Share = Field(0.5, description="policy_gradient: weight of the cross-entropy on the highlights")
+        "token", description="with policy_gradient: importance weight for sampling from the mixture; token: each "
+        "token's own ratio (below 1 with rollout_top_k or rollout_top_p); sequence: their product, unbiased, high "
+        "variance")
+    lm_weight: Share = Field(0.5, description="with policy_gradient: weight of the cross-entropy on the highlights")
     clip_epsilon: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        0.2, description="policy_gradient: PPO clipping range, in the long-term loss, of the importance weight times "
-        "the probability ratio; null: no clipping")
+        0.2, description="with policy_gradient: PPO clipping range, in the long-term loss, of the importance weight "
+        "times the probability ratio; null: no clipping")
     whiten: bool = Field(
-        False, description="policy_gradient: normalize the long-term rewards of a step to mean 0, standard deviation 1")
-    penalty: bool = Field(False, description="policy_gradient: add the three penalties that follow")
-    frequency_weight: float = Field(0.1, ge=0, description="penalty: weight for repeated tokens")
-    diversity_weight: float = Field(0.1, ge=0, description="penalty: weight for tokens of similar meaning")
-    entropy_weight: float = Field(0.01, ge=0, description="penalty: weight for over-confident predictions")
+        False, description="with policy_gradient: normalize the long-term rewards of a step to mean 0, standard "
+        "deviation 1")
+    penalty: bool = Field(False, description="with policy_gradient: add the three penalties that follow")
+    frequency_weight: float = Field(0.1, ge=0, description="with penalty: weight for repeated tokens")
+    diversity_weight: float = Field(0.1, ge=0, description="with penalty: weight for tokens of similar meaning")
+    entropy_weight: float = Field(0.01, ge=0, description="with penalty: weight for over-confident predictions")
     entropy_floor: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="penalty: predictions with at least this entropy, in nats, are not penalized; null: a tenth "
-        "of the log of the vocabulary size")
+        None, description="with penalty: predictions with at least this entropy, in nats, are not penalized; null: a "
+        "tenth of the log of the vocabulary size")
     student_init: Literal["teacher_layers"] | None = Field(
         None, description="teacher_layers: copy blocks of a teacher of the same width; null: the student's own weights")
     student_layers: Annotated[list[Index] | None, AfterValidator(check_layers)] = Field(
