@@ -1,32 +1,62 @@
-"""The fine-tuning config: which keys there are, what they resolve to, what is refused: utils/config/fine_tune.py."""
+"""Both configs: their keys, defaults and ranges, and what is refused or has no effect: utils/config/."""
 
 import json
-import math
+import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tests.config_samples import DEFAULTS, USERS_CONFIG, load, refusal
-from utils.config.distill import DistillConfig
-from utils.config.fine_tune import FineTuneConfig
-from utils.config.load import config_json, warnings_of
+from model.losses.divergences import choose_divergence
+from tests.config_samples import (
+    DEFAULTS,
+    KD_ARCH,
+    KD_KWARGS,
+    KD_TRAINER,
+    KL_DIVS,
+    POLICY_KWARGS,
+    TEACHER,
+    USERS_CONFIG,
+    distillation,
+    load,
+    refusal,
+)
+from utils.config.checks import warnings_of
+from utils.config.distill import DistillConfig, without_dropout
+from utils.config.load import config_json
 from utils.config.reference import schema
 
+POLICY = {"method": "policy_gradient"}
+LAYERS = {"student_init": "teacher_layers"}
 
-def set_value(section: str, key: str, value) -> dict:
-    return {section: {key: value}}
+
+def load_kd(folder, content, *overrides) -> DistillConfig:
+    return load(folder, content, *overrides, model=DistillConfig)
+
+
+def refusal_kd(folder, content, *overrides) -> list[str]:
+    return refusal(folder, content, *overrides, model=DistillConfig)
+
+
+def nested(key: str, value) -> dict:
+    """{"a": {"b": value}} for the key a.b."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def parts(arch: dict | None = None, trainer: dict | None = None, kwargs: dict | None = None) -> dict:
+    arch = TEACHER["model_arch"] | (arch or {})
+    return {"model_arch": arch, "trainer_kwargs": trainer or {}, "distillation_kwargs": kwargs or {}}
 
 
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
-def test_a_users_config_is_taken_whole(tmp_path):
-    """A key that users already have is refused, lost or changed on the way in."""
-    config = load(tmp_path, USERS_CONFIG)
-    given = {key: value for key, value in USERS_CONFIG.items() if key != "_description"}
-    given["model_arch"] = {key: value for key, value in given["model_arch"].items() if key != "_description"}
+def test_a_users_config_is_accepted(tmp_path):
+    """Fault: a key that users already have is refused, lost or changed."""
+    config, given = load(tmp_path, USERS_CONFIG), json.loads(json.dumps(USERS_CONFIG))
+    del given["_description"], given["model_arch"]["_description"]
+    assert given["trainer_kwargs"].pop("is_training") and given["trainer_kwargs"].pop("use_cache")
     assert config.model_dump(exclude_unset=True) == given
     trainer = config.trainer_kwargs
     assert (trainer.accumulation_steps, trainer.clip_norm) == (96, 1.0)
@@ -36,53 +66,48 @@ def test_a_users_config_is_taken_whole(tmp_path):
 
 
 def test_the_page_of_keys_has_none_that_is_unknown(shared):
-    """A key listed on the page that users read is in neither model (distillation_kwargs excepted)."""
+    """Fault: a key on the page that users read is in neither model (distillation_kwargs excepted)."""
     page = (shared / "config_keys.md").read_text(encoding="utf-8")
     known = set((json.dumps(schema()) + json.dumps(schema(DistillConfig))).replace('"', " ").split())
     lines = [line for line in page.splitlines() if line.startswith("| ") and "distillation_kwargs" not in line]
-    rows = [line.split("|") for line in lines]
-    cells = [row[2] for row in rows if len(row) >= 5 and row[1].strip() != "section" and "---" not in row[1]]
-    keys = set()
-    for cell in cells:
-        outside, depth = "", 0
-        for sign in cell:  # example values stand in brackets
-            depth += (sign == "(") - (sign == ")")
-            outside += sign if depth == 0 else ""
-        keys |= {part.strip().lstrip(".").rsplit(".", 1)[-1] for part in outside.split("`")[1::2]}
+    cells = [re.sub(r"\([^()]*\)", "", line.split("|")[2]) for line in lines]  # without example values
+    keys = {name.rpartition(".")[2] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     assert len(keys) > 50 and "lm_lr" in keys
     assert keys - known == set()
 
 
 def test_defaults(tmp_path):
-    """A default that is not the documented one, and so a run that is not what the reader of the page expects."""
+    """Fault: a default that is not the documented one."""
     assert json.loads(config_json(load(tmp_path, {}))) == DEFAULTS
+    assert json.loads(config_json(load_kd(tmp_path, TEACHER))) == {
+        **DEFAULTS, "model_arch": KD_ARCH, "trainer_kwargs": DEFAULTS["trainer_kwargs"] | KD_TRAINER,
+        "distillation_kwargs": KD_KWARGS,
+    }
+    cache = load_kd(tmp_path, distillation(teacher_cache={})).distillation_kwargs.teacher_cache
+    assert cache.model_dump() == {"kind": "hidden", "top_k": 64, "dtype": "auto", "dir": None}
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "resolved", "expected"),
+    ("key", "values", "resolved", "expected"),
     [
-        ("gradient_accumulation_steps", 0, "accumulation_steps", 1),
-        ("gradient_accumulation_steps", None, "accumulation_steps", 1),
-        ("gradient_clipping", 0, "clip_norm", None),
-        ("gradient_clipping", None, "clip_norm", None),
-        ("gradient_clipping", 2, "clip_norm", 2.0),
-        ("n_batch_ckpt_save", -1, "checkpoint_every", None),
-        ("n_batch_ckpt_save", 0, "checkpoint_every", None),
-        ("n_batch_ckpt_save", None, "checkpoint_every", None),
-        ("ckpt_training_batch", -1, "batches_per_epoch", None),
-        ("ckpt_training_batch", 0, "batches_per_epoch", None),
-        ("ckpt_training_batch", None, "batches_per_epoch", None),
-        ("ckpt_training_batch", 1, "batches_per_epoch", 1),
-        ("loss_scaling_batch", -1, "loss_scaling_interval", 1024),
-        ("adaptive_loss_metric", -1, "scaling_metric", "rougeL"),
-        ("adaptive_loss_metric", "perplexity", "scaling_metric", "perplexity"),
-        ("baseline_threshold", -1, "scaling_baseline", 0.15),
-        ("baseline_threshold", 0, "scaling_baseline", 0.0),
+        ("gradient_accumulation_steps", [0, None], "accumulation_steps", 1),
+        ("gradient_clipping", [0, None], "clip_norm", None),
+        ("gradient_clipping", [2], "clip_norm", 2.0),
+        ("n_batch_ckpt_save", [-1, 0, None], "checkpoint_every", None),
+        ("ckpt_training_batch", [-1, 0, None], "batches_per_epoch", None),
+        ("ckpt_training_batch", [1], "batches_per_epoch", 1),
+        ("loss_scaling_batch", [-1], "loss_scaling_interval", 1024),
+        ("adaptive_loss_metric", [-1], "scaling_metric", "rougeL"),
+        ("adaptive_loss_metric", ["perplexity"], "scaling_metric", "perplexity"),
+        ("baseline_threshold", [-1], "scaling_baseline", 0.15),
+        ("baseline_threshold", [0], "scaling_baseline", 0.0),
     ],
 )
-def test_sentinels(tmp_path, key, value, resolved, expected):
-    """null, 0 or -1 taken as a number: clipping to 0, a step of no micro-batch, a checkpoint every -1."""
-    assert getattr(load(tmp_path, set_value("trainer_kwargs", key, value)).trainer_kwargs, resolved) == expected
+def test_sentinels(tmp_path, key, values, resolved, expected):
+    """Fault: null, 0 or -1 used as a number: clipping to 0, a step of no micro-batch, a checkpoint every -1."""
+    for value in values:
+        config = load(tmp_path, {"trainer_kwargs": {key: value}})
+        assert getattr(config.trainer_kwargs, resolved) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,251 +116,357 @@ def test_sentinels(tmp_path, key, value, resolved, expected):
      ({"mode": "max", "metric": "rouge2"}, "rouge2")],
 )
 def test_monitored_metric(tmp_path, stopping, expected):
-    """Best and early stopping follow another metric than the one that was asked for."""
-    assert load(tmp_path, {"callbacks_kwargs": {"kwargs": stopping}}).monitored_metric == expected
+    """Fault: best and early stopping follow another metric than the one in the config."""
+    content = {"callbacks_kwargs": {"kwargs": stopping}}
+    assert load(tmp_path, content).monitored_metric == load_kd(tmp_path, TEACHER | content).monitored_metric == expected
 
 
 def test_columns_are_completed(tmp_path):
-    """Mapping one column loses the names of the others, or an id of null is taken for a mistake."""
-    columns = load(tmp_path, {"dataset_kwargs": {"columns": {"article": "text", "id": None}}}).dataset_kwargs.columns
-    assert columns == {"id": None, "article": "text", "highlights": "highlights"}
+    """Fault: mapping one column loses the names of the others, or an id of null is refused."""
+    columns = load(tmp_path, {"dataset_kwargs": {"columns": {"article": "full\ntext", "id": None}}}).dataset_kwargs
+    assert columns.columns == {"id": None, "article": "full\ntext", "highlights": "highlights"}
 
 
-def test_one_warning_for_keys_without_effect(tmp_path):
-    """Keys that do nothing are refused, accepted in silence, or warned of more than once."""
-    one, both = {"use_cache": False}, {"use_cache": True, "is_training": False}
-    assert warnings_of(load(tmp_path, {})) == []
-    assert warnings_of(load(tmp_path, {"trainer_kwargs": one})) == [
-        "trainer_kwargs.use_cache has no effect: nothing needs to be set instead: training scripts train, and the KV "
-        "cache is always used"
-    ]
-    assert warnings_of(load(tmp_path, {"trainer_kwargs": both})) == [
-        "trainer_kwargs.is_training and trainer_kwargs.use_cache have no effect: nothing needs to be set instead: "
-        "training scripts train, and the KV cache is always used"
-    ]
-    plateau = load(tmp_path, {"lr_scheduler_kwargs": {"increase_batch_size_on_plateau": True}})
-    assert ["callbacks_kwargs.kwargs.patience" in line for line in warnings_of(plateau)] == [True]
+def test_home_folder(tmp_path, monkeypatch):
+    """Fault: a folder named ~ is created."""
+    monkeypatch.setenv("HOME", "/home/x")
+    assert load(tmp_path, {}, "trainer_kwargs.output_dir=~/runs").trainer_kwargs.output_dir == "/home/x/runs"
+
+
+def test_shared_code_sees_the_student(tmp_path):
+    """Fault: code that both scripts share trains the teacher, or on its GPU; or these names are keys."""
+    arch = load_kd(tmp_path, {"model_arch": {
+        "teacher_lang_model": "a", "student_lang_model": "b", "teacher_gpu_device_id": 2, "student_gpu_device_id": 3,
+    }}).model_arch
+    assert (arch.lang_model, arch.gpu_device_id) == ("b", 3)
+    assert "lang_model" not in arch.model_dump() and "gpu_device_id" not in arch.model_dump()
+
+
+@pytest.mark.parametrize("name", KL_DIVS)
+def test_every_divergence_is_accepted(tmp_path, name):
+    """Fault: a documented divergence is refused, or the code that computes it does not have it."""
+    kwargs = load_kd(tmp_path, distillation(kl_div=name)).distillation_kwargs
+    assert callable(choose_divergence(name, beta=kwargs.beta, lambda_=kwargs.lambda_, mu=kwargs.mu))
+
+
+def test_lambda_keeps_its_name(tmp_path):
+    """Fault: lambda, a keyword of Python, is read, set, printed or reported under another name."""
+    in_file = load_kd(tmp_path, distillation(**{"lambda": 0.3}))
+    assert in_file == load_kd(tmp_path, TEACHER, "distillation_kwargs.lambda=0.3")
+    assert in_file.distillation_kwargs.lambda_ == 0.3
+    assert warnings_of(in_file)[0].startswith("distillation_kwargs.lambda has no effect")
+    assert "did you mean distillation_kwargs.lambda?" in refusal_kd(tmp_path, distillation(lambda_=0.3))[0]
+    assert "lambda_" not in config_json(in_file) + json.dumps(schema(DistillConfig))
+
+
+def test_a_loaded_config_does_not_change(tmp_path):
+    """Fault: a part of the program changes a setting that others have already read."""
+    with pytest.raises(ValidationError):
+        load(tmp_path, {}).trainer_kwargs.epochs = 2
 
 
 # -- wrong keys and values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("content", "line"),
+    ("key", "nearest"),
     [
-        ({"trainer_kwargs": {"epoch": 1}}, "trainer_kwargs.epoch is unknown: did you mean epochs?"),
-        ({"trainer_kwarg": {}}, "trainer_kwarg is unknown: did you mean trainer_kwargs?"),
-        ({"epochs": 1}, "epochs is unknown: epochs belongs in trainer_kwargs"),
-        ({"trainer_kwargs": {"train_dataset": "a"}},
-         "trainer_kwargs.train_dataset is unknown: train_dataset belongs in dataset_kwargs"),
-        ({"trainer_kwargs": {"type": "a"}},
-         "trainer_kwargs.type is unknown: type belongs in optimizer_kwargs or lr_scheduler_kwargs"),
-        ({"callbacks_kwargs": {"patience": 3}},
-         "callbacks_kwargs.patience is unknown: patience belongs in callbacks_kwargs.kwargs"),
-        ({"model_arch": {"generation_kwargs": {"num_beam": 3}}},
-         "model_arch.generation_kwargs.num_beam is unknown: did you mean num_beams?"),
-        ({"trainer_kwargs": {"max-generation-length": 3}},
-         "trainer_kwargs.max-generation-length is unknown: did you mean "
-         "model_arch.generation_kwargs.max_generation_length?"),
-        ({"model_arch": {"student_lang_model": "gpt2"}},
-         "model_arch.student_lang_model is unknown: did you mean model_arch.lang_model?"),
-        ({"trainer_kwargs": {"teacher_ckpt_path": "a"}}, "trainer_kwargs.teacher_ckpt_path is unknown: "
-         "teacher_ckpt_path belongs in trainer_kwargs of a config of train_kd.py"),
-        ({"distillation_kwargs": {}},
-         "distillation_kwargs is unknown: distillation_kwargs belongs in a config of train_kd.py"),
-        ({"dataset_kwargs": {"columns": {"artcle": "x"}}},
-         "dataset_kwargs.columns.artcle is unknown: did you mean article?"),
+        ("trainer_kwargs.epoch", "trainer_kwargs.epochs"),
+        ("trainer_kwarg", "trainer_kwargs"),
+        ("epochs", "trainer_kwargs.epochs"),
+        ("trainer_kwargs.train_dataset", "dataset_kwargs.train_dataset"),
+        ("trainer_kwargs.type", "optimizer_kwargs.type or lr_scheduler_kwargs.type"),
+        ("callbacks_kwargs.patience", "callbacks_kwargs.kwargs.patience"),
+        ("model_arch.generation_kwargs.num_beam", "model_arch.generation_kwargs.num_beams"),
+        ("trainer_kwargs.max-generation-length", "model_arch.generation_kwargs.max_generation_length"),
+        ("trainer_kwargs.dataset_kwargs", "dataset_kwargs"),
+        ("trainer_kwargs.LOG_EVERY", "trainer_kwargs.log_every"),
+        ("trainer_kwargs. epochs", "trainer_kwargs.epochs"),
     ],
 )
-def test_unknown_keys(tmp_path, content, line):
-    """A mistyped or misplaced key is ignored, or refused without the key that was meant."""
-    assert refusal(tmp_path, content) == [f"config.json: {line}"]
+def test_unknown_keys(tmp_path, key, nearest):
+    """Fault: a mistyped or misplaced key is ignored, or refused without the key that was meant."""
+    assert refusal(tmp_path, nested(key, 1)) == [f"config.json: {key} is unknown: did you mean {nearest}?"]
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value", "line"),
+    ("key", "nearest"),
     [
-        ("optimizer_kwargs", "lm_lr", "5e-5",
-         'is "5e-5" (a string): expected a number greater than 0; write 5e-05 without quotes'),
-        ("optimizer_kwargs", "lm_lr", "fast", 'is "fast" (a string): expected a number greater than 0'),
-        ("optimizer_kwargs", "lm_lr", "-1", 'is "-1" (a string): expected a number greater than 0'),
-        ("optimizer_kwargs", "lm_lr", 0, "is 0: expected a number greater than 0"),
-        ("optimizer_kwargs", "lm_lr", True, "is true (a boolean): expected a number greater than 0"),
-        ("optimizer_kwargs", "lm_lr", None, "is null: expected a number greater than 0"),
-        ("optimizer_kwargs", "kwargs", [1], "is [1] (a list): expected an object"),
-        ("trainer_kwargs", "epochs", 3.0, "is 3.0 (a number): expected a whole number of at least 1; write 3"),
-        ("trainer_kwargs", "epochs", 0, "is 0: expected a whole number of at least 1"),
-        ("trainer_kwargs", "epochs", True, "is true (a boolean): expected a whole number of at least 1"),
-        ("trainer_kwargs", "compile", "False",
-         'is "False" (a string): expected true or false; write false without quotes'),
-        ("trainer_kwargs", "compile", 1, "is 1 (a number): expected true or false; write true"),
-        ("trainer_kwargs", "device", "CUDA", 'is "CUDA": expected one of "auto", "cuda", "cpu"; write "cuda"'),
-        ("trainer_kwargs", "metrics", "rouge",
-         'is "rouge" (a string): expected a list, each entry "rouge"; write ["rouge"]'),
-        ("trainer_kwargs", "gradient_clipping", "null",
-         'is "null" (a string): expected a number of at least 0, or null; write null without quotes'),
-        ("trainer_kwargs", "gradient_clipping", -0.5, "is -0.5: expected a number of at least 0, or null"),
-        ("trainer_kwargs", "loss_scaling_batch", 0, "is 0: expected -1, or a whole number of at least 1"),
-        ("trainer_kwargs", "loss_scaling_batch", "64",
-         'is "64" (a string): expected -1, or a whole number of at least 1; write 64 without quotes'),
-        ("trainer_kwargs", "baseline_threshold", -0.5, "is -0.5: expected -1, or a number of at least 0"),
-        ("trainer_kwargs", "n_batch_ckpt_save", -2, "is -2: expected a whole number of at least -1, or null"),
-        ("trainer_kwargs", "seed", 2**32, "is 4294967296: expected a whole number from 0 to 4294967295"),
-        ("trainer_kwargs", "keep_checkpoints", 0, "is 0: expected a whole number of at least 1"),
-        ("model_arch", "lang_model", 5, 'is 5 (a number): expected a string that is not empty; write "5"'),
-        ("model_arch", "gpu_device_id", -1, "is -1: expected a whole number of at least 0, or null"),
-        ("model_arch", "dropout", 1, "is 1: expected a number of at least 0 and below 1, or null"),
-        ("model_arch", "generation_kwargs", 3, "is 3 (a number): expected an object"),
-        ("lr_scheduler_kwargs", "min_lr_ratio", 1.5, "is 1.5: expected a number from 0 to 1"),
-        ("dataset_kwargs", "train_dataset", None, "is null: expected a string that is not empty"),
-        ("dataset_kwargs", "prompt_template", "x\ny", 'is "x\\ny": expected the text {article} in it exactly once'),
-        ("dataset_kwargs", "prompt_template", "{article}{article}",
-         'is "{article}{article}": expected the text {article} in it exactly once'),
-        ("dataset_kwargs", "columns", {"article": None},
-         'is {"article": null}: article is null: expected the name of a column; only id may be null'),
+        ("model_arch.lang_model", "model_arch.student_lang_model"),
+        ("model_arch.gpu_device_id", "model_arch.student_gpu_device_id"),
+        ("trainer_kwargs.teacher_checkpoint_path", "trainer_kwargs.teacher_ckpt_path"),
+        ("trainer_kwargs.temperature", "distillation_kwargs.temperature"),
+        ("distillation_kwargs.top_k", "distillation_kwargs.teacher_cache.top_k"),
+        ("distillation_kwargs.teacher_cache.knd", "distillation_kwargs.teacher_cache.kind"),
+        ("distilation_kwargs", "distillation_kwargs"),
     ],
 )
-def test_wrong_values(tmp_path, section, key, value, line):
-    """A value of another type is converted in silence, or refused without value, expectation and remedy."""
-    assert refusal(tmp_path, set_value(section, key, value)) == [f"config.json: {section}.{key} {line}"]
+def test_unknown_keys_of_distillation(tmp_path, key, nearest):
+    """Fault: a mistyped key, or one of config.json, is refused without the key that was meant."""
+    content = nested(key, 1)
+    assert refusal_kd(tmp_path, content) == [f"config.json: {key} is unknown: did you mean {nearest}?"]
 
 
-def test_the_place_in_a_list_or_free_object_is_named(tmp_path):
-    """An error inside a list or an object of free keys does not say which entry."""
-    content = {"trainer_kwargs": {"multi_gpu_ids": [0, -1]}, "model_arch": {"architecture": {"n_layer": None}}}
-    assert refusal(tmp_path, content) == [
-        "config.json: model_arch.architecture.n_layer is null: expected a whole number, a number, true or false, or a "
-        "string",
-        "config.json: trainer_kwargs.multi_gpu_ids[1] is -1: expected a whole number of at least 0",
+@pytest.mark.parametrize("key", ["distillation_kwargs", "trainer_kwargs.teacher_ckpt_path",
+                                 "model_arch.student_lang_model"])
+def test_keys_of_the_other_script(tmp_path, key):
+    """Fault: train.py with config_kd.json proposes keys that have nothing to do with it."""
+    assert refusal(tmp_path, nested(key, "x")) == [f"config.json: {key} is unknown: it belongs in a config of "
+                                                   "train_kd.py"]
+
+
+WRONG = {
+    "optimizer_kwargs.lm_lr": ["fast", 0, True, None], "optimizer_kwargs.kwargs": [[1]],
+    "trainer_kwargs.epochs": [3.0, 0, True, None], "trainer_kwargs.compile": ["false", 1, 0.0, None],
+    "trainer_kwargs.device": ["CUDA"], "trainer_kwargs.metrics": ["rouge"],
+    "trainer_kwargs.gradient_clipping": ["null", -0.5], "trainer_kwargs.loss_scaling_batch": [0, -2, "x"],
+    "trainer_kwargs.adaptive_loss_metric": [1, "rouge"], "trainer_kwargs.baseline_threshold": [-0.5],
+    "trainer_kwargs.n_batch_ckpt_save": [-2], "trainer_kwargs.seed": [-1, 2**32],
+    "trainer_kwargs.keep_checkpoints": [0], "trainer_kwargs.output_dir": ["", "a\nb", "a\0b", "\ud800"],
+    "model_arch.lang_model": [5, "", "\x1b[31m"], "model_arch.gpu_device_id": [-1], "model_arch.dropout": [1, -0.1],
+    "model_arch.generation_kwargs": [3], "model_arch.generation_kwargs.num_beams": [0, 1001],
+    "lr_scheduler_kwargs.min_lr_ratio": [1.5, -0.1], "lr_scheduler_kwargs.num_training_steps": [0],
+    "callbacks_kwargs.kwargs.patience": [-1, 1.5], "dataset_kwargs": [[]], "dataset_kwargs.train_dataset": [None],
+    "dataset_kwargs.prompt_template": ["x\ny", "{article}{article}"], "dataset_kwargs.num_workers": [-1, 257],
+    "dataset_kwargs.columns": [{"article": None}],
+}
+WRONG_KD = {
+    "method": ["divergance"], "kl_div": ["js"], "on_policy_fraction": [1.1, None], "rollout": ["teachers"],
+    "alpha": [-0.1, 1.1], "rollout_temperature": [0, 1001], "rollout_top_k": [0], "rollout_top_p": [0, 1.1],
+    "rollout_batch_size": [0], "rollout_epochs": [0, 1001], "importance_weight": ["tokens"], "lm_weight": [-0.1, 1.1],
+    "clip_epsilon": [0, 1], "whiten": [1], "penalty": ["true"], "frequency_weight": [-0.1], "diversity_weight": [-0.1],
+    "entropy_weight": [-0.1, None], "entropy_floor": [0], "temperature": [0, 1001], "kd_weight": [-0.1, 1.1],
+    "beta": [0, 1], "lambda": [0, 1, None], "mu": [-0.1, 1.1], "chunk_size": [0, 64.0, 1_000_001],
+    "student_init": ["teacher_layer"], "student_layers": [3, [], [0, 4, 4]], "teacher_cache": ["hidden", True],
+    "teacher_cache.kind": ["hiden"], "teacher_cache.top_k": [0], "teacher_cache.dtype": ["float16"],
+    "teacher_cache.dir": [""],
+}
+EDGES = {
+    "temperature": [1e-3, 2, 1000], "kd_weight": [0, 1], "beta": [0.001, 0.999], "lambda": [0.001, 0.999], "mu": [0, 1],
+    "chunk_size": [1], "teacher_cache": [{"kind": "top_k", "top_k": 1, "dtype": "bfloat16", "dir": "cache"}, None],
+    "on_policy_fraction": [0, 1], "alpha": [0, 1], "rollout": ["student", "teacher", "labels"],
+    "rollout_temperature": [1e-3, 1000], "rollout_top_k": [1, None], "rollout_top_p": [0.001, 1, None],
+    "rollout_batch_size": [1, None], "rollout_epochs": [1], "importance_weight": ["token"], "lm_weight": [0, 1],
+    "clip_epsilon": [0.001, 0.999, None], "frequency_weight": [0], "entropy_weight": [0], "entropy_floor": [0.001],
+}
+
+
+def cases(table: dict[str, list]) -> list[tuple]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *cases(WRONG), *((f"distillation_kwargs.{key}", value) for key, value in cases(WRONG_KD)),
+])
+def test_wrong_values(tmp_path, key, value):
+    """Fault: a value of another type is converted, one out of range accepted, or key or value are not named."""
+    by_distillation = key.startswith("distillation_kwargs")
+    (line,) = refusal_kd(tmp_path, TEACHER | nested(key, value)) if by_distillation else refusal(
+        tmp_path, nested(key, value))
+    assert line.startswith(f"config.json: {key}: ") and " should " in line and "(got " in line
+    assert not isinstance(value, int | float) or f"(got {json.dumps(value)}" in line
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(("key", "value"), cases(EDGES))
+def test_values_at_the_edge(tmp_path, key, value):
+    """Fault: a value at the edge of its range is refused or changed."""
+    assert json.loads(config_json(load_kd(tmp_path, distillation(**{key: value}))))["distillation_kwargs"][key] == value
+
+
+def test_whole_numbers_are_numbers(tmp_path):
+    """Fault: 1 is refused where 1.0 is accepted."""
+    assert load(tmp_path, {}, "optimizer_kwargs.lm_lr=1").optimizer_kwargs.lm_lr == 1
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("optimizer_kwargs.lm_lr", "5e-5"), ("trainer_kwargs.epochs", "3"), ("trainer_kwargs.loss_scaling_batch", "64"),
+    ("trainer_kwargs.gradient_clipping", "0.5"),
+])
+def test_numbers_in_quotes(tmp_path, key, value):
+    """Fault: "5e-5" is converted, or refused without the number to write."""
+    (line,) = refusal(tmp_path, nested(key, value))
+    assert key in line and line.endswith(f'(got "{value}", write {value} without quotes)')
+
+
+def test_errors_in_lists_and_free_objects(tmp_path):
+    """Fault: an error in a list or an object of free keys does not say which entry, or what may be there."""
+    content = {"trainer_kwargs": {"multi_gpu_ids": [0, -1]}, "model_arch": {"architecture": {"n_layer": None}},
+               "dataset_kwargs": {"columns": {"artcle": "x"}}}
+    architecture, gpus, columns = refusal(tmp_path, content)
+    assert architecture.startswith("config.json: model_arch.architecture.n_layer: ") and "integer" in architecture
+    assert gpus.startswith("config.json: trainer_kwargs.multi_gpu_ids.1: ") and "(got -1)" in gpus
+    assert columns.startswith("config.json: dataset_kwargs.columns.artcle: ") and "'article'" in columns
+
+
+def test_nan_is_refused_with_its_key(tmp_path):
+    """Fault: NaN or a number that overflows passes and poisons the weights; or its key is not named."""
+    optimizer = '"optimizer_kwargs": {"lm_lr": NaN, "kwargs": {"eps": [Infinity], "weight_decay": NaN}}'
+    lines = refusal(tmp_path, f'{{{optimizer}, "trainer_kwargs": {{"gradient_clipping": 1e999}}}}')
+    assert [line.split(": ")[1] for line in lines] == [
+        "trainer_kwargs.gradient_clipping", "optimizer_kwargs.kwargs.eps.0", "optimizer_kwargs.kwargs.weight_decay",
+        "optimizer_kwargs.lm_lr",
     ]
+    assert all("finite number" in line for line in lines)
 
 
 def test_all_errors_at_once_each_in_one_line(tmp_path):
-    """The user mends one error only to meet the next, or a value with a newline tears an error in two."""
+    """Fault: the user corrects one error only to meet the next, or a newline in a value breaks an error in two."""
     lines = refusal(tmp_path, {
         "trainer_kwargs": {"epoch\n": 1, "output_dir": ["a\nb\u2028"]}, "optimizer_kwargs": {"lm_lr": "x" * 500},
         "dataset_kwargs": [],
     })
-    assert [line.split(" is ")[0] for line in lines] == [
-        "config.json: trainer_kwargs.output_dir", 'config.json: trainer_kwargs["epoch\\n"]',
-        "config.json: optimizer_kwargs.lm_lr", "config.json: dataset_kwargs",
-    ]
-    assert all(len(line.splitlines()) == 1 and len(line) < 250 for line in lines)
+    assert len(lines) == 4
+    assert all(line.startswith("config.json: ") and line.isprintable() and len(line) < 250 for line in lines)
+    assert len(refusal(tmp_path, {f"key {number}": number for number in range(5000)})) <= 20
+
+
+# -- keys that exclude each other --------------------------------------------------------------------------------
+
+
+STOPPING, ARCH, TRAINER = "callbacks_kwargs.kwargs", "model_arch", "trainer_kwargs"
+KWARGS, DATA, PLATEAU = "distillation_kwargs", "dataset_kwargs", "lr_scheduler_kwargs.increase_batch_size_on_plateau"
+
+
+@pytest.mark.parametrize(("settings", "words", "remedies"), [
+    (["trainer_kwargs.monitor_test=true"], [f"{DATA}.test_dataset"],
+     ["trainer_kwargs.monitor_test=false", f"{DATA}.test_dataset=x"]),
+    ([f"{DATA}.validation_dataset=null"], ["trainer_kwargs.monitor_val"], ["trainer_kwargs.monitor_val=false"]),
+    ([f"{STOPPING}.mode=max", f"{STOPPING}.metric=loss"], [], [f"{STOPPING}.mode=min", f"{STOPPING}.metric=rougeL"]),
+    ([f"{STOPPING}.mode=min", f"{STOPPING}.metric=rouge1"], [], [f"{STOPPING}.mode=max", f"{STOPPING}.metric=loss"]),
+    ([f"{STOPPING}.patience=2", f"{TRAINER}.monitor_val=false"], [],
+     [f"{STOPPING}.patience=null", f"{TRAINER}.monitor_val=true"]),
+    ([f"{PLATEAU}=true", f"{TRAINER}.monitor_val=false"], [], [f"{PLATEAU}=false", f"{TRAINER}.monitor_val=true"]),
+    ([f"{TRAINER}.metrics=[]", f"{STOPPING}.mode=max"], ["rougeL"],
+     [f'{TRAINER}.metrics=["rouge"]', f"{STOPPING}.mode=min"]),
+    ([f"{TRAINER}.adaptive_loss_scaling=true", f"{TRAINER}.monitor_val=false"], [],
+     [f"{TRAINER}.monitor_val=true", f"{TRAINER}.adaptive_loss_scaling=false"]),
+    ([f"{TRAINER}.adaptive_loss_scaling=true", f"{TRAINER}.metrics=[]"], ["perplexity"],
+     [f'{TRAINER}.metrics=["rouge"]', f"{TRAINER}.adaptive_loss_metric=perplexity"]),
+    ([f"{TRAINER}.adaptive_loss_metric=rouge1", f"{TRAINER}.baseline_threshold=11",
+      f"{TRAINER}.adaptive_loss_scaling=true"], ["0.15"], [f"{TRAINER}.baseline_threshold=0.15"]),
+    ([f"{ARCH}.teacher_lang_model=null"], [f"{TRAINER}.teacher_ckpt_path"],
+     [f"{TRAINER}.teacher_ckpt_path=x", f"{ARCH}.teacher_lang_model=x"]),
+    ([f"{ARCH}.teacher_lang_model=null", f"{TRAINER}.teacher_ckpt_path=old/model.pt"], ["gpt2-medium"],
+     [f"{ARCH}.teacher_lang_model=gpt2-medium"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{KWARGS}.student_init=teacher_layers"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{KWARGS}.student_init=null"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{ARCH}.from_scratch=true"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{ARCH}.from_scratch=false"]),
+    ([f"{KWARGS}.student_init=teacher_layers", f"{ARCH}.from_scratch=true"], [],
+     [f"{KWARGS}.student_init=null", f"{ARCH}.from_scratch=false"]),
+    ([f"{KWARGS}.student_layers=[0]"], [f"{KWARGS}.student_init"],
+     [f"{KWARGS}.student_layers=null", f"{KWARGS}.student_init=teacher_layers"]),
+    ([f"{TRAINER}.student_ckpt_path=x", f"{ARCH}.architecture={{\"n_layer\": 2}}"], [],
+     [f"{TRAINER}.student_ckpt_path=null", f"{ARCH}.architecture={{}}"]),
+    ([f"{KWARGS}.student_init=teacher_layers", f"{ARCH}.tokenizer=x"], [],
+     [f"{KWARGS}.student_init=null", f"{ARCH}.tokenizer=null"]),
+    ([f"{KWARGS}.teacher_cache={{}}", f"{KWARGS}.method=policy_gradient"], ["highlights"],
+     [f"{KWARGS}.teacher_cache=null", f"{KWARGS}.method=divergence"]),
+    ([f"{KWARGS}.on_policy_fraction=0.5", f"{KWARGS}.method=policy_gradient"], ["rollouts"],
+     [f"{KWARGS}.on_policy_fraction=0", f"{KWARGS}.method=divergence"]),
+    ([f"{KWARGS}.on_policy_fraction=0.5", f"{KWARGS}.teacher_cache={{}}"], ["highlights"],
+     [f"{KWARGS}.on_policy_fraction=0", f"{KWARGS}.teacher_cache=null"]),
+])
+def test_contradictions(tmp_path, settings, words, remedies):
+    """Fault: of two keys that exclude each other one is ignored; or a proposed remedy does not work."""
+    (line,) = refusal_kd(tmp_path, TEACHER, *settings)
+    keys = [setting.partition("=")[0].removeprefix(f"{KWARGS}.") for setting in settings]
+    assert line.startswith("config.json: ") and [word for word in (*keys, *words) if word not in line] == []
+    for remedy in remedies:
+        load_kd(tmp_path, TEACHER, *settings, remedy)
+    if not any(name in "".join(settings) for name in ("teacher", "student", KWARGS)):
+        assert refusal(tmp_path, {}, *settings) == [line]
+
+
+def test_all_contradictions_at_once(tmp_path):
+    """Fault: the user corrects one contradiction only to meet the next."""
+    lines = refusal_kd(tmp_path, parts(
+        {"teacher_lang_model": None, "from_scratch": True, "architecture": {"n_layer": 1}, "tokenizer": "a b"},
+        {"student_ckpt_path": "a b", "teacher_ckpt_path": "a b.pt", "monitor_test": True},
+        LAYERS | POLICY | {"teacher_cache": {}, "on_policy_fraction": 1},
+    ))
+    assert len(lines) == 6 and all(line.startswith("config.json: ") for line in lines)
+
+
+@pytest.mark.parametrize("content", [
+    parts(None, {"multi_gpu": True}, {"teacher_cache": {"kind": "hidden"}}),
+    parts(None, {"teacher_ckpt_path": "old.pt"}),
+    parts({"teacher_lang_model": None}, {"teacher_ckpt_path": "runs/x", "student_ckpt_path": "runs/y"}),
+    parts({"from_scratch": True, "architecture": {"n_layer": 2}, "tokenizer": "x"}),
+    parts({"architecture": {"n_layer": 2}}, None, LAYERS),
+    parts({"teacher_gpu_device_id": None, "student_gpu_device_id": None}, {"student_ckpt_path": "old.pt"}),
+    parts({"teacher_gpu_device_id": 5, "student_gpu_device_id": 5}, None,
+          {"on_policy_fraction": 1, "rollout_top_p": 0.9}),
+    parts(None, None, POLICY | {"temperature": 2, "chunk_size": 1}),
+    parts(None, None, POLICY | POLICY_KWARGS),
+    parts(None, {"multi_gpu": True}, POLICY | LAYERS | {"rollout": "labels", "rollout_epochs": 2}),
+])
+def test_what_goes_together(tmp_path, content):
+    """Fault: a combination that is meant to work is refused or warned of."""
+    assert warnings_of(load_kd(tmp_path, content)) == []
+
+
+# -- keys without effect -----------------------------------------------------------------------------------------
+
+
+def test_one_warning_for_keys_without_effect(tmp_path):
+    """Fault: keys that do nothing are refused, accepted in silence, or warned of more than once."""
+    assert warnings_of(load(tmp_path, {})) == []
+    (line,) = warnings_of(load(tmp_path, {"trainer_kwargs": {"use_cache": True, "is_training": False}}))
+    assert "trainer_kwargs.use_cache" in line and "trainer_kwargs.is_training" in line
+    (line,) = warnings_of(load(tmp_path, {}, "lr_scheduler_kwargs.increase_batch_size_on_plateau=true"))
+    assert "callbacks_kwargs.kwargs.patience" in line
+    both = distillation(beta=0.3) | {"trainer_kwargs": {"use_cache": True}}
+    assert len(warnings_of(load_kd(tmp_path, both))) == 2
 
 
 @pytest.mark.parametrize(
-    ("content", "keys"),
+    ("key", "theirs"),
+    [("beta", ["generalized_js"]), ("lambda", ["skew_forward", "skew_reverse"]), ("mu", ["symmetric"])],
+)
+def test_parameters_of_another_divergence(tmp_path, key, theirs):
+    """Fault: a parameter is tuned that the divergence does not have; or one that it has is warned of."""
+    for name in KL_DIVS:
+        lines = warnings_of(load_kd(tmp_path, distillation(**{key: 0.3, "kl_div": name})))
+        assert len(lines) == (name not in theirs)
+        for line in lines:
+            assert line.startswith(f"distillation_kwargs.{key} has no effect: ")
+            assert all(other in line for other in [*theirs, f"kl_div is {name}"])
+        assert warnings_of(load_kd(tmp_path, distillation(**{key: KD_KWARGS[key], "kl_div": name}))) == []
+
+
+SAMPLING = {"rollout_temperature", "rollout_top_k", "rollout_top_p", "rollout_batch_size"}
+PENALTIES = {"frequency_weight", "diversity_weight", "entropy_weight", "entropy_floor"}
+OF_DIVERGENCE = {"kl_div": "JS", "kd_weight": 0, "beta": 0.3, "lambda": 0.3, "mu": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("values", "without_effect"),
     [
-        ({"trainer_kwargs": {"monitor_test": True}}, ["trainer_kwargs.monitor_test", "dataset_kwargs.test_dataset"]),
-        ({"dataset_kwargs": {"validation_dataset": None}},
-         ["trainer_kwargs.monitor_val", "dataset_kwargs.validation_dataset"]),
-        ({"callbacks_kwargs": {"kwargs": {"mode": "max", "metric": "loss"}}},
-         ["callbacks_kwargs.kwargs.mode", "callbacks_kwargs.kwargs.metric", 'set mode to "min"']),
-        ({"callbacks_kwargs": {"kwargs": {"mode": "min", "metric": "rouge1"}}},
-         ["callbacks_kwargs.kwargs.mode", "callbacks_kwargs.kwargs.metric", 'set mode to "max"']),
-        ({"callbacks_kwargs": {"kwargs": {"patience": 2}}, "trainer_kwargs": {"monitor_val": False}},
-         ["callbacks_kwargs.kwargs.patience", "trainer_kwargs.monitor_val"]),
-        ({"lr_scheduler_kwargs": {"increase_batch_size_on_plateau": True}, "trainer_kwargs": {"monitor_val": False}},
-         ["lr_scheduler_kwargs.increase_batch_size_on_plateau", "trainer_kwargs.monitor_val"]),
-        ({"callbacks_kwargs": {"kwargs": {"mode": "max"}}, "trainer_kwargs": {"metrics": []}},
-         ["callbacks_kwargs.kwargs.mode", "rougeL", "trainer_kwargs.metrics"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "monitor_val": False}},
-         ["trainer_kwargs.adaptive_loss_scaling", "trainer_kwargs.monitor_val"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "metrics": []}},
-         ["trainer_kwargs.adaptive_loss_scaling", "trainer_kwargs.metrics"]),
-        ({"trainer_kwargs": {"adaptive_loss_scaling": True, "baseline_threshold": 11}},
-         ["trainer_kwargs.baseline_threshold is 11", "trainer_kwargs.adaptive_loss_metric"]),
+        (POLICY_KWARGS | {"rollout": "student"}, {*POLICY_KWARGS, "rollout"}),
+        (POLICY_KWARGS | {"on_policy_fraction": 0.5}, {*POLICY_KWARGS} - SAMPLING),
+        (POLICY | OF_DIVERGENCE | {"temperature": 2}, OF_DIVERGENCE),
+        (POLICY | POLICY_KWARGS | {"rollout": "student"}, {"alpha"}),
+        (POLICY | POLICY_KWARGS | {"rollout": "teacher"}, {"alpha"}),
+        (POLICY | POLICY_KWARGS | {"rollout": "labels"}, {"alpha", "importance_weight", *SAMPLING}),
+        (POLICY | POLICY_KWARGS | {"penalty": False}, PENALTIES),
+        (POLICY | {"temperature": 2, "lm_weight": 1}, {"temperature"}),
+        ({"temperature": 2, "on_policy_fraction": 0.5, "kd_weight": 0}, {"temperature", "on_policy_fraction"}),
+        ({"temperature": 2, "kd_weight": 0.1}, {}),
     ],
 )
-def test_contradictions(tmp_path, content, keys):
-    """Two keys that exclude each other are accepted, and one of them is quietly ignored."""
-    lines = refusal(tmp_path, content)
-    assert len(lines) == 1 and lines[0].startswith("config.json: ")
-    assert [key for key in keys if key not in lines[0]] == []
+def test_keys_of_another_method(tmp_path, values, without_effect):
+    """Fault: a key is tuned that the method does not read, without a warning; or one that it reads is warned of."""
+    lines = warnings_of(load_kd(tmp_path, distillation(**values)))
+    assert sorted(line.split(":")[0] for line in lines) == sorted(
+        f"distillation_kwargs.{key} has no effect" for key in without_effect)
 
 
-def test_several_contradictions_are_told_together_and_remedies_work(tmp_path):
-    """Only the first contradiction is told, or a remedy that an error names is refused in turn."""
-    trainer = {"adaptive_loss_scaling": True, "monitor_test": True}
-    stopping = {"kwargs": {"mode": "max", "metric": "perplexity"}}
-    data = {"validation_dataset": None}
-    both = {"trainer_kwargs": trainer, "callbacks_kwargs": stopping, "dataset_kwargs": data}
-    assert len(refusal(tmp_path, both)) == 4
-    config = load(
-        tmp_path,
-        both, "callbacks_kwargs.kwargs.mode=min", "dataset_kwargs.validation_dataset=v.csv",
-        "dataset_kwargs.test_dataset=t.csv",
-    )
-    assert config.monitored_metric == "perplexity"
-    without_rouge = {"adaptive_loss_scaling": True, "metrics": [], "adaptive_loss_metric": "perplexity"}
-    assert load(tmp_path, {"trainer_kwargs": without_rouge}).trainer_kwargs.scaling_metric == "perplexity"
-
-
-# -- strictness --------------------------------------------------------------------------------------------------
-
-texts = st.text(max_size=8)
-numbers = st.floats(allow_nan=True, allow_infinity=True)
-others = st.one_of(st.lists(st.integers(), max_size=2), st.dictionaries(texts, texts, max_size=2))
-QUICK = settings(max_examples=60, deadline=None)
-
-
-def accepts(section: str, key: str, value) -> bool:
-    try:
-        config = FineTuneConfig.model_validate(set_value(section, key, value))
-    except ValidationError:
-        return False
-    kept = getattr(getattr(config, section), key)
-    assert kept == value and (type(kept) is type(value) or (type(value) is int and type(kept) is float))
-    return True
-
-
-@QUICK
-@given(st.one_of(texts, numbers, st.integers(), st.none(), others, st.sampled_from(["true", "yes", "1", 0, 1, 1.0])))
-def test_only_booleans_are_booleans(value):
-    """A string or number is converted to a boolean: "false" is true."""
-    assert not accepts("trainer_kwargs", "monitor_train", value)
-
-
-@QUICK
-@given(st.one_of(texts, numbers, st.booleans(), st.none(), others, st.sampled_from(["3", "1e3", 3.0])))
-def test_only_whole_numbers_are_whole_numbers(value):
-    """"3", 3.0 or true is taken for a count."""
-    assert not accepts("trainer_kwargs", "epochs", value)
-
-
-@QUICK
-@given(st.one_of(texts, st.booleans(), st.none(), others, st.sampled_from(["5e-5", math.nan, math.inf, -math.inf])))
-def test_only_finite_numbers_are_numbers(value):
-    """"5e-5", true, NaN or infinity is taken for a learning rate."""
-    assert not accepts("optimizer_kwargs", "lm_lr", value)
-
-
-@QUICK
-@given(st.one_of(st.integers(1, 10**15), st.floats(0, exclude_min=True, allow_infinity=False)))
-def test_numbers_are_kept(value):
-    """A number in range is refused or rounded; a whole number where a number is expected is refused."""
-    assert accepts("optimizer_kwargs", "lm_lr", value)
-
-
-@QUICK
-@given(st.one_of(st.integers(), numbers, st.booleans(), st.none(), others))
-def test_only_strings_are_strings(value):
-    """A number is written into a file name."""
-    assert not accepts("dataset_kwargs", "train_dataset", value)
-
-
-def test_nan_is_refused_with_its_key(tmp_path):
-    """NaN or a number that overflows passes and poisons the weights; or the error does not say where it stands."""
-    optimizer = '"optimizer_kwargs": {"lm_lr": NaN, "kwargs": {"eps": [Infinity], "weight_decay": NaN}}'
-    assert refusal(tmp_path, f'{{{optimizer}, "trainer_kwargs": {{"gradient_clipping": 1e999}}}}') == [
-        "config.json: trainer_kwargs.gradient_clipping is Infinity: expected a finite number of at least 0, or null",
-        "config.json: optimizer_kwargs.kwargs.eps[0] is Infinity: expected a finite number",
-        "config.json: optimizer_kwargs.kwargs.weight_decay is NaN: expected a finite number",
-        "config.json: optimizer_kwargs.lm_lr is NaN: expected a finite number greater than 0",
-    ]
-
-
-def test_a_loaded_config_does_not_change(tmp_path):
-    """A part of the program changes a setting that others have already read."""
-    with pytest.raises(ValidationError):
-        load(tmp_path, {}).trainer_kwargs.epochs = 2
+@pytest.mark.parametrize(("method", "dropout", "resolved"), [
+    ("policy_gradient", None, 0.0), ("policy_gradient", 0.1, 0.1), ("divergence", None, None)])
+def test_dropout_of_policy_gradient(tmp_path, method, dropout, resolved):
+    """Fault: sampling and loss see different probabilities, without a warning; or another method loses its dropout."""
+    config = load_kd(tmp_path, parts({"dropout": dropout}, None, {"method": method}))
+    assert without_dropout(config).model_arch.dropout == resolved
+    assert ["model_arch.dropout is 0.1" in line for line in warnings_of(config)] == [True] * (dropout == 0.1)

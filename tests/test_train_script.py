@@ -79,7 +79,7 @@ def test_missing_csv_names_the_way(tmp_path, capsys):
 
 @pytest.mark.parametrize(("section", "values", "message"), [
     ("trainer_kwargs", {"epoch": 3}, "trainer_kwargs.epoch is unknown"),
-    ("optimizer_kwargs", {"lm_lr": "5e-5"}, "5e-05 without quotes"),
+    ("optimizer_kwargs", {"lm_lr": "5e-5"}, "5e-5 without quotes"),
     ("optimizer_kwargs", {"type": "LBFGS"}, "optimizer_kwargs.type"),
     ("model_arch", {"generation_kwargs": {"max_generation_length": 316}}, "max_generation_length is 316"),
     ("dataset_kwargs", {"max_length": 500}, "max_length is 500"),

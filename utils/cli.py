@@ -1,7 +1,4 @@
-"""What the scripts share: arguments, quiet libraries, and errors in one line.
-
-Nothing here imports torch or transformers: `--help` and errors of a config are there at once.
-"""
+"""What the scripts share: arguments, exit codes, and errors in one line. Imports nothing of torch or transformers."""
 
 import argparse
 import difflib
@@ -13,13 +10,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.config.strict_json import ConfigError
 from utils.errors import describe
-from utils.text import one_line, printable, shorten
-from utils.training.signals import Stopped
+from utils.text import one_line, shorten
 
-LOST_WORKER = "DataLoader worker"  # how torch's messages begin, of a process that was killed
-LONGEST = 50  # signs of an unknown argument that are compared
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -35,11 +28,11 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
-        """For an unknown argument, names the flag that it resembles."""
+        """For an unknown argument, name the most similar flag."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             wrong = next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0]
-            near = difflib.get_close_matches(wrong[:LONGEST], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(wrong[:50], self._option_string_actions, n=1)
             self.error(f"unknown argument {shorten(wrong) or repr(wrong)}"
                        + (f": did you mean {near[0]}?" if near else ""))
         return options
@@ -62,55 +55,50 @@ def training_parser(name: str, description: str, examples: str, default_config: 
 
 
 def run_command(name: str, command: Callable[[], int], debug: bool = False) -> int:
-    """The exit code of a script: 2 for what the user can mend (config, data, model), 1 for what went wrong later.
+    """The exit code of a script, with errors printed in one line each.
 
-    An exception of ours says which in its `exit_code`. debug: show the traceback of an error.
+    Our own exceptions have an `exit_code`: 2 for what the user can correct (config, data, model), 1 for what fails
+    later, 128 + the number of the signal that stopped the run. debug: print the traceback, too.
     """
     try:
         return command()
-    except Stopped as stopped:
-        print(f"{name}: {stopped}", file=sys.stderr)
-        return stopped.exit_code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except OSError as error:
-        return fail(name, describe(error), 1, debug)
     except Exception as error:
-        if (code := getattr(error, "exit_code", None)) is not None:
-            # Only a config has several lines, one for each error.
-            return fail(name, str(error) if isinstance(error, ConfigError) else printable(told(error)), code, debug)
-        if told(error).startswith(LOST_WORKER):
-            return fail(name, f"{told(error).strip().rstrip('.')}: most often because memory is full: lower "
-                        "dataset_kwargs.num_workers or end other programs, and start the same command again",
-                        1, debug)
-        # no kind that is foreseen, so a fault of this program
-        what = f"unexpected {type(error).__name__}: {' '.join(told(error).split())}"
-        return fail(name, f"{what}; this is a fault of the program: --debug shows where it is", 1, debug)
+        code = getattr(error, "exit_code", 1)
+        if code > 128:
+            print(f"{name}: {error}", file=sys.stderr)
+            return code
+        return fail(name, message_of(error), code, debug)
     finally:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def told(error: Exception) -> str:
-    """Its message; of an error in a worker process without the traceback that torch puts before it."""
-    text = str(error)
-    if "\nOriginal Traceback" in text:
-        return text.strip().splitlines()[-1].partition(": ")[2]
-    return text
-
-
 def fail(name: str, message: str, code: int, debug: bool) -> int:
     if debug:
-        print("\n".join(map(printable, traceback.format_exc().split("\n"))), file=sys.stderr)
-    for line in message.split("\n"):
+        traceback.print_exc()
+    for line in message.split("\n"):  # a config has a line for each mistake
         print(f"{name}: error: {one_line(line)}", file=sys.stderr)
     return code
 
 
+def message_of(error: Exception) -> str:
+    """The message for the user; in one line, unless the error is one of ours."""
+    if isinstance(error, OSError):
+        return describe(error)
+    message = str(error)
+    if "\nOriginal Traceback" in message:  # raised in a DataLoader worker: the last line is "Type: message"
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    if hasattr(error, "exit_code"):
+        return message
+    return f"unexpected {type(error).__name__}: {' '.join(message.split())}; --debug shows the traceback"
+
+
 def quiet_libraries() -> None:
-    """One progress bar a phase is ours; the libraries' own, and their advice, would hide it."""
+    """Turn off the libraries' progress bars and advice: the only progress bar is ours."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -68,7 +68,7 @@ WEIRD_OVERRIDES = [
 WEIRD_FLAGS = [
     ["--help"], ["--print_config"], ["--debug"], ["--unknown"], ["--unknown=1"], ["positional"], ["--config"],
     ["--set"], ["--config="], ["--config", "missing.json"], ["--config", "data"], ["--config", "data/train.csv"],
-    ["--config", "/dev/null"], ["--config", "/dev/zero"], ["--config", "x" * 5000], ["--config", "a\nb"],
+    ["--config", "/dev/null"], ["--config", "x" * 5000], ["--config", "a\nb"],
     ["--confg", "config.json"], ["--con", "config.json"], ["-x"], ["--"], [""], ["--\udcff"], ["--a\nb"],
     ["--set", "trainer_kwargs.epochs=1", "--set", "trainer_kwargs.epochs=0"],
 ]

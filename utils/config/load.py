@@ -1,39 +1,31 @@
-"""Config files: strict JSON, `--set section.key=value`, and errors of one line that name key, value and remedy."""
+"""Load a config: strict JSON, `--set section.key=value`, and errors of one line that name file, key and remedy."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from os import PathLike
+from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
-from utils.config.distill import DistillConfig
-from utils.config.distill_checks import distillation_warnings
-from utils.config.fine_tune import NO_EFFECT, FineTuneConfig
-from utils.config.reference import CLOSE, constants, expected, most_alike, nearest, node_at
-from utils.config.strict_json import (
-    DEEPEST,
-    DIGITS,
-    TOO_DEEP,
-    ConfigError,
-    is_deep,
-    is_free_text,
-    kind,
-    parse,
-    read_json,
-    shorten,
-    show,
-    unusable,
-)
+from utils.config.distill import STUDENT_KEYS, DistillConfig
+from utils.config.fine_tune import FineTuneConfig
 from utils.files import json_text
+from utils.text import shorten
 
-MOST_LINES = 20  # of an error: a file of something else would have thousands
-# Pydantic's errors about the value itself, and those raised here; all others are about its type.
-VALUE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number",
-                "string_too_short", "string_pattern_mismatch"}
-CUSTOM_ERRORS = {"name", "template", "columns", "layers", "contradiction"}
-WORDS = {"true": True, "false": False, "none": None, "null": None}
+FREE_TEXT = "_description"  # keys that start with it
+MAX_ERRORS = 20  # a JSON file of something else has thousands
+AN_OBJECT = "Input should be an object {...}"  # pydantic's own words name Python's types
+MESSAGES = {"dict_type": AN_OBJECT, "model_type": AN_OBJECT}
+NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; one line for each mistake."""
+
+    exit_code = 2
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -42,228 +34,166 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 def load_config(path: str | PathLike, overrides: Sequence[str] = (), model: type[BaseModel] = FineTuneConfig):
     """The config in a JSON file, changed by `section.key=value` texts, as an instance of `model`.
 
-    A value is taken as JSON where it is JSON, else as a string. Later overrides win.
-
     Raises:
-        ConfigError: the file cannot be read, an override has no "=", or keys or values are wrong; all of them at once.
+        ConfigError: the file cannot be read, an override has no "=", or keys or values are wrong.
     """
-    values, source = read_json(path), shorten(str(path), 200)
-    changed, origins, wrong = deepcopy(values), {}, []
-    for text in overrides:
-        try:
-            target = apply_override(changed, text)
-            origins.pop(target, None)  # so that the last one comes last
-            origins[target] = f"--set {shorten(text)}"
-        except ConfigError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+    values = read_json(path)
+    targets = [(apply_override(values, text), f"--set {shorten(text)}") for text in overrides]
+    source = shorten(str(path), 200)
 
-    def origin(place: tuple) -> str:
-        """The override that set the value at `place`, or made a section that the file lacks; else the file."""
-        in_file = len(reach(values, place)) == len(place)
-        for target, name in reversed(origins.items()):
-            if target == place[: len(target)] or (place == target[: len(place)] and not in_file):
+    def source_of(key_path: tuple) -> str:
+        """The last override that set this value, a part of it or the object around it; else the file."""
+        for target, name in reversed(targets):
+            if key_path and all(a == b for a, b in zip(target, key_path, strict=False)):
                 return name
         return source
 
-    return validate_model(model, changed, source, origin)
+    return validate_model(model, values, source, source_of)
 
 
-def apply_override(values: dict, text: str) -> tuple:
-    """Set what a `section.key=value` text says in `values`; returns its path. Sections that are missing are made."""
-    name, sign, raw = text.partition("=")
-    if not sign or not all(path := tuple(name.split("."))):
-        raise ConfigError(f"--set {shorten(text)}: expected section.key=value, such as trainer_kwargs.epochs=3")
-    if len(path) > DEEPEST:
-        raise ConfigError(f"--set {shorten(text)}: {TOO_DEEP}")
-    node = values
-    for depth, key in enumerate(path[:-1]):
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            above = dotted(path[: depth + 1])
-            raise ConfigError(f"--set {shorten(text)}: {above} is {show(child)}, which has no keys: set {above} itself")
-        node = child
+def read_json(path: str | PathLike) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8 or not JSON (with line and column), or repeats a key.
+    """
+    name = shorten(str(path), 200)
     try:
-        node[path[-1]] = parse(raw)
-    except json.JSONDecodeError:
-        node[path[-1]] = raw
+        values = parse(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        remedy = "name a config with --config FILE, or run ./demo.sh, which needs none"
+        raise ConfigError(f"{name} cannot be read: {error.strerror}: {remedy}") from error
     except ValueError as error:
-        raise ConfigError(f"--set {shorten(text)}: {error}") from error
+        raise ConfigError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} should hold an object, {{...}} (got {show(values)})")
+    return values
+
+
+def parse(text: str):
+    """JSON; ValueError if it is none or repeats a key. NaN and infinities pass: the models refuse them."""
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    values = {}
+    for key, value in pairs:
+        if key in values and not key.startswith(FREE_TEXT):
+            raise ValueError(f"the key {show(key)} is twice in one object: remove one")
+        values[key] = value
+    return values
+
+
+def apply_override(values: dict, text: str) -> tuple[str, ...]:
+    """Apply one `section.key=value` to `values` in place; returns the key's path. What is not JSON is a string."""
+    name, equals, raw = text.partition("=")
+    *sections, key = path = tuple(name.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {shorten(text)}: expected section.key=value, such as trainer_kwargs.epochs=3")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {shorten(text)}: {section} is {show(values)}, which has no keys")
+    try:
+        values[key] = parse(raw)
+    except ValueError:
+        values[key] = raw
     return path
 
 
-# -- validating --------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------
 
 
-def validate_model(model: type[BaseModel], values: dict, source: str = "config.json", origin=None):
+def validate_model(
+    model: type[BaseModel], values: dict, source: str = "config.json", source_of: Callable[[tuple], str] | None = None
+):
     """`values` as an instance of `model`, without `$schema` at the top and `_description...` keys anywhere.
 
-    source: what errors name as the place of the values; origin(path): the same for one value.
+    source: name of the file in errors; source_of(key path): the same for one value.
 
     Raises:
         ConfigError: one line for each key or value that is wrong.
     """
-    origin = origin or (lambda path: source)
-    if is_deep(values):
-        raise ConfigError(f"{source}: {TOO_DEEP}")
-    data = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
-    found = [(path, f"{dotted(path) or 'the top level'} {problem}") for path, problem in unusable(data)]
     try:
-        if not found:
-            return model.model_validate(data)
+        values = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
+        return model.model_validate(values)
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply") from error
     except ValidationError as error:
-        found = wrong_values(model, data, error)
-    lines = [f"{origin(path)}: {problem}" for path, problem in found[:MOST_LINES]]
-    more = [f"{source}: and {len(found) - MOST_LINES} problems more"] if len(found) > MOST_LINES else []
-    raise ConfigError("\n".join([*lines, *more]))
+        by_path: dict[tuple, list[dict]] = {}  # several for a key of several types: pydantic reports each type
+        for item in error.errors(include_url=False):
+            path = item["loc"] if item["type"] == "missing" else path_in(values, item["loc"])
+            by_path.setdefault(path, []).append(item)
+    raise ConfigError("\n".join(
+        f"{source_of(path) if source_of else source}: {line}" for path, errors in [*by_path.items()][:MAX_ERRORS]
+        for line in describe_errors(model, path, errors)
+    ))
 
 
 def without_free_text(value):
     if isinstance(value, dict):
-        return {key: without_free_text(each) for key, each in value.items() if not is_free_text(key)}
-    if isinstance(value, list):
-        return [without_free_text(each) for each in value]
-    return value
+        return {key: without_free_text(child) for key, child in value.items() if not key.startswith(FREE_TEXT)}
+    return [without_free_text(child) for child in value] if isinstance(value, list) else value
 
 
-def reach(data, path: tuple) -> tuple:
-    """The keys and indices of `path` that lead to a value in `data`; names of types, which pydantic adds, drop out."""
-    found = ()
-    for key in path:
-        if key in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):
-            found, data = (*found, key), data[key]
-    return found
+def path_in(values, loc: tuple) -> tuple:
+    """The keys and indices of pydantic's `loc` that exist in `values`: without the names of types in it."""
+    path = ()
+    for key in loc:
+        if key in (values if isinstance(values, dict) else range(len(values)) if isinstance(values, list) else ()):
+            path, values = (*path, key), values[key]
+    return path
 
 
-def value_at(data, path: tuple):
-    for key in path:
-        data = data[key]
-    return data
-
-
-def wrong_values(model: type[BaseModel], data: dict, error: ValidationError) -> list[tuple[tuple, str]]:
-    """(path, problem) of each key or value that is wrong; pydantic has several where a value may be of several types.
-
-    Behind MOST_LINES of them a problem is not told in words, only counted.
-    """
-    schema = model.model_json_schema()
-    found: dict[tuple, list[dict]] = {}
-    for each in error.errors(include_url=False):
-        path = each["loc"] if each["type"] == "missing" else reach(data, each["loc"])
-        found.setdefault(path, []).append(each)
-    told: list[tuple[tuple, str]] = []
-    for path, errors in found.items():
-        of_path = problems(model, schema, data, path, errors) if len(told) < MOST_LINES else [""]
-        told += [(path, problem) for problem in of_path]
-    return told
-
-
-def problems(model, schema: dict, data: dict, path: tuple, errors: list[dict]) -> list[str]:
-    types = {each["type"] for each in errors}
+def describe_errors(model: type[BaseModel], path: tuple, errors: list[dict]) -> list[str]:
+    """The errors at one path: one line, or one for each contradiction between keys."""
+    name, value = shorten(".".join(map(str, path))), errors[0]["input"]
+    types = {error["type"] for error in errors}
+    if "extra_forbidden" in types:
+        return [f"{name} is unknown: {nearest(model, path)}"]
     if "missing" in types:
-        return [f"{dotted(path)} is missing: expected {expected(node_at(schema, path))}"]
-    if "extra_forbidden" in types or any(each["loc"][-1:] == ("[key]",) for each in errors):
-        return [f"{dotted(path)} is unknown: {nearest(model, schema, path)}"]
-    if types & CUSTOM_ERRORS:
-        text = errors[0]["msg"].removeprefix("Value error, ")
-        return text.split("\n") if not path else [f"{dotted(path)} is {show(value_at(data, path))}: {text}"]
-    value, node = value_at(data, path), node_at(schema, path)
-    other_types = types - {"literal_error"}
-    of_kind = f" ({kind(value)})" if other_types and not other_types & VALUE_ERRORS and value is not None else ""
-    if "finite_number" in types:
-        return [f"{dotted(path)} is {show(value)}: expected {finite(expected(node))}"]
-    return [f"{dotted(path)} is {show(value)}{of_kind}: expected {expected(node)}{remedy(model, data, path, node)}"]
+        return [f"{name} is missing"]
+    messages = dict.fromkeys(MESSAGES.get(error["type"], error["msg"]) for error in errors)
+    text = " or ".join(messages).replace(" or Input should be ", " or ").removeprefix("Value error, ")
+    if not path:
+        return text.split("\n")
+    in_quotes = types & {"int_type", "float_type"} and isinstance(value, str) and re.fullmatch(NUMBER, value)
+    remedy = f", write {value} without quotes" if in_quotes else ""
+    return [f"{name}: {text} (got {show(value)}{remedy})"]
 
 
-def finite(words: str) -> str:
-    """What was expected where a number that is not finite was found: of any JSON value, it can only be that one."""
-    return words.replace("a number", "a finite number") if "a number" in words else "a finite number"
+def nearest(model: type[BaseModel], path: tuple) -> str:
+    """The keys of (almost) that name in any section, else the most similar key beside the unknown one."""
+    paths = list(key_paths(model))
+    names, key = [known[-1] for known in paths], path[-1][:100].lower().replace("-", "_")
+    if model is FineTuneConfig and key not in names and key in [known[-1] for known in key_paths(DistillConfig)]:
+        return "it belongs in a config of train_kd.py"
+    key = STUDENT_KEYS.get(key, key) if model is DistillConfig else key
+    if close := get_close_matches(key, names, n=1, cutoff=0.8):
+        near = [".".join(known) for known in paths if known[-1] == close[0]]
+    else:
+        beside = {known[-1]: ".".join(known) for known in paths if known[:-1] == path[:-1]}
+        near = [beside[name] for name in get_close_matches(key, beside, n=1, cutoff=0)]
+    return f"did you mean {' or '.join(near)}?"
 
 
-def remedy(model, data: dict, path: tuple, node: dict) -> str:
-    """What to write instead, where the value as it stands says what was meant."""
-    value = value_at(data, path)
-    for candidate in candidates(value, node):
-        changed = deepcopy(data)
-        *parent, key = path
-        value_at(changed, tuple(parent))[key] = candidate
-        if accepted(model, changed, path):
-            quoted = isinstance(value, str) and not isinstance(candidate, str | list | dict)
-            return f"; write {json.dumps(candidate)}{' without quotes' if quoted else ''}"
-    return ""
+def key_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key and section."""
+    for name, field in model.model_fields.items():
+        path = (*prefix, field.alias or name)
+        yield path
+        for section in (field.annotation, *get_args(field.annotation)):
+            if hasattr(section, "model_fields"):
+                yield from key_paths(section, path)
 
 
-def candidates(value, node: dict) -> Iterator:
-    if isinstance(value, str):
-        if value.strip().lower() in WORDS:
-            yield WORDS[value.strip().lower()]
-        for convert in (int, float):
-            try:
-                yield convert(value)
-            except ValueError:
-                continue
-        words = {name: name for name in constants(node) if isinstance(name, str)}
-        best, likeness = most_alike(value, words)
-        if likeness >= CLOSE:
-            yield best
-    elif isinstance(value, bool):
-        yield json.dumps(value)
-    elif isinstance(value, int | float):
-        if value in (0, 1):
-            yield bool(value)
-        if value == value // 1 and abs(value) < 10**DIGITS:
-            yield int(value)
-        yield json.dumps(value)
-    yield from sections_with(value, node)
-    yield [value]
-
-
-def sections_with(value, node: dict) -> Iterator[dict]:
-    """For a section that may be null: one with `value` under the key that lists it, else under its default."""
-    listing = {key: child for choice in node.get("anyOf", []) for key, child in choice.get("properties", {}).items()
-               if constants(child)}
-    yield from ({key: value} for key, child in listing.items() if value in constants(child))
-    yield from ({key: child["default"]} for key, child in listing.items())
-
-
-def accepted(model, data: dict, path: tuple) -> bool:
-    try:
-        model.model_validate(data)
-    except ValidationError as error:
-        return all(each["loc"][: len(path)] != path for each in error.errors(include_url=False))
-    return True
-
-
-# -- words -------------------------------------------------------------------------------------------------------
-
-
-def dotted(path: tuple) -> str:
-    """`section.key[0]`; keys that are no plain words in quotes, so that blanks and the like are seen."""
-    parts = [f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w$-]+", key) else f"[{show(key)}]" for key in path]
-    return shorten("".join(parts).removeprefix("."))
-
-
-# -- out ---------------------------------------------------------------------------------------------------------
+def show(value) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
 
 
 def config_json(config: BaseModel) -> str:
     """The resolved config as JSON with a final newline; `load_config` reads it back as the same config."""
-    values = config.model_dump(by_alias=True)
-    for key in NO_EFFECT:
-        if values["trainer_kwargs"][key] is None:
-            del values["trainer_kwargs"][key]
-    return json_text(values)
-
-
-def warnings_of(config) -> list[str]:
-    """One line for what is set but has no effect."""
-    trainer, scheduler = config.trainer_kwargs, config.lr_scheduler_kwargs
-    lines = []
-    if useless := [f"trainer_kwargs.{key}" for key in NO_EFFECT if getattr(trainer, key) is not None]:
-        lines.append(f"{' and '.join(useless)} {'has' if len(useless) == 1 else 'have'} no effect: nothing needs to be "
-                     "set instead: training scripts train, and the KV cache is always used")
-    if scheduler.increase_batch_size_on_plateau and config.callbacks_kwargs.kwargs.patience is None:
-        lines.append("lr_scheduler_kwargs.increase_batch_size_on_plateau has no effect: set "
-                     "callbacks_kwargs.kwargs.patience, the epochs without improvement that make a plateau")
-    return [*lines, *(distillation_warnings(config) if isinstance(config, DistillConfig) else [])]
+    return json_text(config.model_dump(by_alias=True))

@@ -9,8 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from utils.cli import OneLineParser, user_path
 from utils.config.fine_tune import MOST_BEAMS, ColumnName, Name, check_template
-from utils.config.load import validate_model
-from utils.config.strict_json import ConfigError, parse, read_json
+from utils.config.load import ConfigError, parse, read_json, validate_model
 from utils.text import shorten
 
 LEAD_3 = "lead-3"

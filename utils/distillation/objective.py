@@ -6,8 +6,8 @@ from model.decoding.rollouts import RolloutOptions
 from model.language_model import LanguageModel
 from model.losses.registry import DIVERGENCES
 from model.teacher import Teacher
+from utils.config.checks import PENALTY_KEYS, POLICY_KEYS, SAMPLING_KEYS
 from utils.config.distill import DistillationKwargs, DistillConfig
-from utils.config.distill_checks import DRAWING_KEYS, PENALTY_KEYS, POLICY_KEYS
 from utils.distillation.cached_teacher import CachedTeacher
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
@@ -72,11 +72,11 @@ def identity_of(config: DistillConfig, fingerprint: str) -> dict:
     if kwargs.method == "policy_gradient":
         unused = {*([] if kwargs.rollout == "mixed" else ["alpha"]), *([] if kwargs.penalty else PENALTY_KEYS)}
         keys += ["temperature", *(key for key in POLICY_KEYS if key not in unused)]
-        keys += [] if kwargs.rollout == "labels" else DRAWING_KEYS
+        keys += [] if kwargs.rollout == "labels" else SAMPLING_KEYS
     else:
         keys += ["kl_div", "temperature", "kd_weight", "on_policy_fraction"]
         keys += DIVERGENCES[kwargs.kl_div].parameters
-        keys += DRAWING_KEYS if kwargs.on_policy_fraction else []
+        keys += SAMPLING_KEYS if kwargs.on_policy_fraction else []
     # How many rows are decoded at a time changes nothing but rounding.
     keys = [key for key in keys if key != "rollout_batch_size"]
     length = {"model_arch.generation_kwargs.max_generation_length":

@@ -10,8 +10,8 @@ from data.prompts import PromptFormat
 from data.token_cache import TokenizedDataset
 from model.language_model import LanguageModel
 from utils.cli import quiet_libraries
+from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
-from utils.config.load import warnings_of
 from utils.evaluation.splits import Tables, make_validation
 from utils.evaluation.validation import meanings
 from utils.runs.checkpoint import Checkpoints
