@@ -24,7 +24,7 @@ from data.digest import file_digest
 from data.flat_array import FlatArray
 from data.os_errors import describe
 from data.scratch import made_folder, scratch_folder
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 
 VERSION = 1  # raise it when the same key gives other files
 CHECKS, MANIFEST = "checks.bin", "manifest.json"

@@ -21,7 +21,7 @@ from data.teacher_cache import (
     is_whole,
     make_cache,
 )
-from data.token_cache import TokenizedDataset, open_token_table
+from data.tokenized import TokenizedDataset, open_token_table
 from tests.conftest import byte_tokenizer, write_rows
 
 ARRAYS = {"ids": ArrayShape(3, "uint16"), "log_probs": ArrayShape(2, "float32")}

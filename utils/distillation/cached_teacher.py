@@ -16,7 +16,7 @@ from data.articles import DataError
 from data.os_errors import describe
 from data.scratch import clear_dead
 from data.teacher_cache import ArrayShape, TeacherCache, cache_bytes, cache_folder, is_whole, make_cache
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of
 from model.objective import arguments_of

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
 from data.prompts import PromptFormat
-from data.token_cache import TokenizedDataset, open_token_table
+from data.tokenized import TokenizedDataset, open_token_table
 from model.language_model import LanguageModel
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation

@@ -12,7 +12,7 @@ from platform import python_version
 from uuid import uuid4
 
 from data.os_errors import describe
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
 from utils.config.fine_tune import FineTuneConfig
@@ -156,7 +156,7 @@ def identity(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict
         "optimizer_kwargs.type": config.optimizer_kwargs.type,
         "optimizer_kwargs.decay_all": config.optimizer_kwargs.decay_all,
         "the training rows (train_dataset, prompt_template, max_length, columns, on_bad_row, tokenizer)":
-            table.folder.name,
+            table.name,
         BATCH: data.train_batch_size,
         TOKENS: data.tokens_per_batch,
         ACCUMULATION: options.accumulation_steps,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from data.batches import Step, load_batches
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from utils.evaluation.evaluate import NotFinite, apart
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from data.batches import Step, load_batches, plan_epoch
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.language_model import LanguageModel
 from model.objective import ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
