@@ -43,7 +43,7 @@ def plan_epoch(
     per_step = batch_size * accumulation
     order = rng.permutation(len(lengths))
     full = len(order) // per_step * per_step
-    window = max(1, min(WINDOW, full // 4) // per_step) * per_step  # one window of all rows: the same steps each epoch
+    window = max(1, min(WINDOW, full // 4) // per_step) * per_step  # with one window every epoch has the same steps
     steps = []
     for start in range(0, full, window):
         rows = order[start : min(start + window, full)]

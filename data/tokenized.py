@@ -15,7 +15,6 @@ import numpy as np
 from filelock import FileLock
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles
-from data.os_errors import describe
 from data.prompts import PromptFormat, RowTooLong
 
 VERSION = 2  # increase it when the same input gives other rows
@@ -94,7 +93,8 @@ def open_token_table(
                 if not is_complete(path):  # unless another process wrote it meanwhile
                     write_table(path, csv_path, prompt_format, columns, on_bad_row, progress)
     except OSError as error:
-        raise DataError(f"dataset_kwargs.cache_dir: {describe(error, path)}; or name another folder") from error
+        raise DataError(f"dataset_kwargs.cache_dir: {path}: {error.strerror or error}: free space there, or name "
+                        "another folder") from error
     return TokenizedDataset(path)
 
 

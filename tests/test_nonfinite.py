@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from data.tokenized import TokenizedDataset
+from data.token_cache import TokenizedDataset
 from tests.faults import numerics
 from tests.faults.numerics_runs import (
     ROWS,

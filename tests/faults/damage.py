@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.prompts import PromptFormat
 from data.teacher_cache import ArrayShape, TeacherCache, is_whole
-from data.tokenized import open_token_table
+from data.token_cache import open_token_table
 from model.language_model import ModelError
 from model.loading import load_tokenizer
 from tests.conftest import byte_tokenizer

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import utils.runs.run
 import utils.training.step
 from data.teacher_cache import ArrayShape, TeacherCache
-from data.tokenized import TokenizedDataset
+from data.token_cache import TokenizedDataset
 from tests.conftest import write_rows
 from tests.small_runs import make_rows
 from utils.files import write_json
