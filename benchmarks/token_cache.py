@@ -29,7 +29,7 @@ from data.articles import DataError, read_articles
 from data.batches import collate, plan_epoch
 from data.demo_news import SIZES, generate, teacher_texts, train_tokenizer
 from data.prompts import PromptFormat, RowTooLong
-from data.token_cache import CHUNK, open_token_table
+from data.tokenized import CHUNK, open_token_table
 from utils.cli import OneLineParser
 
 BATCHES = 100  # fetched in each round

@@ -1,4 +1,4 @@
-"""Which rows make which optimizer step, and their collation: seeded, bucketed by length, resumable."""
+"""Which rows form which optimizer step, and their collation: seeded, bucketed by length, resumable."""
 
 import signal
 import warnings
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.articles import DataError
-from data.os_errors import describe
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 
 IGNORED = -100
-WINDOW = 256  # rows sorted by length together: enough for batches of like length, few enough to stay random
+WINDOW = 256  # rows sorted by length together: enough for batches of similar length, few enough to stay random
 
-Step = list[np.ndarray]  # row numbers of each micro-batch of one optimizer step
+Step = list[np.ndarray]  # row indices of each micro-batch of one optimizer step
 
 
 def plan_epoch(
@@ -32,20 +30,20 @@ def plan_epoch(
     """All optimizer steps of an epoch.
 
     The rows of a step depend on batch_size * accumulation alone, so that 1 x 8, 2 x 4, 4 x 2 and 8 x 1 train alike.
-    Rows are shuffled, sorted by length within windows (of WINDOW rows, or of a quarter of them all where that is
-    less), cut into steps, and the steps shuffled; the rows that do not fill a step make a smaller last one. Inside a
-    step rows are sorted by length and cut into micro-batches: of `batch_size` rows, or, with `tokens_per_batch`, of as
-    many rows as fit with padding (one row always does).
-    The result is a function of the arguments alone: a resumed run goes on at any step of it.
+    Rows are shuffled, sorted by length within windows (of WINDOW rows, or of a quarter of all rows if that is less),
+    cut into steps, and the steps shuffled; the rows that do not fill a step form a smaller last one. Inside a step
+    rows are sorted by length and cut into micro-batches: of `batch_size` rows, or, with `tokens_per_batch`, of as many
+    rows as fit with padding (at least one).
+    The result is a function of the arguments alone: a run can resume at any step of it.
 
-    passes: how many steps in a row take the same rows.
-    max_micro_batches: the epoch ends after so many; a step that it cuts is done with the micro-batches left to it.
+    passes: consecutive steps that take the same rows.
+    max_micro_batches: maximum of the epoch; a step that it cuts keeps the micro-batches before the cut.
     """
     rng = np.random.default_rng([seed, epoch])
     per_step = batch_size * accumulation
     order = rng.permutation(len(lengths))
     full = len(order) // per_step * per_step
-    window = max(1, min(WINDOW, full // 4) // per_step) * per_step  # one window of all rows: the same steps each epoch
+    window = max(1, min(WINDOW, full // 4) // per_step) * per_step  # with one window every epoch has the same steps
     steps = []
     for start in range(0, full, window):
         rows = order[start : min(start + window, full)]
@@ -59,7 +57,7 @@ def plan_epoch(
 
 
 def micro_batches(rows: np.ndarray, lengths: np.ndarray, batch_size: int, tokens_per_batch: int | None) -> Step:
-    """Rows cut into micro-batches, the longest first, so that memory runs out at once or never."""
+    """Rows cut into micro-batches, the longest first, so that memory runs out at the start or never."""
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     if tokens_per_batch is None:
         return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -87,37 +85,33 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> Step:
 def collate(table: TokenizedDataset, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
     """input_ids, attention_mask, labels: int64 [B, T], padded on the right; labels are -100 on prompt and padding.
 
-    What is a label is told by positions, never by ids: an end-of-text that also serves as padding id is learnt.
+    Labels are found by position, never by id: an end-of-text that is also the padding id is learnt.
     """
     lengths = table.lengths[rows]
     shape = len(rows), int(lengths.max())
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):
-        ids, boundary = table.ids(row), table.boundaries[row]
+        ids, prompt = table.ids(row), table.prompt_lengths[row]
         input_ids[index, : len(ids)] = ids
-        labels[index, boundary : len(ids)] = ids[boundary:]
+        labels[index, prompt : len(ids)] = ids[prompt:]
     mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels)}
 
 
 class BatchDataset(Dataset):
-    """Collated batches with their `rows`, indexed by arrays of row numbers. Raises DataError."""
+    """Collated batches with their `rows`, indexed by arrays of row indices."""
 
     def __init__(self, table: TokenizedDataset, pad_id: int):
         self.table, self.pad_id = table, pad_id
 
     def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
-        try:
-            return {**collate(self.table, rows, self.pad_id), "rows": rows}
-        except OSError as error:
-            raise DataError(f"{describe(error)}; a damaged token table is made anew when the run is started again"
-                            ) from error
+        return {**collate(self.table, rows, self.pad_id), "rows": rows}
 
 
-def leave_signals_to_the_loop(worker: int) -> None:
-    """Ctrl-C, and its closing, reach every process of the terminal: the loop ends in order, and its workers with it."""
+def ignore_signals(worker: int) -> None:
+    """A terminal sends Ctrl-C and its closing to every process: workers ignore them, the main process ends them."""
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -129,7 +123,7 @@ def load_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The collated batches, in order. Draws nothing from the global random generators."""
     with warnings.catch_warnings():
-        # The user has chosen the number of workers, also if it is more than the cores.
+        # The user chose the number of workers, even if it exceeds the cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             BatchDataset(table, pad_id),
@@ -138,7 +132,7 @@ def load_batches(
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_the_loop,
+            worker_init_fn=ignore_signals,
         )
         collated = iter(loader)
     yield from collated

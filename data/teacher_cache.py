@@ -1,35 +1,26 @@
-"""Teacher outputs of a token table on disk, a flat file an array: computed once, then read with the batch.
+"""A teacher's outputs for tokenised rows, on disk: filled once in row order, then read with each batch.
 
-A cache folder holds one flat `.bin` file for each array, over all label positions of the table in row order, and
-`checks.bin` with a CRC-32 of each row: 0 where the row is not there yet. So a row that a killed process left half
-written, or that the disk changed, is found when it is read, and made again. The folder is named by a hash of all that
-decides the values; it is made beside its place and renamed.
+A cache folder holds one flat `.bin` file for each array, over the label positions of all rows in row order, and
+`progress.json` with the number of rows stored so far. Its name holds a hash of everything that decides the values.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.articles import DataError
-from data.digest import file_digest
-from data.flat_array import FlatArray
-from data.os_errors import describe
-from data.scratch import made_folder, scratch_folder
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 
-VERSION = 1  # raise it when the same key gives other files
-CHECKS, MANIFEST = "checks.bin", "manifest.json"
+VERSION = 2  # increase it when the same key gives other files
+KEY = "distillation_kwargs.teacher_cache.dir"
 ZEROS = bytes(1 << 20)
-NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV}  # by file systems that cannot reserve
 
 
 class ArrayShape(NamedTuple):
@@ -40,155 +31,84 @@ class ArrayShape(NamedTuple):
 
 
 class TeacherCache:
-    """Arrays over the label positions of a table, written and read by rows."""
+    """Arrays over the label positions of a table, written and read by rows.
 
-    def __init__(self, folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape]):
-        self.folder = folder
-        self.writable = all(os.access(path, os.W_OK) for path in folder.glob("*.bin"))
+    key: JSON values that decide the content. rows: of the table. nbytes: size of the arrays.
+    """
+
+    def __init__(self, cache_dir: str | Path, table: TokenizedDataset, key: list, arrays: Mapping[str, ArrayShape]):
+        text = json.dumps([VERSION, table.name, *key], sort_keys=True)
+        self.folder = Path(cache_dir) / f"{table.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.name, self.rows = table.name, len(table)
         self._offsets = np.cumsum([0, *table.label_counts])
-        self._arrays = {name: FlatArray(folder / f"{name}.bin", shape.dtype, shape.width, self.writable)
-                        for name, shape in arrays.items()}
-        self._checks = FlatArray(folder / CHECKS, "uint32", writable=self.writable)
+        self._shapes = arrays
+        self._sizes = {name: int(self._offsets[-1]) * shape.width * np.dtype(shape.dtype).itemsize
+                       for name, shape in arrays.items()}
+        self.nbytes = sum(self._sizes.values())
+        self._arrays: dict[str, np.ndarray] = {}
 
-    def missing(self) -> int:
-        """Rows that are not there yet."""
-        return int((self._checks[:] == 0).sum())
-
-    def read(self, rows: np.ndarray) -> dict[str, np.ndarray] | None:
-        """Each array's values [N, width] at the label positions of `rows`, in that order; None where one row is
-        missing, damaged or cannot be read (it then counts as missing)."""
-        found = [self._row(row) for row in rows]
-        for row, values in zip(rows, found, strict=True):
-            if values is None and self.writable:
-                with contextlib.suppress(OSError):
-                    self._checks[row] = 0
-        if any(values is None for values in found):
-            return None
-        return {name: np.concatenate([values[name] for values in found]) for name in self._arrays}
-
-    def _row(self, row: int) -> dict[str, np.ndarray] | None:
+    @property
+    def rows_done(self) -> int:
+        """Rows stored so far, the first ones of the table; 0 if a file is missing or has another size."""
         try:
-            values = {name: array[self._part(row)] for name, array in self._arrays.items()}
-            return values if self._checks[row] == checksum(values) else None
-        except OSError:
-            return None
+            fit = all(self._path(name).stat().st_size == size for name, size in self._sizes.items())
+            return json.loads((self.folder / "progress.json").read_text())["rows_done"] if fit else 0
+        except (OSError, ValueError, LookupError, TypeError):
+            return 0
 
-    def write(self, rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the values of those of `rows` that are missing; arrays as `read` gives them.
+    def create(self) -> None:
+        """Reserve space for all rows: a full disk shows now, and not after hours. Raises DataError, OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if self.nbytes > free:
+            raise DataError(
+                f"{KEY}: the cache of {self.name} needs {self.nbytes / 1e9:.2f} GB and {self.folder.parent} has "
+                f'{free / 1e9:.2f} GB: name a folder on another disk, or use kind "top_k" with a smaller top_k'
+            )
+        for name, size in self._sizes.items():
+            reserve(self._path(name), size)
 
-        What is there stays: values computed in another batch may differ in the last bit, and a step that is done again
-        after a stop must read what it read before. Raises OSError.
-        """
-        ends = np.cumsum([self._offsets[row + 1] - self._offsets[row] for row in rows])[:-1]
-        parts = {name: np.split(array, ends) for name, array in arrays.items()}
-        for index, row in enumerate(rows):
-            if self._checks[row]:
-                continue
-            values = {name: np.ascontiguousarray(part[index]) for name, part in parts.items()}
-            for name, value in values.items():
-                self._arrays[name][self._part(row)] = value
-            self._checks[row] = checksum(values)
+    def open(self, writable: bool = False) -> None:
+        """Map the arrays. Raises OSError."""
+        for name, (width, dtype) in self._shapes.items():
+            shape = int(self._offsets[-1]), width
+            self._arrays[name] = np.memmap(self._path(name), dtype, "r+" if writable else "r", shape=shape)
 
-    def _part(self, row: int) -> slice:
-        return slice(self._offsets[row], self._offsets[row + 1])
+    def read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Each array's values [N, width] at the label positions of `rows`, in that order; copies."""
+        positions = self._positions(rows)
+        return {name: np.asarray(array)[positions] for name, array in self._arrays.items()}
 
+    def write(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        """Store values in the form that `read` returns."""
+        positions = self._positions(rows)
+        for name, array in self._arrays.items():
+            array[positions] = values[name]
 
-def checksum(values: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 over all arrays of a row; never 0, which means missing."""
-    crc = 0
-    for name in sorted(values):
-        crc = zlib.crc32(values[name].tobytes(), crc)
-    return crc or 1
+    def flush(self) -> None:
+        """Wait until what was written is on disk. Raises OSError."""
+        for array in self._arrays.values():
+            array.flush()
 
+    def save_progress(self, rows_done: int) -> None:
+        """Note that all rows before `rows_done` are stored and flushed. Raises OSError."""
+        temporary = self.folder / ".tmp-progress.json"
+        temporary.write_text(json.dumps({"rows_done": rows_done}))
+        temporary.replace(self.folder / "progress.json")
 
-def cache_folder(cache_dir: str | Path, table: TokenizedDataset, key: list) -> Path:
-    """The folder of a table's cache: named by the table and a hash of `key`, JSON values that decide the content."""
-    text = json.dumps([VERSION, table.folder.name, *key], sort_keys=True)
-    return Path(cache_dir) / f"{table.folder.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
 
-
-def cache_bytes(table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> int:
-    """Size of a cache on disk, without what lies beside the arrays."""
-    return sum(sizes(table, arrays).values())
-
-
-def is_whole(folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> bool:
-    """Whether a cache's files are all there, as long as they must be; rows may be missing."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        others, own = sorted(manifest["files"]), sizes(table, arrays)
-        # They are written to: a link would lead that to a file elsewhere.
-        if any(name != Path(name).name or (folder / name).is_symlink() for name in (*others, *own)):
-            return False
-        if manifest != manifest_of(folder, table, arrays, others):
-            return False
-        return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in own.items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def sizes(table: TokenizedDataset, arrays: Mapping[str, ArrayShape]) -> dict[str, int]:
-    """Bytes of each file of a cache."""
-    positions = int(table.label_counts.sum())
-    of_arrays = {f"{name}.bin": positions * each.width * np.dtype(each.dtype).itemsize for name, each in arrays.items()}
-    return {**of_arrays, CHECKS: 4 * len(table)}
-
-
-def manifest_of(folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape], others: list[str]) -> dict:
-    """What the manifest must say; files that are no arrays are told by their SHA-256."""
-    digests = {name: file_digest(folder / name) for name in others}
-    shapes = {name: list(each) for name, each in sorted(arrays.items())}
-    return {"version": VERSION, "rows": len(table), "arrays": shapes, "files": digests}
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.arange(self._offsets[row], self._offsets[row + 1]) for row in rows])
 
 
 def reserve(path: Path, size: int) -> None:
-    """A file of zeros that has its room on the disk, so that hours later there is no writing into it that fails."""
+    """A file of zeros with its blocks on disk: writing to a map of a sparse file kills the process on a full disk."""
     with path.open("wb") as file:
-        if size and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-                return
-            except OSError as error:
-                if error.errno not in NOT_SUPPORTED:
-                    raise
+        with contextlib.suppress(OSError, AttributeError):  # not every system and file system can
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
         for start in range(0, size, len(ZEROS)):
             file.write(ZEROS[: size - start])
-
-
-def make_cache(
-    folder: Path, table: TokenizedDataset, arrays: Mapping[str, ArrayShape],
-    add_files: Callable[[Path], object] = lambda folder: None,
-) -> None:
-    """An empty cache at `folder`; add_files(folder) may put other files into it. A damaged one there is replaced.
-
-    Raises:
-        DataError: it cannot be written, or the disk has not enough room for all of it.
-    """
-    key = "distillation_kwargs.teacher_cache.dir"
-    try:
-        damaged = os.path.lexists(folder)  # one that comes from now on is another process's, and whole
-        with made_folder(folder.parent), scratch_folder(folder.parent) as scratch:
-            size, free = cache_bytes(table, arrays), shutil.disk_usage(folder.parent).free
-            if size > free:
-                raise DataError(
-                    f"{key}: the cache of {table.folder.name} needs {size / 1e9:.2f} GB and {folder.parent} has "
-                    f'{free / 1e9:.2f} GB: name a folder on another disk, or take kind "top_k" with a smaller top_k'
-                )
-            new = scratch / "cache"
-            new.mkdir()
-            for name, size in sizes(table, arrays).items():
-                reserve(new / name, size)
-            add_files(new)
-            others = sorted(path.name for path in new.iterdir() if path.suffix != ".bin")
-            manifest = manifest_of(new, table, arrays, others)
-            (new / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            if damaged and not is_whole(folder, table, arrays):
-                with contextlib.suppress(FileNotFoundError):
-                    folder.rename(scratch / "damaged")
-            try:
-                new.rename(folder)
-            except OSError:
-                if not is_whole(folder, table, arrays):  # else another process was as quick, and its cache is as good
-                    raise
-    except OSError as error:
-        raise DataError(f"{key}: {describe(error, folder)}; or name another folder") from error

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from data.articles import read_articles
 from data.batches import WINDOW, collate, evaluation_batches, load_batches, plan_epoch
 from data.prompts import PromptFormat
-from data.token_cache import open_token_table
+from data.tokenized import open_token_table
 from tests.conftest import END, byte_tokenizer, write_rows
 
 SHAPES = [(1, 8), (2, 4), (4, 2), (8, 1)]  # batch size, accumulation
@@ -185,15 +185,15 @@ def test_little_padding_on_real_lengths(shared):
 class Rows:
     """What collation asks of a token table, in memory."""
 
-    rows: list  # of (ids, boundary)
+    rows: list  # of (ids, prompt length)
 
     @property
     def lengths(self):
         return np.array([len(ids) for ids, _ in self.rows])
 
     @property
-    def boundaries(self):
-        return np.array([boundary for _, boundary in self.rows])
+    def prompt_lengths(self):
+        return np.array([length for _, length in self.rows])
 
     def ids(self, row):
         return np.array(self.rows[row][0], dtype=np.uint16)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from data.teacher_cache import ArrayShape, make_cache
 from model.language_model import LanguageModel, ModelError
 from model.student_init import copy_teacher_layers
 from tests.conftest import byte_tokenizer, tiny_gpt2
@@ -135,17 +134,3 @@ def test_broken_teacher_is_found_before_the_earlier_run_is_moved(project, tmp_pa
         assert code == 2
         assert "teacher_ckpt_path" in capsys.readouterr().err
         assert not list((tmp_path / "kd").glob("earlier-run-*"))
-
-
-def test_room_is_taken_when_a_cache_is_made(tmp_path, monkeypatch):
-    """Fault: a sparse file whose disk is full later kills the process with SIGBUS."""
-    class Table:
-        folder = tmp_path / "table"
-        label_counts = torch.ones(1000, dtype=torch.int64).numpy()
-
-        def __len__(self):
-            return 1000
-
-    make_cache(tmp_path / "cache", Table(), {"hidden": ArrayShape(64, "float32")})
-    status = (tmp_path / "cache/hidden.bin").stat()
-    assert status.st_size == 256_000 and status.st_blocks * 512 >= status.st_size

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import flat_array
-from tests.small_kd_runs import make_kd_project, run_kd
-from tests.small_runs import assert_equal_weights, changed, error_line, largest_difference, make_project, run, weights
+from tests.small_runs import assert_equal_weights, changed, error_line, make_project, run, weights
 from utils.evaluation import validation
 from utils.manifest import verify
 from utils.runs.run_log import RunLog
@@ -63,28 +61,3 @@ def test_a_log_that_cannot_be_written_stops_the_run_at_its_next_checkpoint(tmp_p
     assert run(tmp_path, config) == 0
     assert_equal_weights(weights(tmp_path / "whole/model_checkpoints/last"),
                          weights(tmp_path / "run/model_checkpoints/last"))
-
-
-@pytest.mark.parametrize("kind", ["hidden", "top_k"])
-def test_a_teacher_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, capsys, kind):
-    """A disk that fails under the teacher's outputs, which can be computed again, ends the distillation."""
-    cache = {"kind": kind, **({"top_k": 8} if kind == "top_k" else {})}
-    config = changed(make_kd_project(tmp_path, rows=6, kl_div="JS", teacher_cache=cache),
-                     trainer_kwargs={"monitor_val": False})
-
-    def last(name: str, epochs: int) -> dict:
-        output_dir = tmp_path / f"{name}-{epochs}"
-        assert run_kd(tmp_path, changed(config, trainer_kwargs={"output_dir": str(output_dir), "epochs": epochs})) == 0
-        return weights(output_dir / "model_checkpoints/last")
-
-    def refuse(*arguments):
-        raise OSError(5, "Input/output error")
-
-    expected = [last("good", epochs) for epochs in (1, 2)]
-    monkeypatch.setattr(flat_array, "write_at", refuse)
-    capsys.readouterr()
-    assert_equal_weights(expected[0], last("bad", 1))
-    told = capsys.readouterr().err
-    assert told.count("Input/output error") == 1 and "the run goes on, and computes these rows again" in told
-    # Computed again in another batch, they may differ in the last bit.
-    assert largest_difference(expected[1], last("bad", 2)) < 1e-4

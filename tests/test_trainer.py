@@ -75,7 +75,7 @@ class OneTokenRows:
     def __init__(self, values):
         self.values = values
         self.lengths = np.ones(len(values), dtype=np.int64)
-        self.boundaries = np.zeros(len(values), dtype=np.int64)
+        self.prompt_lengths = np.zeros(len(values), dtype=np.int64)
         self.label_counts = self.lengths
 
     def __len__(self):

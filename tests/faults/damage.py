@@ -23,7 +23,7 @@ from utils.runs.own_checkpoints import check_model_folder
 
 from data.prompts import PromptFormat
 from data.teacher_cache import ArrayShape, TeacherCache, is_whole
-from data.token_cache import open_token_table
+from data.tokenized import open_token_table
 from model.language_model import ModelError
 from model.loading import load_tokenizer
 from tests.conftest import byte_tokenizer

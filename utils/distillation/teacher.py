@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from data.digest import file_digest
+from utils.files import sha256_file
 from data.prompts import PromptFormat
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
@@ -58,7 +58,7 @@ class TeacherSource:
             files = sorted(path for ending in endings for path in Path(self.name).glob(ending))
         else:
             return f"{self.name} {getattr(self.config, '_commit_hash', None)}"
-        digests = [(path.name, file_digest(path)) for path in files]
+        digests = [(path.name, sha256_file(path)) for path in files]
         shape = {key: value for key, value in self.config.to_dict().items() if key not in NOT_OF_THE_WEIGHTS}
         return hashlib.sha256(repr([digests, sorted(shape.items(), key=str)]).encode()).hexdigest()
 

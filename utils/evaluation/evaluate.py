@@ -16,7 +16,7 @@ from torch import nn
 from data.articles import Article
 from data.batches import evaluation_batches, load_batches
 from data.prompts import PromptFormat
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.decoding.loop import beam_search, evaluating, greedy_decode
 from model.language_model import LanguageModel
 from utils.evaluation.rouge import METRICS, score_rows

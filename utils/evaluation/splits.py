@@ -8,7 +8,7 @@ from torch import nn
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
 from data.prompts import PromptFormat
-from data.token_cache import TokenizedDataset, open_token_table
+from data.tokenized import TokenizedDataset, open_token_table
 from model.language_model import LanguageModel
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation
@@ -98,10 +98,17 @@ class Tables:
 
 
 def measured_datasets(config: FineTuneConfig) -> list[str]:
-    """File names of the sets whose loss is measured after each epoch."""
+    """File names of the sets whose loss is measured."""
     data, options = config.dataset_kwargs, config.trainer_kwargs
-    sets = (options.monitor_val, data.validation_dataset), (options.monitor_test, data.test_dataset)
-    return [name for monitored, name in sets if monitored and name]
+    monitored = [data.validation_dataset] if options.monitor_val else []
+    if monitored and scales_by_perplexity(config):
+        monitored.append(data.validation_subset)
+    return [name for name in (*monitored, data.test_dataset if options.monitor_test else None) if name]
+
+
+def scales_by_perplexity(config: FineTuneConfig) -> bool:
+    """Whether adaptive loss scaling measures the loss of the validation subset."""
+    return config.trainer_kwargs.adaptive_loss_scaling and config.trainer_kwargs.scaling_metric == "perplexity"
 
 
 def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSet]:
@@ -113,8 +120,8 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
         subset = data.validation_subset or data.validation_dataset
         table = tables.open(data.validation_dataset)
         articles = tables.articles(subset) if rouge else []
-        by_perplexity = options.adaptive_loss_scaling and options.scaling_metric == "perplexity"
-        sets.append(EvaluationSet("validation", table, articles, tables.open(subset) if by_perplexity else None))
+        of_scaling = tables.open(subset) if scales_by_perplexity(config) else None
+        sets.append(EvaluationSet("validation", table, articles, of_scaling))
     if options.monitor_test and data.test_dataset:
         table = tables.open(data.test_dataset)
         sets.append(EvaluationSet("test", table, tables.articles(data.test_dataset) if rouge else []))

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.articles import Article
 from data.prompts import PromptFormat
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
 from utils.evaluation.rouge import METRICS
@@ -128,7 +128,7 @@ class Validation:
             f"early_stopping {how.early_stopping}")
         for each in self.sets:
             if each.name == "validation" and metric not in METRICS:
-                return f"{metric} on {each.table.folder.name}"
+                return f"{metric} on {each.table.name}"
             if each.name == "validation" and each.articles:
                 return f"{metric} on rows {articles_sha256(each.articles)[:16]}, {decoding}"
         return None

@@ -11,6 +11,7 @@ from utils.distillation.objective import identity_of, make_objective
 from utils.distillation.student import load_student
 from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
 from utils.evaluation.splits import Tables, make_prompt_format, measured_datasets
+from utils.progress import progress_bar
 from utils.runs.run import RunComponents, set_up_model
 from utils.runs.run_folder import ResumePoint
 from utils.runs.run_log import RunLog
@@ -53,19 +54,19 @@ def build_distillation(
     fingerprint = source.fingerprint()
     # A cache of a version that took the gaps between ids for tokens is another one.
     gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
-    if kwargs.teacher_cache is None:
-        teacher = load_teacher(source, config, context)
-    else:
+    teacher = None
+    if kwargs.teacher_cache is not None:
         folder = kwargs.teacher_cache.dir or Path(config.trainer_kwargs.output_dir) / "teacher_cache"
         teacher = CachedTeacher(
             lambda: load_teacher(source, config, context), f"{fingerprint} without {gaps}" if gaps else fingerprint,
             source.width(), vocabulary, kwargs, folder, context, log.info,
         )
-        if keep:
-            for name in (config.dataset_kwargs.train_dataset, *measured_datasets(config)):
-                teacher.open(tables.open(name))
-        elif not teacher.is_complete(train_table):
-            teacher.cache_dir = None
-        teacher.load_if_needed()
+        names = [config.dataset_kwargs.train_dataset, *(measured_datasets(config) if keep else [])]
+        if keep or teacher.is_complete(train_table):
+            teacher.prepare(map(tables.open, names), config.dataset_kwargs.train_batch_size,
+                            config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id, progress_bar)
+        else:
+            teacher = None
+    teacher = teacher or load_teacher(source, config, context)
     objective = make_objective(config, student, teacher, vocabulary, context, prompt_format, log)
     return RunComponents(objective, prompt_format, tables, train_table, identity_of(config, fingerprint))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from data.prompts import PromptFormat
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.language_model import LanguageModel
 from utils.cli import quiet_libraries
 from utils.config.checks import warnings_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from platform import python_version
 from uuid import uuid4
 
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import ConfigError, config_json
 from utils.errors import UserError, describe
@@ -119,7 +119,7 @@ def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objec
         "optimizer_kwargs.type": config.optimizer_kwargs.type,
         "optimizer_kwargs.decay_all": config.optimizer_kwargs.decay_all,
         "the training rows (train_dataset, prompt_template, max_length, columns, on_bad_row, tokenizer)":
-            table.folder.name,
+            table.name,
         BATCH: data.train_batch_size,
         TOKENS: data.tokens_per_batch,
         ACCUMULATION: options.accumulation_steps,

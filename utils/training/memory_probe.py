@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data.batches import load_batches
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.objective import Objective
 from utils.training.distributed import DistributedContext
 from utils.training.out_of_memory import is_out_of_memory

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.batches import Step
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from utils.errors import TrainingError
 from utils.evaluation.evaluate import NotFinite
 from utils.training.distributed import DistributedContext

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 
 from data.batches import Step, load_batches, plan_epoch
-from data.token_cache import TokenizedDataset
+from data.tokenized import TokenizedDataset
 from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
 from utils.errors import TrainingError
