@@ -1,4 +1,4 @@
-"""Made-up news with highlights, for a demo that needs neither hub nor GPU.
+"""Synthetic news with highlights, for a demo that needs neither hub nor GPU.
 
     python -m data.demo_news --output_dir data/demo --seed 7
 
@@ -6,29 +6,26 @@ writes eight CSV files (`id, article, highlights, category, facts`), a byte-leve
 teacher's texts, and `demo.json`, which records the settings. The same settings give the same bytes.
 
 Highlights are three sentences joined by newlines, as in CNN/DailyMail. `facts` is a JSON list of the slot values that
-the highlights hold; `category` is the kind of event.
+the highlights hold; `category` is the kind of event. The sentences are in demo/templates.json.
 """
 
 import argparse
 import csv
 import json
-import os
 import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from data.demo_templates import EVENTS, GENERIC, POOLS, Event
-from data.digest import file_digest
-from data.os_errors import describe, refusal
-from data.scratch import clear_dead, scratch_folder
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1  # of the generator and its templates: raise it when the same settings give other rows
+TEMPLATES = json.loads((Path(__file__).parent.parent / "demo/templates.json").read_text(encoding="utf-8"))
+POOLS, EVENTS, GENERIC = TEMPLATES["pools"], TEMPLATES["events"], TEMPLATES["generic"]
+VERSION = 1  # of the generator and its templates: raise it if the same settings give other rows
 END_OF_TEXT = "<|endoftext|>"
 SIZES = {  # rows of each split
     "teacher_short": 3000,
@@ -38,10 +35,10 @@ SIZES = {  # rows of each split
     "validation": 200,
     "test": 200,
 }
-COLUMNS = ("id", "article", "highlights", "category", "facts")
-VALUES_OF_NO_FACT = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
+DISTRACTOR_SLOTS = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
 
 Row = dict[str, str | int]
+Event = dict  # of demo/templates.json: slots, facts, highlights, distractors
 
 
 def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
@@ -55,7 +52,7 @@ def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
 
 def draw_slots(rng: random.Random, event: Event, used: set[str]) -> dict[str, str]:
     """Values for the slots of the event's key facts: {slot name: value}, all different."""
-    return {slot: draw_value(rng, pool, used) for slot, pool in event.slots.items()}
+    return {slot: draw_value(rng, pool, used) for slot, pool in event["slots"].items()}
 
 
 def draw_unseen_slots(
@@ -73,13 +70,13 @@ def draw_unseen_slots(
 
 def fill_distractor(rng: random.Random, template: str, used: set[str]) -> str:
     """The distractor sentence with competing values, none of them in `used`."""
-    slots = {slot: pool for slot, pool in VALUES_OF_NO_FACT.items() if f"{{{slot}}}" in template}
+    slots = {slot: pool for slot, pool in DISTRACTOR_SLOTS.items() if f"{{{slot}}}" in template}
     return template.format(**{slot: draw_value(rng, pool, used) for slot, pool in slots.items()})
 
 
 def write_highlights(rng: random.Random, event: Event, slots: dict[str, str]) -> str:
     """Three lines, one for each key fact."""
-    return "\n".join(rng.choice(wordings).format(**slots) for wordings in event.highlights)
+    return "\n".join(rng.choice(wordings).format(**slots) for wordings in event["highlights"])
 
 
 def write_article(rng: random.Random, event: Event, slots: dict[str, str], used: set[str], short: bool) -> str:
@@ -87,10 +84,10 @@ def write_article(rng: random.Random, event: Event, slots: dict[str, str], used:
 
     short: hold the three key facts and nothing else. Full articles add 2-5 distractors of the event and 0-2 generic.
     """
-    first, *rest = (rng.choice(wordings).format(**slots) for wordings in event.facts)
+    first, *rest = (rng.choice(wordings).format(**slots) for wordings in event["facts"])
     before = []
     if not short:
-        of_event = rng.sample(event.distractors, len(event.distractors))
+        of_event = rng.sample(event["distractors"], len(event["distractors"]))
         if rng.random() < 0.5:
             before = [fill_distractor(rng, of_event.pop(), used)]
         distractors = of_event[: rng.randint(2, 5)] + rng.sample(GENERIC, rng.randint(0, 2))
@@ -103,7 +100,7 @@ def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> l
     """`size` rows of a split, the event kinds in turn.
 
     seen: set of (kind, slot values) that earlier splits hold. None of them is used again; the new ones are added.
-    Returns dicts with the keys of COLUMNS.
+    Returns dicts with the keys `id, article, highlights, category, facts`.
     """
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
     kinds = list(EVENTS)
@@ -122,10 +119,10 @@ def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> l
 
 
 def add_noise(rows: list[Row], share: float, seed: str, seen: set[tuple[str, ...]]) -> list[Row]:
-    """Copies of the rows in which a share of the highlights tells wrong facts, as scraped references often do.
+    """Copies of the rows in which a share of the highlights states wrong facts, as scraped references often do.
 
-    The wrong facts are of the same kind of event, none of them occurs in the article, and together they are no
-    content of `seen`, to which they are added. `facts` follows the highlights. A further column `noisy` is 1 for
+    The wrong facts are of the same kind of event and none of them occurs in the article. Their combination is not in
+    `seen`, to which it is added. `facts` follows the highlights. A further column `noisy` is 1 for
     these rows and 0 for the others.
     """
     rng = random.Random(f"noise/{seed}")
@@ -146,7 +143,7 @@ def generate(
 ) -> dict[str, list[Row]]:
     """All tables of the demo: {name: rows}, in the order in which they are written.
 
-    sizes: {split: number of rows}; a split left out has its size of SIZES. test_seed: seed of the test split, the
+    sizes: {split: number of rows}; the default of a split is its size in SIZES. test_seed: seed of the test split, the
     only table it changes; None is `seed`. noisy_share: of the highlights in the `_noisy` tables, 0 to 1.
     No two rows share their kind and key facts, except the clean rows that a `_noisy` table repeats.
     Raises ValueError for an unknown split, a size below 1 or a share outside 0 to 1.
@@ -172,11 +169,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> "PreTrained
     """Byte-level BPE trained on the texts: a PreTrainedTokenizerFast of at most `vocab_size` tokens.
 
     `<|endoftext|>` is its only special token: beginning, end and unknown. Texts of 256 tokens at most are expected.
-    Raises ValueError where `vocab_size` cannot hold the 256 bytes and the special token.
+    Raises ValueError if `vocab_size` cannot hold the 256 bytes and the special token.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be 257 or more, not {vocab_size}")
-    # Imported here because it takes seconds, and a folder that is reused needs none of it.
+    # Imported here because it takes seconds, and reusing a folder needs none of it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -205,94 +202,60 @@ def teacher_texts(tables: dict[str, list[Row]]) -> list[str]:
     return [row[column] for row in rows for column in ("article", "highlights")]
 
 
-def write_table(path: Path, rows: list[Row]) -> None:
-    """The rows as UTF-8 CSV with LF line ends and the first row's keys as header."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """{path inside the folder: SHA-256} of every file but demo.json."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "demo.json")
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
-
-
-def read_record(folder: Path) -> dict[str, dict]:
-    """The folder's demo.json: its `settings` and the `sha256` of each file. {} where this module did not write it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of `path` once it is complete."""
+    temporary = path.with_name(f".tmp-{path.name}")
     try:
-        record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    parts = [record.get(key) for key in ("settings", "sha256")] if isinstance(record, dict) else [None]
-    return record if all(isinstance(part, dict) for part in parts) else {}
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def is_complete(folder: Path, settings: dict) -> bool:
-    """Whether the folder holds just the files that these settings gave, unchanged."""
-    record = read_record(folder)
-    return record.get("settings") == settings and record["sha256"] == file_digests(folder)
+def write_record(folder: Path, settings: dict) -> None:
+    """demo.json. {}: the folder belongs to this command and is not complete."""
+    with replacing(folder / "demo.json") as file:
+        file.write(json.dumps({"settings": settings}, indent=2) + "\n")
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError if replacing the folder would lose files that this module did not write."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"{folder} is not a folder: choose another --output_dir")
-    record = read_record(folder)
-    known = {folder / name for name in record.get("sha256", ())} | ({folder / "demo.json"} if record else set())
-    parents = {parent for path in known for parent in path.parents}
-    # One folder at a time, so that the first foreign file ends it: --output_dir may be somebody's home.
-    for parent, folders, files in os.walk(folder):
-        for path in sorted(Path(parent, name) for name in (*files, *folders)):
-            if path.is_symlink() or path not in (parents if path.is_dir() else known):
-                raise ValueError(f"{folder} holds {path.relative_to(folder)}, which is not part of the demo: move it "
-                                 "away or choose another --output_dir")
+def read_settings(folder: Path) -> dict | None:
+    """The settings that demo.json records; None if this command did not write it."""
+    try:
+        settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
-def write_folder(folder: Path, settings: dict) -> list[str]:
-    """Generate everything and put it in place of `folder` in one step, so that no half-made folder is ever seen.
-
-    settings: keyword arguments of `generate`, with `vocab_size` and `version`. Returns one line per file.
-    """
-    tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder.parent) as scratch:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        lines = []
-        for name, rows in tables.items():
-            write_table(new / f"{name}.csv", rows)
-            words = sum(len(row["article"].split()) for row in rows) / len(rows)
-            noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
-            lines.append(f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}")
-        tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
-        tokenizer.save_pretrained(new / "tokenizer")
-        lines.append(f"tokenizer/: {len(tokenizer)} tokens")
-        record = {"settings": settings, "sha256": file_digests(new)}
-        (new / "demo.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        lines.append("demo.json: the settings")
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-    return lines
+def write_folder(folder: Path, settings: dict, tables: dict[str, list[Row]]) -> Iterator[str]:
+    """Write the tables, the tokenizer and, at last, the settings. Yields one line per file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_record(folder, {})
+    for name, rows in tables.items():
+        with replacing(folder / f"{name}.csv") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        words = sum(len(row["article"].split()) for row in rows) / len(rows)
+        noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
+        yield f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}"
+    tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    yield f"tokenizer/: {len(tokenizer)} tokens"
+    write_record(folder, settings)
+    yield "demo.json: the settings"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Usage errors in one line, with exit code 2."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"demo_news: error: {message}\n")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
-    """(output folder, settings) from the command line. Exits with 2 and one line for a usage error."""
-    parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's made-up news.")
+def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict, bool]:
+    """(output folder, settings, whether to overwrite). Exits with 2 and one line for a usage error."""
+    parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's synthetic news.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--test_seed", type=int, help="seed of test.csv alone; default: that of --seed")
@@ -300,7 +263,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
     parser.add_argument("--vocab_size", type=int, default=1536, help="of the tokenizer; default: %(default)s")
     for split, size in SIZES.items():
         parser.add_argument(f"--{split}_rows", type=int, default=size, help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds other files")
     options = parser.parse_args(arguments)
+    if options.vocab_size < 257:
+        parser.error(f"vocab_size must be 257 or more, not {options.vocab_size}")
     settings = {
         "version": VERSION,
         "seed": options.seed,
@@ -309,32 +275,36 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
         "vocab_size": options.vocab_size,
         "sizes": {split: getattr(options, f"{split}_rows") for split in SIZES},
     }
-    return options.output_dir, settings
+    return options.output_dir, settings, options.overwrite
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
-    output_dir, settings = parse_arguments(arguments)
-    folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
+    folder, settings, overwrite = parse_arguments(arguments)
     try:
-        if is_complete(folder, settings):
-            clear_dead(folder.parent)
-            print(f"{output_dir}: already complete with these settings, reused")
+        tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
+        present = read_settings(folder)
+        names = [*(f"{name}.csv" for name in tables), "tokenizer/tokenizer.json"]
+        if present == settings and all((folder / name).is_file() for name in names) and not overwrite:
+            print(f"{folder}: already complete with these settings, reused")
             return 0
-        check_replaceable(folder)
-        lines = write_folder(folder, settings)
+        if present is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose another --output_dir, or write there with --overwrite")
+        for line in write_folder(folder, settings, tables):
+            print(f"{folder}/{line}")
     except ValueError as error:
         print(f"demo_news: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"demo_news: interrupted, {output_dir} is as it was", file=sys.stderr)
+        print("demo_news: interrupted: the same command starts again", file=sys.stderr)
         return 130
     except Exception as error:
-        if (refused := refusal(error)) is None:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # the latter is how tokenizers says it
             raise
-        print(f"demo_news: error: cannot write {describe(refused, output_dir)}", file=sys.stderr)
+        cause = getattr(error, "strerror", None) or error
+        print(f"demo_news: error: cannot write {folder}: {cause}: free space, or choose another --output_dir",
+              file=sys.stderr)
         return 1
-    print("\n".join([f"{output_dir}/{line}" for line in lines]))
     return 0
 
 
