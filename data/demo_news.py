@@ -11,14 +11,14 @@ the highlights hold; `category` is the kind of event. The sentences are in demo/
 
 import argparse
 import csv
+import io
 import json
 import random
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -28,12 +28,7 @@ POOLS, EVENTS, GENERIC = TEMPLATES["pools"], TEMPLATES["events"], TEMPLATES["gen
 VERSION = 1  # of the generator and its templates: raise it if the same settings give other rows
 END_OF_TEXT = "<|endoftext|>"
 SIZES = {  # rows of each split
-    "teacher_short": 3000,
-    "teacher": 3000,
-    "student_short": 1000,
-    "student": 1000,
-    "validation": 200,
-    "test": 200,
+    "teacher_short": 3000, "teacher": 3000, "student_short": 1000, "student": 1000, "validation": 200, "test": 200,
 }
 DISTRACTOR_SLOTS = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
 
@@ -50,18 +45,16 @@ def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
     return value
 
 
-def draw_slots(rng: random.Random, event: Event, used: set[str]) -> dict[str, str]:
-    """Values for the slots of the event's key facts: {slot name: value}, all different."""
-    return {slot: draw_value(rng, pool, used) for slot, pool in event["slots"].items()}
-
-
 def draw_unseen_slots(
     rng: random.Random, kind: str, taken: Iterable[str], seen: set[tuple[str, ...]]
 ) -> tuple[dict[str, str], set[str]]:
-    """(values for the slots, all words used): no word of `taken`, no content of `seen`, to which this one is added."""
+    """({slot of the key facts: value}, all words used), without words of `taken`.
+
+    seen: (kind, values) of earlier rows, none of which is drawn again; the new one is added.
+    """
     while True:
         used = set(taken)
-        slots = draw_slots(rng, EVENTS[kind], used)
+        slots = {slot: draw_value(rng, pool, used) for slot, pool in EVENTS[kind]["slots"].items()}
         content = (kind, *slots.values())
         if content not in seen:
             seen.add(content)
@@ -97,11 +90,7 @@ def write_article(rng: random.Random, event: Event, slots: dict[str, str], used:
 
 
 def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> list[Row]:
-    """`size` rows of a split, the event kinds in turn.
-
-    seen: set of (kind, slot values) that earlier splits hold. None of them is used again; the new ones are added.
-    Returns dicts with the keys `id, article, highlights, category, facts`.
-    """
+    """`size` rows of a split, the event kinds in turn. seen: as in `draw_unseen_slots`, of all splits."""
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
     kinds = list(EVENTS)
     rows = []
@@ -121,9 +110,8 @@ def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> l
 def add_noise(rows: list[Row], share: float, seed: str, seen: set[tuple[str, ...]]) -> list[Row]:
     """Copies of the rows in which a share of the highlights states wrong facts, as scraped references often do.
 
-    The wrong facts are of the same kind of event and none of them occurs in the article. Their combination is not in
-    `seen`, to which it is added. `facts` follows the highlights. A further column `noisy` is 1 for
-    these rows and 0 for the others.
+    The wrong facts are of the same kind of event, and none of them occurs in the article. `facts` follows the
+    highlights. A further column, `noisy`, is 1 for these rows and 0 for the others.
     """
     rng = random.Random(f"noise/{seed}")
     chosen = set(rng.sample(range(len(rows)), round(share * len(rows))))
@@ -202,26 +190,39 @@ def teacher_texts(tables: dict[str, list[Row]]) -> list[str]:
     return [row[column] for row in rows for column in ("article", "highlights")]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` once it is complete."""
+def csv_text(rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def write_file(path: Path, text: str) -> None:
+    """As a whole or not at all."""
     temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.replace(path)
 
 
-def write_record(folder: Path, settings: dict) -> None:
-    """demo.json. {}: the folder belongs to this command and is not complete."""
-    with replacing(folder / "demo.json") as file:
-        file.write(json.dumps({"settings": settings}, indent=2) + "\n")
+def write_folder(folder: Path, settings: dict, tables: dict[str, list[Row]]) -> Iterator[str]:
+    """Write the tables, the tokenizer and, when both are complete, the settings. Yields one line per file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "demo.json", json.dumps({"settings": {}}))  # the folder is ours, and not complete
+    for name, rows in tables.items():
+        write_file(folder / f"{name}.csv", csv_text(rows))
+        words = sum(len(row["article"].split()) for row in rows) / len(rows)
+        noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
+        yield f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}"
+    tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    yield f"tokenizer/: {len(tokenizer)} tokens"
+    write_file(folder / "demo.json", json.dumps({"settings": settings}, indent=2) + "\n")
+    yield "demo.json: the settings"
 
 
 def read_settings(folder: Path) -> dict | None:
-    """The settings that demo.json records; None if this command did not write it."""
+    """The settings that the folder's demo.json records; None if this command did not write it."""
     try:
         settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -229,23 +230,7 @@ def read_settings(folder: Path) -> dict | None:
     return settings if isinstance(settings, dict) else None
 
 
-def write_folder(folder: Path, settings: dict, tables: dict[str, list[Row]]) -> Iterator[str]:
-    """Write the tables, the tokenizer and, at last, the settings. Yields one line per file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_record(folder, {})
-    for name, rows in tables.items():
-        with replacing(folder / f"{name}.csv") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        words = sum(len(row["article"].split()) for row in rows) / len(rows)
-        noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
-        yield f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}"
-    tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
-    tokenizer.save_pretrained(folder / "tokenizer")
-    yield f"tokenizer/: {len(tokenizer)} tokens"
-    write_record(folder, settings)
-    yield "demo.json: the settings"
+# -- the command ---------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -253,8 +238,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"demo_news: error: {message}\n")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict, bool]:
-    """(output folder, settings, whether to overwrite). Exits with 2 and one line for a usage error."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's synthetic news.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
@@ -267,6 +251,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict, boo
     options = parser.parse_args(arguments)
     if options.vocab_size < 257:
         parser.error(f"vocab_size must be 257 or more, not {options.vocab_size}")
+    return options
+
+
+def make_folder(options: argparse.Namespace) -> None:
+    """Raises ValueError for a usage error."""
+    folder = options.output_dir
     settings = {
         "version": VERSION,
         "seed": options.seed,
@@ -275,35 +265,36 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict, boo
         "vocab_size": options.vocab_size,
         "sizes": {split: getattr(options, f"{split}_rows") for split in SIZES},
     }
-    return options.output_dir, settings, options.overwrite
+    tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
+    present = read_settings(folder)
+    files = [*(folder / f"{name}.csv" for name in tables), folder / "tokenizer/tokenizer.json"]
+    if not options.overwrite:
+        if present == settings and all(path.is_file() for path in files):
+            print(f"{folder}: already complete with these settings, reused")
+            return
+        if present is None and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose another --output_dir, or add --overwrite")
+    for line in write_folder(folder, settings, tables):
+        print(f"{folder}/{line}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
-    folder, settings, overwrite = parse_arguments(arguments)
+    options = parse_arguments(arguments)
     try:
-        tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
-        present = read_settings(folder)
-        names = [*(f"{name}.csv" for name in tables), "tokenizer/tokenizer.json"]
-        if present == settings and all((folder / name).is_file() for name in names) and not overwrite:
-            print(f"{folder}: already complete with these settings, reused")
-            return 0
-        if present is None and not overwrite and folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds other files: choose another --output_dir, or write there with --overwrite")
-        for line in write_folder(folder, settings, tables):
-            print(f"{folder}/{line}")
+        make_folder(options)
     except ValueError as error:
         print(f"demo_news: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo_news: interrupted: the same command starts again", file=sys.stderr)
+        print("demo_news: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # the latter is how tokenizers says it
+        if not isinstance(error, OSError) and "os error" not in str(error):  # the latter is tokenizers' message
             raise
         cause = getattr(error, "strerror", None) or error
-        print(f"demo_news: error: cannot write {folder}: {cause}: free space, or choose another --output_dir",
-              file=sys.stderr)
+        print(f"demo_news: error: cannot write {options.output_dir}: {cause}: free space, or choose another "
+              "--output_dir", file=sys.stderr)
         return 1
     return 0
 
