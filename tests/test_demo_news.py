@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data import demo_news
-from data.demo_templates import EVENTS, GENERIC, POOLS
+from data.demo_news import EVENTS, GENERIC, POOLS
 from data.prompts import PromptFormat
 from utils.evaluation.rouge import lead_sentences, mean_scores, score_rows
 
@@ -54,7 +54,7 @@ def slots_of(template):
 
 def all_templates():
     for event in EVENTS.values():
-        for wordings in (*event.facts, *event.highlights, event.distractors):
+        for wordings in (*event["facts"], *event["highlights"], event["distractors"]):
             yield from wordings
     yield from GENERIC
 
@@ -68,21 +68,20 @@ def test_no_template_starts_with_a_slot():
 
 
 def test_events_have_their_shape():
-    """A highlight tells a value that its key fact does not hold: nobody could learn to write it."""
+    """Fault: a highlight states a value that its key fact does not hold: nobody could learn to write it."""
     assert len(EVENTS) == 8
     for event in EVENTS.values():
-        assert [len(wordings) for wordings in event.facts] == [3, 3, 3]
-        assert [len(wordings) for wordings in event.highlights] == [2, 2, 2]
-        assert len(event.distractors) == 5
-        told = []
-        for fact, highlight in zip(event.facts, event.highlights, strict=True):
+        assert [len(wordings) for wordings in event["facts"]] == [3, 3, 3]
+        assert [len(wordings) for wordings in event["highlights"]] == [2, 2, 2]
+        assert len(event["distractors"]) == 5
+        stated = []
+        for fact, highlight in zip(event["facts"], event["highlights"], strict=True):
             (slots,) = {tuple(sorted(slots_of(template))) for template in (*fact, *highlight)}
-            assert 1 <= len(slots) <= 2
-            assert not set(fact) & set(highlight)
-            told += slots
-        assert sorted(told) == sorted(event.slots)
-        for template in (*event.distractors, *GENERIC):
-            assert set(slots_of(template)) <= set(demo_news.VALUES_OF_NO_FACT), template
+            assert 1 <= len(slots) <= 2 and not set(fact) & set(highlight)
+            stated += slots
+        assert sorted(stated) == sorted(event["slots"])
+        for template in (*event["distractors"], *GENERIC):
+            assert set(slots_of(template)) <= set(demo_news.DISTRACTOR_SLOTS), template
 
 
 def test_pools_do_not_overlap():
@@ -125,10 +124,9 @@ def test_splits_are_disjoint(tables):
 
 
 def test_repeated_content_is_drawn_again(monkeypatch):
-    """With few values two splits, or the noise, hold the same facts: chance alone kept them apart."""
-    event = EVENTS["building"]
-    slots = {**dict.fromkeys(event.slots, "day"), "building": "building"}
-    monkeypatch.setattr(demo_news, "EVENTS", {"building": event._replace(slots=slots)})
+    """Fault: with few values two splits, or the noise, hold the same facts: chance alone kept them apart."""
+    slots = {**dict.fromkeys(EVENTS["building"]["slots"], "day"), "building": "building"}
+    monkeypatch.setattr(demo_news, "EVENTS", {"building": {**EVENTS["building"], "slots": slots}})
     # 360 of the 7 * 6 * 5 * 4 * 11 = 9,240 contents: without care some 7 would come twice.
     tables = demo_news.generate(dict.fromkeys(demo_news.SIZES, 60), noisy_share=0)
     facts = [row["facts"] for name in CLEAN for row in tables[name]]
