@@ -1,10 +1,8 @@
-"""The demo's steps, two at a time: news, a teacher, students with and without it, predictions, a table.
-
-    ./demo.sh [--full]      DEMO_STEPS=12 ./demo.sh
+"""The demo's steps: news, a teacher, students with and without it, predictions, a table. Started by ./demo.sh.
 
 Importing torch and transformers takes longer than some of the steps. So the libraries are imported once, and each step
-is a forked child that calls a script's `main`. The equivalent command is printed, to be copied. This process itself
-computes nothing and touches no GPU: a thread pool or a CUDA context would not survive the fork.
+is a forked child that calls a script's `main`, two at a time. The equivalent command is printed, to be copied. This
+process computes nothing and touches no GPU: neither thread pools nor a CUDA context survive a fork.
 """
 
 import argparse
@@ -23,45 +21,43 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
-PARALLEL = 2  # steps at a time: the models are too small to use several cores well
+PARALLEL = 2  # steps at a time: models this small gain little from a second core
 LIBRARIES = ("train", "train_kd", "validate_model", "utils.runs.build", "utils.runs.run", "utils.runs.find_batch_size",
              "utils.runs.score_table", "utils.compare", "data.demo_news", "transformers.models.gpt2.modeling_gpt2")
-TRAIN_KD = ("distil_student", "policy_gradient", "on_policy")  # configs of train_kd.py; the rest are train.py's
 KL_DIVS = {"forward": 0.5, "reverse": 0.5, "JS": 0.9}  # kd_weight: near equality JS is about a quarter of KL
-FULL_STEPS = {"train_teacher_short": 450, "train_teacher": 700, "train_student_short": 300, "train_student": 450}
-FULL_METHOD_STEPS = 150
+# --full: optimizer steps by config; the default demo takes those of the config files.
+FULL_STEPS = {"train_teacher_short": 450, "train_teacher": 700, "train_student_short": 300, "train_student": 450,
+              "continue_student": 150, "distil_student": 150, "on_policy": 150, "policy_gradient": 150}
 EQUAL_TIME_STEPS = 600  # of fine-tuning: they take as long as policy gradient's 150 (benchmarks/RESULTS.md)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Step(NamedTuple):
-    """command: what one would type after `python`. after: names of the steps that must be finished before.
-    result, sources: the step is skipped if the file `result` is newer than all of `sources`."""
+    """command: what one would type after `python`. after: names of the steps that must be finished before it.
+    result, source: the step is skipped if `result` exists and is newer than `source` (if any)."""
 
     name: str
     command: list[str]
     after: tuple[str, ...] = ()
     result: Path | None = None
-    sources: tuple[Path, ...] = ()
+    source: Path | None = None
 
     def is_done(self) -> bool:
-        files = (*self.sources, self.result) if self.result else ()
-        if not files or not all(path.exists() for path in files):
+        if self.result is None or not self.result.exists():
             return False
-        return all(self.result.stat().st_mtime > path.stat().st_mtime for path in self.sources)
+        return self.source is None or self.result.stat().st_mtime > self.source.stat().st_mtime
 
 
 # -- what is run ---------------------------------------------------------------------------------------------------
 
 
 class Plan:
-    """The steps of one demo, in order of preference, and the tables to print at the end."""
+    """The steps of the demo, in order of preference, and the tables to print at the end: (title, command)."""
 
     def __init__(self, full: bool, max_steps: int | None):
-        self.root = Path("runs/demo/full" if full else "runs/demo")
-        self.full, self.max_steps = full, max_steps
+        self.full, self.max_steps, self.root = full, max_steps, Path("runs/demo/full" if full else "runs/demo")
         self.steps = [Step("news", ["-m", "data.demo_news", "--output_dir", "data/demo"])]
-        self.tables: list[tuple[str, list[str]]] = []  # (title, command)
-
+        self.tables: list[tuple[str, list[str]]] = []
         self.train("teacher_short", "train_teacher_short", "teacher_short.csv", ("news",))
         self.train("teacher", "train_teacher", "teacher.csv", ("teacher_short",),
                    {"model_arch.lang_model": self.last("teacher_short")})
@@ -71,72 +67,62 @@ class Plan:
         self.predict("lead-3")
 
     def add_students(self, labels: str) -> None:
-        """A student and what becomes of it with each method. labels: "noisy" or "clean" highlights."""
-        folder = f"{labels}/" if self.full else ""
-        ending = "_noisy.csv" if labels == "noisy" else ".csv"
-        student = f"{folder}student"
+        """A student, and each method from its weights on. labels: "noisy" or "clean" highlights."""
+        folder, ending = f"{labels}/" if self.full else "", "_noisy.csv" if labels == "noisy" else ".csv"
+        student, rows = f"{folder}student", {}
         self.train(f"{student}_short", "train_student_short", f"student_short{ending}", ("news",))
         self.train(student, "train_student", f"student{ending}", (f"{student}_short",),
                    {"model_arch.lang_model": self.last(f"{student}_short")})
 
-        rows = {}
-
         def method(title: str, name: str, config: str, settings: dict) -> None:
-            rows[title], start = folder + name, {"trainer_kwargs.student_ckpt_path": self.last(student)}
-            after = ("teacher", student)
-            if config == "continue_student":
-                start, after = {"model_arch.lang_model": self.last(student)}, (student,)
-            self.train(folder + name, config, f"student{ending}", after, {**start, **settings})
+            rows[title] = folder + name
+            alone = config == "continue_student"
+            start = "model_arch.lang_model" if alone else "trainer_kwargs.student_ckpt_path"
+            self.train(folder + name, config, f"student{ending}", (student,) if alone else (student, "teacher"),
+                       {start: self.last(student), **settings})
 
-        if not self.full:  # the longest first
-            method("PG + penalties", "policy_gradient", "policy_gradient", {})
+        penalty = "distillation_kwargs.penalty"
+        if labels == "noisy":  # the longest first
+            method("PG + penalties", "policy_gradient_penalties", "policy_gradient", {penalty: True})
         method("fine-tuning", "fine_tuning", "continue_student", {})
-        for kl_div, kd_weight in KL_DIVS.items() if self.full else (("JS", 0.9),):
+        for kl_div, kd_weight in KL_DIVS.items() if self.full else [("JS", KL_DIVS["JS"])]:
             method(kl_div if kl_div == "JS" else f"{kl_div} KL", kl_div, "distil_student",
                    {"distillation_kwargs.kl_div": kl_div, "distillation_kwargs.kd_weight": kd_weight})
         if self.full and labels == "noisy":
-            penalty = "distillation_kwargs.penalty"
-            method("on-policy JS", "on_policy", "on_policy", {})
             method("policy gradient", "policy_gradient", "policy_gradient", {penalty: False})
-            method("PG + penalties", "penalties", "policy_gradient", {penalty: True})
+            method("on-policy JS", "on_policy", "on_policy", {})
             method("longer tuning", "fine_tuning_longer", "continue_student",
                    {"trainer_kwargs.epochs": 20, "trainer_kwargs.max_steps": EQUAL_TIME_STEPS})
         for name in rows.values():
             self.predict(name)
-
         rows = {"lead-3": "lead-3", "teacher": "teacher", "fine-tuning": rows.pop("fine-tuning"), **rows}
-        folders = [f"{title}={self.root}/predictions/{name}" for title, name in rows.items()]
-        self.tables.append((f"students trained on {labels} highlights (the teacher on clean ones)",
-                            ["-m", "utils.compare", "--teacher", "teacher", "--baseline", "fine-tuning", *folders]))
+        self.tables.append((
+            f"students trained on {labels} highlights (the teacher on clean ones)",
+            ["-m", "utils.compare", "--teacher", "teacher", "--baseline", "fine-tuning",
+             *(f"{title}={self.root}/predictions/{name}" for title, name in rows.items())],
+        ))
 
     def train(self, name: str, config: str, rows: str, after: tuple[str, ...], settings: dict | None = None) -> None:
         """A training that writes to `root/name`. Settings that the config has already are left out of the command."""
-        settings = {"trainer_kwargs.output_dir": str(self.root / name), "dataset_kwargs.train_dataset": rows,
-                    **(settings or {})}
-        if self.full:
-            settings.setdefault("trainer_kwargs.max_steps", FULL_STEPS.get(config, FULL_METHOD_STEPS))
+        settings = {"trainer_kwargs.output_dir": f"{self.root}/{name}", "dataset_kwargs.train_dataset": rows,
+                    **({"trainer_kwargs.max_steps": FULL_STEPS[config]} if self.full else {}), **(settings or {})}
         if self.max_steps:
             settings["trainer_kwargs.max_steps"] = self.max_steps
-        path = Path("demo", f"{config}.json")
-        own = json.loads(path.read_text(encoding="utf-8"))
-        command = ["train_kd.py" if config in TRAIN_KD else "train.py", "--config", str(path)]
+        own = json.loads(Path(f"demo/{config}.json").read_text(encoding="utf-8"))
+        command = ["train_kd.py" if "distillation_kwargs" in own else "train.py", "--config", f"demo/{config}.json"]
         for key, value in settings.items():
-            section, key_name = key.split(".")
-            if own[section].get(key_name) != value:
+            section, option = key.split(".")
+            if own[section].get(option) != value:
                 command += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
         self.steps.append(Step(name, command, after))
 
     def predict(self, name: str) -> None:
         """Highlights of the test articles by a trained model, or by lead-3, and their scores."""
-        model, sources, after = "lead-3", (), ("news",)
-        if name != "lead-3":
-            model, after = self.last(name), (name,)
-            sources = (Path(model, "trainer_state", "state.json"),)
-        folder = self.root / "predictions" / name
-        command = ["validate_model.py", "--config", "demo/validate.json", "--model_path", model,
-                   "--output_dir", str(folder)]
-        self.steps.append(Step(f"predictions/{name}", command, after, folder / "scores.json",
-                               (*sources, Path("data/demo/test.csv"))))
+        lead, folder = name == "lead-3", f"{self.root}/predictions/{name}"
+        model = name if lead else self.last(name)
+        command = ["validate_model.py", "--config", "demo/validate.json", "--model_path", model, "--output_dir", folder]
+        self.steps.append(Step(f"predictions/{name}", command, ("news",) if lead else (name,),
+                               Path(folder, "scores.json"), None if lead else Path(model, "trainer_state/state.json")))
 
     def last(self, name: str) -> str:
         return f"{self.root}/{name}/model_checkpoints/last"
@@ -146,16 +132,16 @@ class Plan:
 
 
 def call_main(command: list[str]) -> int:
-    """What `python COMMAND` does, in this process."""
+    """What `python COMMAND` does, in this process. Returns the exit code."""
     name, *arguments = command[1:] if command[0] == "-m" else command
     return importlib.import_module(name.removesuffix(".py")).main(arguments)
 
 
 def run_child(command: list[str], log: Path) -> None:
-    """The body of a child: the command with its output in the log."""
+    """The body of a child: the command, with its output in the log."""
     os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which stops every child once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -164,13 +150,13 @@ def run_child(command: list[str], log: Path) -> None:
 
 
 class Runner:
-    """Runs the steps of a plan, PARALLEL at a time, each as soon as the steps before it are finished."""
+    """Runs steps, PARALLEL at a time, each as soon as the steps before it are finished."""
 
     def __init__(self, steps: list[Step], logs: Path):
-        # Without fork being safe (macOS) every child imports the libraries by itself.
+        # macOS's own libraries do not survive a fork: there each child imports everything by itself.
         self.context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
         self.waiting, self.logs = list(steps), logs
-        self.running: dict[str, tuple] = {}  # name: (process, start time)
+        self.running: dict[str, tuple[multiprocessing.Process, float]] = {}  # with the start time
         self.finished: set[str] = set()
         self.started = self.shown = time.monotonic()
 
@@ -182,12 +168,14 @@ class Runner:
                 wait([process.sentinel for process, _ in self.running.values()], timeout=1)
                 self.show_progress()
                 for name, (process, started) in list(self.running.items()):
-                    if process.exitcode is not None:
-                        del self.running[name]
-                        self.finished.add(name)
-                        if process.exitcode:
-                            return self.fail(name, process.exitcode)
-                        self.say(f"done   {name} ({time.monotonic() - started:.0f} s): {self.last_line(name)}")
+                    if process.exitcode is None:
+                        continue
+                    del self.running[name]
+                    if process.exitcode:
+                        return self.fail(name, process.exitcode)
+                    self.finished.add(name)
+                    result = self.lines(name)[-1].partition(";")[0]
+                    self.say(f"done   {name} ({time.monotonic() - started:.0f} s): {result}")
             return 0
         finally:
             for process, _ in self.running.values():
@@ -197,29 +185,26 @@ class Runner:
 
     def start_ready(self) -> None:
         for step in list(self.waiting):
-            if len(self.running) < PARALLEL and self.finished.issuperset(step.after):
-                self.waiting.remove(step)
-                if step.is_done():
-                    self.finished.add(step.name)
-                    self.say(f"done   {step.name}: already there: {step.result.parent}")
-                    return self.start_ready()
-                self.say(f"start  {step.name}: python {shlex.join(step.command)}")
-                self.log(step.name).parent.mkdir(parents=True, exist_ok=True)
-                process = self.context.Process(target=run_child, args=(step.command, self.log(step.name)))
-                process.start()
-                self.running[step.name] = (process, time.monotonic())
-        return None
+            if len(self.running) == PARALLEL or not self.finished.issuperset(step.after):
+                continue
+            self.waiting.remove(step)
+            if step.is_done():
+                self.finished.add(step.name)
+                self.say(f"done   {step.name}: already there")
+                continue
+            self.say(f"start  {step.name}: python {shlex.join(step.command)}")
+            self.log(step.name).parent.mkdir(parents=True, exist_ok=True)
+            process = self.context.Process(target=run_child, args=(step.command, self.log(step.name)))
+            process.start()
+            self.running[step.name] = process, time.monotonic()
 
     def log(self, name: str) -> Path:
         return self.logs / f"{name}.log"
 
     def lines(self, name: str) -> list[str]:
-        """The log; of a progress bar only its last state."""
+        """The step's log, of a progress bar only the last state."""
         text = self.log(name).read_bytes().decode("utf-8", "replace") if self.log(name).exists() else ""
-        return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()]
-
-    def last_line(self, name: str) -> str:
-        return (self.lines(name) or [""])[-1]
+        return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()] or [""]
 
     def fail(self, name: str, exitcode: int) -> int:
         code = exitcode if exitcode > 0 else 128 - exitcode
@@ -233,10 +218,10 @@ class Runner:
         print(f"{clear}[{seconds // 60}:{seconds % 60:02}] {line}", flush=True)
 
     def show_progress(self) -> None:
-        """How far the running steps are: on a terminal each second in one line, else a line every 15 seconds."""
+        """How far the running steps are: on a terminal one line that is rewritten, else a line every 15 seconds."""
         states = []
         for name in self.running:
-            line = self.last_line(name)
+            line = self.lines(name)[-1]
             share, loss = re.search(r"^(.*?): +(\d+)%", line), re.search(r"loss [\d.]+", line)
             state = f"{share[1]} {share[2]} %" if share else "..."
             states.append(f"{name} {state}{f', {loss[0]}' if loss else ''}")
@@ -255,17 +240,19 @@ def stop(number: int, frame) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser("./demo.sh", description="A teacher, students with and without it, and a table.")
     parser.add_argument("--full", action="store_true", help="longer trainings, all methods, noisy and clean labels")
-    full = parser.parse_args().full
-    plan = Plan(full, int(os.environ.get("DEMO_STEPS") or 0) or None)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    parser.add_argument("--steps", type=int, default=os.environ.get("DEMO_STEPS") or None,
+                        help="optimizer steps of every training, to see that it runs (default: DEMO_STEPS)")
+    options = parser.parse_args()
+    plan = Plan(options.full, options.steps)
+    for number in SIGNALS:
         signal.signal(number, stop)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // PARALLEL)))
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own pool would start at the import
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not start CUDA before the fork
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's pool would start at its import
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not start CUDA before the fork
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
-    print(f"importing torch and transformers (logs of the steps: {plan.root}/logs)", flush=True)
+    print(f"importing torch and transformers (output of the steps: {plan.root}/logs)", flush=True)
     for name in LIBRARIES:
         importlib.import_module(name)
     if code := Runner(plan.steps, plan.root / "logs").run():
@@ -275,15 +262,14 @@ def main() -> int:
         print(f"\n{title}\n", flush=True)
         if code := call_main(command):
             return code
-    if full:
-        print(f"\nlonger tuning: {EQUAL_TIME_STEPS} steps, about as long a time as policy gradient's with its rollouts")
-    seconds, usage = int(time.monotonic() - started), resource.getrusage(resource.RUSAGE_CHILDREN)
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = usage.ru_utime + usage.ru_stime + own.ru_utime + own.ru_stime
+    if options.full:
+        print(f"\nlonger tuning: {EQUAL_TIME_STEPS} steps, about as long a time as policy gradient's 150 with rollouts")
+    seconds = int(time.monotonic() - started)
+    cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(f"\ntook {seconds // 60} min {seconds % 60} s ({cpu / 60:.1f} min of CPU), without the installation")
-    print(f"models:       {plan.root}/*/model_checkpoints/last (folders for AutoModelForCausalLM.from_pretrained)")
+    print(f"models:       {plan.root}/NAME/model_checkpoints/last (folders for AutoModelForCausalLM.from_pretrained)")
+    print(f"predictions:  {plan.root}/predictions/NAME/predictions.json")
     print("curves:       .venv/bin/tensorboard --logdir runs/demo")
-    print(f"predictions:  {plan.root}/predictions/*/predictions.json")
     print("configs:      demo/*.json: copy one and change it")
     return 0
 
