@@ -68,7 +68,7 @@ def fill_distractor(rng: random.Random, template: str, used: set[str]) -> str:
 
 
 def write_highlights(rng: random.Random, event: Event, slots: dict[str, str]) -> str:
-    """Three lines, one for each key fact."""
+    """Three lines, one per key fact."""
     return "\n".join(rng.choice(wordings).format(**slots) for wordings in event["highlights"])
 
 
@@ -169,18 +169,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> "PreTrained
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     ))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False, model_max_length=256,
     )
 
 
@@ -257,15 +251,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def make_folder(options: argparse.Namespace) -> None:
     """Raises ValueError for a usage error."""
     folder = options.output_dir
-    settings = {
-        "version": VERSION,
-        "seed": options.seed,
-        "test_seed": options.seed if options.test_seed is None else options.test_seed,
-        "noisy_share": options.noisy_share,
-        "vocab_size": options.vocab_size,
-        "sizes": {split: getattr(options, f"{split}_rows") for split in SIZES},
-    }
-    tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
+    test_seed = options.seed if options.test_seed is None else options.test_seed
+    sizes = {split: getattr(options, f"{split}_rows") for split in SIZES}
+    settings = {"version": VERSION, "seed": options.seed, "test_seed": test_seed, "noisy_share": options.noisy_share,
+                "vocab_size": options.vocab_size, "sizes": sizes}
+    tables = generate(sizes, options.seed, test_seed, options.noisy_share)
     present = read_settings(folder)
     files = [*(folder / f"{name}.csv" for name in tables), folder / "tokenizer/tokenizer.json"]
     if not options.overwrite:
