@@ -1,4 +1,4 @@
-"""Made-up news with highlights, for a demo that needs neither hub nor GPU.
+"""Synthetic news with highlights, for a demo that needs neither hub nor GPU.
 
     python -m data.demo_news --output_dir data/demo --seed 7
 
@@ -6,42 +6,34 @@ writes eight CSV files (`id, article, highlights, category, facts`), a byte-leve
 teacher's texts, and `demo.json`, which records the settings. The same settings give the same bytes.
 
 Highlights are three sentences joined by newlines, as in CNN/DailyMail. `facts` is a JSON list of the slot values that
-the highlights hold; `category` is the kind of event.
+the highlights hold; `category` is the kind of event. The sentences are in demo/templates.json.
 """
 
 import argparse
 import csv
+import io
 import json
-import os
 import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from data.demo_templates import EVENTS, GENERIC, POOLS, Event
-from data.digest import file_digest
-from data.os_errors import describe, refusal
-from data.scratch import clear_dead, scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1  # of the generator and its templates: raise it when the same settings give other rows
+TEMPLATES = json.loads((Path(__file__).parent.parent / "demo/templates.json").read_text(encoding="utf-8"))
+POOLS, EVENTS, GENERIC = TEMPLATES["pools"], TEMPLATES["events"], TEMPLATES["generic"]
+VERSION = 1  # of the generator and its templates: raise it if the same settings give other rows
 END_OF_TEXT = "<|endoftext|>"
 SIZES = {  # rows of each split
-    "teacher_short": 3000,
-    "teacher": 3000,
-    "student_short": 1000,
-    "student": 1000,
-    "validation": 200,
-    "test": 200,
+    "teacher_short": 3000, "teacher": 3000, "student_short": 1000, "student": 1000, "validation": 200, "test": 200,
 }
-COLUMNS = ("id", "article", "highlights", "category", "facts")
-VALUES_OF_NO_FACT = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
+DISTRACTOR_SLOTS = {f"other_{pool}": pool for pool in ("place", "person", "firm", "number", "day")}
 
 Row = dict[str, str | int]
+Event = dict  # of demo/templates.json: slots, facts, highlights, distractors
 
 
 def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
@@ -53,18 +45,16 @@ def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
     return value
 
 
-def draw_slots(rng: random.Random, event: Event, used: set[str]) -> dict[str, str]:
-    """Values for the slots of the event's key facts: {slot name: value}, all different."""
-    return {slot: draw_value(rng, pool, used) for slot, pool in event.slots.items()}
-
-
 def draw_unseen_slots(
     rng: random.Random, kind: str, taken: Iterable[str], seen: set[tuple[str, ...]]
 ) -> tuple[dict[str, str], set[str]]:
-    """(values for the slots, all words used): no word of `taken`, no content of `seen`, to which this one is added."""
+    """({slot of the key facts: value}, all words used), without words of `taken`.
+
+    seen: (kind, values) of earlier rows, none of which is drawn again; the new one is added.
+    """
     while True:
         used = set(taken)
-        slots = draw_slots(rng, EVENTS[kind], used)
+        slots = {slot: draw_value(rng, pool, used) for slot, pool in EVENTS[kind]["slots"].items()}
         content = (kind, *slots.values())
         if content not in seen:
             seen.add(content)
@@ -73,13 +63,13 @@ def draw_unseen_slots(
 
 def fill_distractor(rng: random.Random, template: str, used: set[str]) -> str:
     """The distractor sentence with competing values, none of them in `used`."""
-    slots = {slot: pool for slot, pool in VALUES_OF_NO_FACT.items() if f"{{{slot}}}" in template}
+    slots = {slot: pool for slot, pool in DISTRACTOR_SLOTS.items() if f"{{{slot}}}" in template}
     return template.format(**{slot: draw_value(rng, pool, used) for slot, pool in slots.items()})
 
 
 def write_highlights(rng: random.Random, event: Event, slots: dict[str, str]) -> str:
-    """Three lines, one for each key fact."""
-    return "\n".join(rng.choice(wordings).format(**slots) for wordings in event.highlights)
+    """Three lines, one per key fact."""
+    return "\n".join(rng.choice(wordings).format(**slots) for wordings in event["highlights"])
 
 
 def write_article(rng: random.Random, event: Event, slots: dict[str, str], used: set[str], short: bool) -> str:
@@ -87,10 +77,10 @@ def write_article(rng: random.Random, event: Event, slots: dict[str, str], used:
 
     short: hold the three key facts and nothing else. Full articles add 2-5 distractors of the event and 0-2 generic.
     """
-    first, *rest = (rng.choice(wordings).format(**slots) for wordings in event.facts)
+    first, *rest = (rng.choice(wordings).format(**slots) for wordings in event["facts"])
     before = []
     if not short:
-        of_event = rng.sample(event.distractors, len(event.distractors))
+        of_event = rng.sample(event["distractors"], len(event["distractors"]))
         if rng.random() < 0.5:
             before = [fill_distractor(rng, of_event.pop(), used)]
         distractors = of_event[: rng.randint(2, 5)] + rng.sample(GENERIC, rng.randint(0, 2))
@@ -100,11 +90,7 @@ def write_article(rng: random.Random, event: Event, slots: dict[str, str], used:
 
 
 def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> list[Row]:
-    """`size` rows of a split, the event kinds in turn.
-
-    seen: set of (kind, slot values) that earlier splits hold. None of them is used again; the new ones are added.
-    Returns dicts with the keys of COLUMNS.
-    """
+    """`size` rows of a split, the event kinds in turn. seen: as in `draw_unseen_slots`, of all splits."""
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
     kinds = list(EVENTS)
     rows = []
@@ -122,11 +108,10 @@ def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> l
 
 
 def add_noise(rows: list[Row], share: float, seed: str, seen: set[tuple[str, ...]]) -> list[Row]:
-    """Copies of the rows in which a share of the highlights tells wrong facts, as scraped references often do.
+    """Copies of the rows in which a share of the highlights states wrong facts, as scraped references often do.
 
-    The wrong facts are of the same kind of event, none of them occurs in the article, and together they are no
-    content of `seen`, to which they are added. `facts` follows the highlights. A further column `noisy` is 1 for
-    these rows and 0 for the others.
+    The wrong facts are of the same kind of event, and none of them occurs in the article. `facts` follows the
+    highlights. A further column, `noisy`, is 1 for these rows and 0 for the others.
     """
     rng = random.Random(f"noise/{seed}")
     chosen = set(rng.sample(range(len(rows)), round(share * len(rows))))
@@ -146,7 +131,7 @@ def generate(
 ) -> dict[str, list[Row]]:
     """All tables of the demo: {name: rows}, in the order in which they are written.
 
-    sizes: {split: number of rows}; a split left out has its size of SIZES. test_seed: seed of the test split, the
+    sizes: {split: number of rows}; the default of a split is its size in SIZES. test_seed: seed of the test split, the
     only table it changes; None is `seed`. noisy_share: of the highlights in the `_noisy` tables, 0 to 1.
     No two rows share their kind and key facts, except the clean rows that a `_noisy` table repeats.
     Raises ValueError for an unknown split, a size below 1 or a share outside 0 to 1.
@@ -172,11 +157,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> "PreTrained
     """Byte-level BPE trained on the texts: a PreTrainedTokenizerFast of at most `vocab_size` tokens.
 
     `<|endoftext|>` is its only special token: beginning, end and unknown. Texts of 256 tokens at most are expected.
-    Raises ValueError where `vocab_size` cannot hold the 256 bytes and the special token.
+    Raises ValueError if `vocab_size` cannot hold the 256 bytes and the special token.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be 257 or more, not {vocab_size}")
-    # Imported here because it takes seconds, and a folder that is reused needs none of it.
+    # Imported here because it takes seconds, and reusing a folder needs none of it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -184,18 +169,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> "PreTrained
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
     ))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False, model_max_length=256,
     )
 
 
@@ -205,94 +184,56 @@ def teacher_texts(tables: dict[str, list[Row]]) -> list[str]:
     return [row[column] for row in rows for column in ("article", "highlights")]
 
 
-def write_table(path: Path, rows: list[Row]) -> None:
-    """The rows as UTF-8 CSV with LF line ends and the first row's keys as header."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_text(rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """{path inside the folder: SHA-256} of every file but demo.json."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "demo.json")
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in paths}
+def write_file(path: Path, text: str) -> None:
+    """As a whole or not at all."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.replace(path)
 
 
-def read_record(folder: Path) -> dict[str, dict]:
-    """The folder's demo.json: its `settings` and the `sha256` of each file. {} where this module did not write it."""
+def write_folder(folder: Path, settings: dict, tables: dict[str, list[Row]]) -> Iterator[str]:
+    """Write the tables, the tokenizer and, when both are complete, the settings. Yields one line per file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "demo.json", json.dumps({"settings": {}}))  # the folder is ours, and not complete
+    for name, rows in tables.items():
+        write_file(folder / f"{name}.csv", csv_text(rows))
+        words = sum(len(row["article"].split()) for row in rows) / len(rows)
+        noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
+        yield f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}"
+    tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    yield f"tokenizer/: {len(tokenizer)} tokens"
+    write_file(folder / "demo.json", json.dumps({"settings": settings}, indent=2) + "\n")
+    yield "demo.json: the settings"
+
+
+def read_settings(folder: Path) -> dict | None:
+    """The settings that the folder's demo.json records; None if this command did not write it."""
     try:
-        record = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    parts = [record.get(key) for key in ("settings", "sha256")] if isinstance(record, dict) else [None]
-    return record if all(isinstance(part, dict) for part in parts) else {}
+        settings = json.loads((folder / "demo.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
-def is_complete(folder: Path, settings: dict) -> bool:
-    """Whether the folder holds just the files that these settings gave, unchanged."""
-    record = read_record(folder)
-    return record.get("settings") == settings and record["sha256"] == file_digests(folder)
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError if replacing the folder would lose files that this module did not write."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise ValueError(f"{folder} is not a folder: choose another --output_dir")
-    record = read_record(folder)
-    known = {folder / name for name in record.get("sha256", ())} | ({folder / "demo.json"} if record else set())
-    parents = {parent for path in known for parent in path.parents}
-    # One folder at a time, so that the first foreign file ends it: --output_dir may be somebody's home.
-    for parent, folders, files in os.walk(folder):
-        for path in sorted(Path(parent, name) for name in (*files, *folders)):
-            if path.is_symlink() or path not in (parents if path.is_dir() else known):
-                raise ValueError(f"{folder} holds {path.relative_to(folder)}, which is not part of the demo: move it "
-                                 "away or choose another --output_dir")
-
-
-def write_folder(folder: Path, settings: dict) -> list[str]:
-    """Generate everything and put it in place of `folder` in one step, so that no half-made folder is ever seen.
-
-    settings: keyword arguments of `generate`, with `vocab_size` and `version`. Returns one line per file.
-    """
-    tables = generate(settings["sizes"], settings["seed"], settings["test_seed"], settings["noisy_share"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(folder.parent) as scratch:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        lines = []
-        for name, rows in tables.items():
-            write_table(new / f"{name}.csv", rows)
-            words = sum(len(row["article"].split()) for row in rows) / len(rows)
-            noisy = f", {sum(row['noisy'] for row in rows)} noisy" if "noisy" in rows[0] else ""
-            lines.append(f"{name}.csv: {len(rows)} rows, {words:.0f} words an article{noisy}")
-        tokenizer = train_tokenizer(teacher_texts(tables), settings["vocab_size"])
-        tokenizer.save_pretrained(new / "tokenizer")
-        lines.append(f"tokenizer/: {len(tokenizer)} tokens")
-        record = {"settings": settings, "sha256": file_digests(new)}
-        (new / "demo.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        lines.append("demo.json: the settings")
-        try:
-            if folder.exists():
-                folder.rename(old)
-            new.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-    return lines
+# -- the command ---------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Usage errors in one line, with exit code 2."""
-
     def error(self, message: str) -> None:
         self.exit(2, f"demo_news: error: {message}\n")
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
-    """(output folder, settings) from the command line. Exits with 2 and one line for a usage error."""
-    parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's made-up news.")
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(prog="python -m data.demo_news", description="Write the demo's synthetic news.")
     parser.add_argument("--output_dir", type=Path, default=Path("data/demo"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--test_seed", type=int, help="seed of test.csv alone; default: that of --seed")
@@ -300,41 +241,51 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Path, dict]:
     parser.add_argument("--vocab_size", type=int, default=1536, help="of the tokenizer; default: %(default)s")
     for split, size in SIZES.items():
         parser.add_argument(f"--{split}_rows", type=int, default=size, help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that holds other files")
     options = parser.parse_args(arguments)
-    settings = {
-        "version": VERSION,
-        "seed": options.seed,
-        "test_seed": options.seed if options.test_seed is None else options.test_seed,
-        "noisy_share": options.noisy_share,
-        "vocab_size": options.vocab_size,
-        "sizes": {split: getattr(options, f"{split}_rows") for split in SIZES},
-    }
-    return options.output_dir, settings
+    if options.vocab_size < 257:
+        parser.error(f"vocab_size must be 257 or more, not {options.vocab_size}")
+    return options
+
+
+def make_folder(options: argparse.Namespace) -> None:
+    """Raises ValueError for a usage error."""
+    folder = options.output_dir
+    test_seed = options.seed if options.test_seed is None else options.test_seed
+    sizes = {split: getattr(options, f"{split}_rows") for split in SIZES}
+    settings = {"version": VERSION, "seed": options.seed, "test_seed": test_seed, "noisy_share": options.noisy_share,
+                "vocab_size": options.vocab_size, "sizes": sizes}
+    tables = generate(sizes, options.seed, test_seed, options.noisy_share)
+    present = read_settings(folder)
+    files = [*(folder / f"{name}.csv" for name in tables), folder / "tokenizer/tokenizer.json"]
+    if not options.overwrite:
+        if present == settings and all(path.is_file() for path in files):
+            print(f"{folder}: already complete with these settings, reused")
+            return
+        if present is None and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose another --output_dir, or add --overwrite")
+    for line in write_folder(folder, settings, tables):
+        print(f"{folder}/{line}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, 1 for a file system error, 2 for a usage error, 130 for Ctrl-C."""
-    output_dir, settings = parse_arguments(arguments)
-    folder = Path(os.path.realpath(output_dir))  # so that a link to a folder stays a link
+    options = parse_arguments(arguments)
     try:
-        if is_complete(folder, settings):
-            clear_dead(folder.parent)
-            print(f"{output_dir}: already complete with these settings, reused")
-            return 0
-        check_replaceable(folder)
-        lines = write_folder(folder, settings)
+        make_folder(options)
     except ValueError as error:
         print(f"demo_news: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"demo_news: interrupted, {output_dir} is as it was", file=sys.stderr)
+        print("demo_news: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if (refused := refusal(error)) is None:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # the latter is tokenizers' message
             raise
-        print(f"demo_news: error: cannot write {describe(refused, output_dir)}", file=sys.stderr)
+        cause = getattr(error, "strerror", None) or error
+        print(f"demo_news: error: cannot write {options.output_dir}: {cause}: free space, or choose another "
+              "--output_dir", file=sys.stderr)
         return 1
-    print("\n".join([f"{output_dir}/{line}" for line in lines]))
     return 0
 
 

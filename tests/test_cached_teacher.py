@@ -19,8 +19,8 @@ from tests.small_kd_runs import make_kd_project, run_kd, save_model, tiny_teache
 from tests.small_runs import assert_equal_weights, changed, largest_difference, make_rows, metrics, weights
 from utils.config.distill import DistillationKwargs
 from utils.distillation.cached_teacher import CachedTeacher
-from utils.runs import build
 from utils.progress import progress_bar
+from utils.runs import build
 from utils.training.distributed import DistributedContext
 
 HIDDEN = {"kind": "hidden"}

@@ -11,11 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data import demo_news
-from data.demo_templates import EVENTS, GENERIC, POOLS
+from data.demo_news import EVENTS, GENERIC, POOLS
 from data.prompts import PromptFormat
-from utils.evaluation.lead import lead_sentences
-from utils.evaluation.rouge import score_rows
-from utils.evaluation.statistics import mean_scores
 
 TABLES = "teacher_short teacher student_short student_short_noisy student student_noisy validation test".split()
 CLEAN = [name for name in TABLES if not name.endswith("_noisy")]
@@ -56,13 +53,13 @@ def slots_of(template):
 
 def all_templates():
     for event in EVENTS.values():
-        for wordings in (*event.facts, *event.highlights, event.distractors):
+        for wordings in (*event["facts"], *event["highlights"], event["distractors"]):
             yield from wordings
     yield from GENERIC
 
 
 def test_no_template_starts_with_a_slot():
-    """A value at the start of a line has no space before it: another token, which a small model cannot copy."""
+    """Fault: a value at the start of a line has no space before it: another token, which a small model cannot copy."""
     for template in all_templates():
         before, *_ = template.split("{")
         assert before and template[0].isupper() and template.endswith("."), template
@@ -70,25 +67,24 @@ def test_no_template_starts_with_a_slot():
 
 
 def test_events_have_their_shape():
-    """A highlight tells a value that its key fact does not hold: nobody could learn to write it."""
+    """Fault: a highlight states a value that its key fact does not hold: nobody could learn to write it."""
     assert len(EVENTS) == 8
     for event in EVENTS.values():
-        assert [len(wordings) for wordings in event.facts] == [3, 3, 3]
-        assert [len(wordings) for wordings in event.highlights] == [2, 2, 2]
-        assert len(event.distractors) == 5
-        told = []
-        for fact, highlight in zip(event.facts, event.highlights, strict=True):
+        assert [len(wordings) for wordings in event["facts"]] == [3, 3, 3]
+        assert [len(wordings) for wordings in event["highlights"]] == [2, 2, 2]
+        assert len(event["distractors"]) == 5
+        stated = []
+        for fact, highlight in zip(event["facts"], event["highlights"], strict=True):
             (slots,) = {tuple(sorted(slots_of(template))) for template in (*fact, *highlight)}
-            assert 1 <= len(slots) <= 2
-            assert not set(fact) & set(highlight)
-            told += slots
-        assert sorted(told) == sorted(event.slots)
-        for template in (*event.distractors, *GENERIC):
-            assert set(slots_of(template)) <= set(demo_news.VALUES_OF_NO_FACT), template
+            assert 1 <= len(slots) <= 2 and not set(fact) & set(highlight)
+            stated += slots
+        assert sorted(stated) == sorted(event["slots"])
+        for template in (*event["distractors"], *GENERIC):
+            assert set(slots_of(template)) <= set(demo_news.DISTRACTOR_SLOTS), template
 
 
 def test_pools_do_not_overlap():
-    """A word of two pools, or twice in one: a competing name may then equal a fact by chance."""
+    """Fault: a word of two pools, or twice in one: a competing name may then equal a fact by chance."""
     counts = Counter(word for pool in POOLS.values() for word in pool)
     assert [word for word, count in counts.items() if count > 1] == []
     assert POOLS["number"] == [str(number) for number in range(12, 60)]
@@ -101,11 +97,9 @@ def test_pools_do_not_overlap():
 
 
 def test_tables_have_their_sizes(tables):
-    """Rows or columns missing, ids twice, or kinds of news in unequal numbers."""
-    assert {name: len(rows) for name, rows in tables.items()} == {
-        "teacher_short": 3000, "teacher": 3000, "student_short": 1000, "student_short_noisy": 1000, "student": 1000,
-        "student_noisy": 1000, "validation": 200, "test": 200,
-    }
+    """Fault: rows or columns missing, ids twice, or kinds of news in unequal numbers."""
+    sizes = {**demo_news.SIZES, "student_short_noisy": 1000, "student_noisy": 1000}
+    assert {name: len(rows) for name, rows in tables.items()} == sizes
     for name, rows in tables.items():
         columns = ["id", "article", "highlights", "category", "facts", *(["noisy"] if name.endswith("_noisy") else [])]
         assert list(rows[0]) == columns and len({row["id"] for row in rows}) == len(rows)
@@ -114,7 +108,7 @@ def test_tables_have_their_sizes(tables):
 
 
 def test_splits_are_disjoint(tables):
-    """A test row whose facts or sentences stand in a training table: its score says nothing."""
+    """Fault: a test row whose facts or sentences stand in a training table: its score says nothing."""
     for key in (("article",), ("highlights",), ("category", "facts")):
         holders = {}
         for name in CLEAN:
@@ -127,10 +121,9 @@ def test_splits_are_disjoint(tables):
 
 
 def test_repeated_content_is_drawn_again(monkeypatch):
-    """With few values two splits, or the noise, hold the same facts: chance alone kept them apart."""
-    event = EVENTS["building"]
-    slots = {**dict.fromkeys(event.slots, "day"), "building": "building"}
-    monkeypatch.setattr(demo_news, "EVENTS", {"building": event._replace(slots=slots)})
+    """Fault: with few values two splits, or the noise, hold the same facts: chance alone kept them apart."""
+    slots = {**dict.fromkeys(EVENTS["building"]["slots"], "day"), "building": "building"}
+    monkeypatch.setattr(demo_news, "EVENTS", {"building": {**EVENTS["building"], "slots": slots}})
     # 360 of the 7 * 6 * 5 * 4 * 11 = 9,240 contents: without care some 7 would come twice.
     tables = demo_news.generate(dict.fromkeys(demo_news.SIZES, 60), noisy_share=0)
     facts = [row["facts"] for name in CLEAN for row in tables[name]]
@@ -144,7 +137,7 @@ def test_repeated_content_is_drawn_again(monkeypatch):
 
 
 def test_articles_hold_their_facts(tables):
-    """A fact missing from the article or its highlights, or told in its distractors too."""
+    """Fault: a fact missing from the article or its highlights, or told in its distractors too."""
     for name in CLEAN:
         for row in tables[name]:
             facts = json.loads(row["facts"])
@@ -156,26 +149,12 @@ def test_articles_hold_their_facts(tables):
                 assert len(re.findall(rf"\b{fact}\b", row["highlights"])) == 1, row["id"]
 
 
-def test_lengths_of_articles(tables):
-    """Short articles with distractors, or full ones too long or too short to be like the task (demo.md: about 63)."""
-    for name in CLEAN:
-        counts = [row["article"].count(".") for row in tables[name]]
-        mean_words = sum(len(row["article"].split()) for row in tables[name]) / len(counts)
-        if name.endswith("_short"):
-            assert set(counts) == {3} and 20 < mean_words < 32
-        else:
-            assert min(counts) >= 5 and max(counts) <= 11 and 58 < mean_words < 68
-            second = sum(not words(row["article"].split(".")[0]) & words(row["facts"]) for row in tables[name])
-            assert 0.35 < second / len(counts) < 0.65  # a distractor comes first in half of the articles
-
-
-@pytest.mark.parametrize(("name", "share"), [("student_noisy", 0.25), ("student_short_noisy", 0.25)])
-def test_noisy_tables(tables, name, share):
-    """Another share of wrong highlights than asked for, right ones among them, or a changed article."""
-    clean = tables[name.removesuffix("_noisy")]
+@pytest.mark.parametrize("name", ["student_noisy", "student_short_noisy"])
+def test_noisy_tables(tables, name):
+    """Fault: another share of wrong highlights than asked for, right ones among them, or a changed article."""
     noisy = tables[name]
-    assert sum(row["noisy"] == "1" for row in noisy) == share * len(noisy)
-    for before, after in zip(clean, noisy, strict=True):
+    assert sum(row["noisy"] == "1" for row in noisy) == 0.25 * len(noisy)
+    for before, after in zip(tables[name.removesuffix("_noisy")], noisy, strict=True):
         if after["noisy"] == "0":
             assert after == {**before, "noisy": "0"}
             continue
@@ -187,24 +166,16 @@ def test_noisy_tables(tables, name, share):
 
 @pytest.mark.parametrize(("share", "rows"), [(0, 0), (0.29, 29), (1, 100)])
 def test_noisy_share_is_exact(share, rows):
-    """A share met on average only, or cut down by rounding (0.29 * 100 is 28.999...)."""
+    """Fault: a share met on average only, or cut down by rounding (0.29 * 100 is 28.999...)."""
     table = demo_news.generate(dict.fromkeys(demo_news.SIZES, 100), noisy_share=share)["student_noisy"]
     assert sum(row["noisy"] for row in table) == rows
-
-
-def test_lead_3_leaves_room(tables):
-    """The first three sentences give the highlights away, or have nothing to do with them."""
-    rows = tables["test"]
-    leads = [lead_sentences(row["article"]) for row in rows]
-    assert all(lead.count("\n") == 2 for lead in leads)
-    assert 0.2 < mean_scores(score_rows(leads, [row["highlights"] for row in rows]))["rouge1"] < 0.45
 
 
 # -- tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def test_vocabulary(tokenizer):
-    """Another size than asked for, GPT-2's end id (outside so small a vocabulary), or ids with a hole."""
+    """Fault: another size than asked for, GPT-2's end id (outside so small a vocabulary), or ids with a hole."""
     assert len(tokenizer) == 1536 and sorted(tokenizer.get_vocab().values()) == list(range(1536))
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert end == tokenizer.bos_token_id == tokenizer.eos_token_id < 1536
@@ -214,14 +185,14 @@ def test_vocabulary(tokenizer):
 
 
 def test_values_are_one_token(tokenizer):
-    """Names or numbers of several tokens: copying fails. Only 13 common words are too rare to be whole."""
+    """Fault: names or numbers of several tokens: copying fails. Only 13 common words are too rare to be whole."""
     pieces = {pool: [word for word in values if len(tokenizer(f" {word}").input_ids) > 1]
               for pool, values in POOLS.items()}
     assert {pool: len(split) for pool, split in pieces.items() if split} == {"product": 7, "building": 6}
 
 
 def test_rows_fit_the_context(tables, tokenizer):
-    """Rows longer than the demo models' 256 positions are cut, and the figures are those of another task."""
+    """Fault: rows longer than the demo models' 256 positions are cut, and the figures are those of another task."""
     for name in TABLES:
         texts = [f"{row['article']}\nTL;DR: {row['highlights']}<|endoftext|>" for row in tables[name]]
         assert max(map(len, tokenizer(texts).input_ids)) <= 256
@@ -233,7 +204,7 @@ def test_rows_fit_the_context(tables, tokenizer):
 
 
 def test_smallest_vocabulary():
-    """A size that cannot hold all bytes gives a tokenizer with unknown characters, without complaint."""
+    """Fault: a size that cannot hold all bytes gives a tokenizer with unknown characters, without complaint."""
     assert len(demo_news.train_tokenizer(["some text"], 257)) == 257
     with pytest.raises(ValueError, match="vocab_size must be 257 or more, not 256"):
         demo_news.train_tokenizer(["some text"], 256)

@@ -97,10 +97,10 @@ def demo() -> Case:
 
 
 def tables(folder: Path) -> Case:
-    """Local CSVs, over the tables of an earlier run."""
+    """Local CSVs."""
     folder.mkdir(parents=True)
     table = write_rows(folder / "news.csv", make_rows(12))
-    return Case("cnn", "cnn_dailymail", ("--from_csv", str(table), "--fraction", "0.5"))
+    return Case("cnn", "cnn_dailymail", ("--from_csv", str(table), "--fraction", "0.5", "--overwrite"))
 
 
 def comparison(folder: Path, form: str) -> Case:

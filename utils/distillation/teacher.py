@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from utils.files import sha256_file
 from data.prompts import PromptFormat
 from model.language_model import LanguageModel, ModelError
 from model.loading import (
@@ -22,6 +21,7 @@ from model.teacher import Teacher
 from model.vocabulary import shared_vocabulary
 from utils.config.distill import DistillConfig
 from utils.config.load import ConfigError
+from utils.files import sha256_file
 from utils.manifest import check_model_folder
 from utils.training.distributed import DistributedContext, choose_device
 
