@@ -34,7 +34,7 @@ class TeacherStudent(nn.Module):
     chunk_size: label positions whose logits exist at a time. rollouts: draws for on_policy_fraction (source "student").
 
     Raises:
-        ValueError: an unknown kl_div, or a number out of range.
+        ValueError: an unknown kl_div or parameter, or a parameter out of range.
         ModelError: teacher and student have different vocabularies.
     """
 
@@ -54,20 +54,12 @@ class TeacherStudent(nn.Module):
         **parameters: float,
     ):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: expected a number greater than 0")
-        if not 0 <= kd_weight <= 1:
-            raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
         self.language_model, self.teacher = language_model, teacher
         self.divergence = choose_divergence(kl_div, **parameters)
         self.temperature, self.kd_weight, self.chunk_size = temperature, kd_weight, chunk_size
         if vocabulary is None:
             vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)
         self.vocabulary = vocabulary
-        if not 0 <= on_policy_fraction <= 1:
-            raise ValueError(f"on_policy_fraction is {on_policy_fraction}: expected a number from 0 to 1")
-        if on_policy_fraction and rollouts is None:
-            raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutBuffer")
         self.on_policy_fraction, self.rollouts, self.steps = on_policy_fraction, rollouts, 0
 
     def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
@@ -81,7 +73,7 @@ class TeacherStudent(nn.Module):
         batches = iter(batches)
         for count in counts:
             own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
-            drawn = self.rollouts.of_step(table, own) if on_policy else None
+            drawn = self.rollouts.for_step(table, own) if on_policy else None
             self.steps += 1  # after what may be refused: a run that goes on from there decides as before
             if on_policy:
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
@@ -90,7 +82,7 @@ class TeacherStudent(nn.Module):
 
     def next_is_on_policy(self) -> bool:
         """By a number of its own for each step, so that a resumed run and every process decide alike."""
-        draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
+        draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
         return draw < self.on_policy_fraction
 
     def find_nonfinite(self, input_ids, attention_mask, labels, teacher_outputs=None, rollout=None) -> str | None:
@@ -140,11 +132,11 @@ class TeacherStudent(nn.Module):
         options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_weight < 1):
             hidden, targets = model.label_hidden(input_ids, attention_mask, labels, lookup)
-            of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
+            of_labels = vocabulary_loss(hidden, head, targets, scale=1 - self.kd_weight, **options)
         hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
         of_rollout = vocabulary_loss(
             hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,
-            kd_weight=1.0, factor=self.kd_weight * rollout.token_scale, **options,
+            kd_weight=1.0, scale=self.kd_weight * rollout.token_scale, **options,
         )
         return LossTerms(
             of_labels.loss_sum + of_rollout.loss_sum, len(targets),

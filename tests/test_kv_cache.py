@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model.gpt2.cuda_graph
 import model.gpt2.kv_cache
-from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches, make_kv_cache
-from model.decoding.loop import decode, make_voice
-from model.gpt2.cuda_graph import StepGraphs, rounded
+from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches
+from model.decoding.loop import decode, make_decoder, make_kv_cache
+from model.gpt2.cuda_graph import StepGraphs, round_up
 from model.gpt2.kv_cache import GPT2KVCache
 from model.language_model import LanguageModel, evaluating
 from tests.conftest import END, byte_tokenizer
@@ -135,8 +135,8 @@ class Recomputed(StepGraphs):
 
 
 def replayed(model: LanguageModel, count: int, room: int) -> GPT2KVCache:
-    slots = GPT2KVCache(model, count, rounded(room))
-    slots.room, slots.graphs = room, Recomputed(count, model.device)
+    slots = GPT2KVCache(model, count, round_up(room))
+    slots.max_length, slots.graphs = room, Recomputed(count, model.device)
     return slots
 
 
@@ -278,10 +278,10 @@ def planned(plan=PLAN, most: int = MOST) -> tuple[list[list[int]], list[list[int
     return prompts, chosen, right
 
 
-@pytest.mark.parametrize("look_every", [None, 1, 3, 8])
+@pytest.mark.parametrize("check_every", [None, 1, 3, 8])
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 10, 40])
 @torch.no_grad()
-def test_the_loop_shows_each_row_its_own_states(slots, look_every):
+def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     """Fault: rows, places, tokens and hidden states of the slots do not belong together once rows have left."""
     prompts, chosen, right = planned()
     models = [gpt2(1), gpt2(2, n_embd=16, n_layer=1)]  # of different widths and depths, reading the same tokens
@@ -298,15 +298,15 @@ def test_the_loop_shows_each_row_its_own_states(slots, look_every):
                     torch.testing.assert_close(states[index], expected, rtol=0, atol=1e-5)
         return torch.tensor(chosen)[rows, places]
 
-    voices = [make_voice(model) for model in models]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
+    voices = [make_decoder(model) for model in models]
+    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), check_every)
     assert made == right
     assert seen == {(row, place) for row, tokens in enumerate(right) for place in range(len(tokens))}
     assert sum(rows for rows, _ in reports) == len(prompts)
     assert sum(tokens for _, tokens in reports) == sum(map(len, right))
 
 
-@pytest.mark.parametrize("look_every", [1, 3, 8])
+@pytest.mark.parametrize("check_every", [1, 3, 8])
 @pytest.mark.parametrize(("plan", "slots"), [
     ([(5, 2)] * 4 + [(3, 3)], 4),  # four end at once, one waits
     ([(5, 1)] * 7, 3),
@@ -315,7 +315,7 @@ def test_the_loop_shows_each_row_its_own_states(slots, look_every):
     ([(9, None), (9, 1), (9, 1), (1, MOST)], 3),
 ])
 @torch.no_grad()
-def test_several_rows_end_at_once(plan, slots, look_every):
+def test_several_rows_end_at_once(plan, slots, check_every):
     """Fault: places that become free together are filled wrongly, or the last prompt that waits is left out."""
     prompts, chosen, right = planned(plan)
     reports = []
@@ -323,8 +323,8 @@ def test_several_rows_end_at_once(plan, slots, look_every):
     def choose(rows, places, hidden):
         return torch.tensor(chosen)[rows, places]
 
-    voices = [make_voice(gpt2())]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
+    voices = [make_decoder(gpt2())]
+    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), check_every)
     assert made == right
     assert [sum(column) for column in zip(*reports, strict=True)] == [len(plan), sum(map(len, right))]
 
@@ -338,13 +338,13 @@ def test_little_to_do():
         asked.append((rows.tolist(), places.tolist()))
         return rows + 10
 
-    voices = [make_voice(gpt2())]
+    voices = [make_decoder(gpt2())]
     assert decode(voices, [], 5, 3, [END], choose) == []
     assert decode(voices, [[1], [2, 3]], 0, 3, [END], choose) == [[], []]
     assert asked == []
-    for look_every in (1, 3, 8):
+    for check_every in (1, 3, 8):
         asked.clear()
-        made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, look_every=look_every)
+        made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, check_every=check_every)
         assert made == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
 
@@ -357,7 +357,7 @@ def test_tokens_are_the_same_however_they_are_made(language_model):
     with torch.no_grad(), evaluating(language_model):
         head = language_model.output_head()
         bias = torch.zeros(257).index_fill_(0, torch.tensor([END]), 3.0)  # so that rows end, at different times
-        voice = make_voice(language_model, head._replace(bias=bias))
+        voice = make_decoder(language_model, head._replace(bias=bias))
         right = []
         for prompt in prompts:
             new: list[int] = []
@@ -365,7 +365,7 @@ def test_tokens_are_the_same_however_they_are_made(language_model):
                 new.append(int((head.weight @ alone(language_model, prompt + new)[-1] + bias).argmax()))
             right.append(new)
         assert len({len(new) for new in right}) > 2
-        for slots, look_every in itertools.product((1, 3, 8), (1, 3, 8)):
+        for slots, check_every in itertools.product((1, 3, 8), (1, 3, 8)):
             made = decode([voice], prompts, most, slots, [END],
-                          lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), look_every=look_every)
+                          lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), check_every=check_every)
             assert made == right

@@ -213,25 +213,25 @@ def enumerated(seed):
     prefixes = [()] + [prefix for length in (1, 2) for prefix in itertools.product((0, 1), repeat=length)]
     student, teacher = ({prefix: torch.softmax(2 * torch.randn(3, generator=generator).double(), 0).tolist()
                          for prefix in prefixes} for _ in range(2))
-    ids, log_q, log_sampling = [], [], []
+    ids, log_q, behavior_log_probs = [], [], []
     for tokens in [(2,), (0, 2), (1, 2), *((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2))]:
         own = [student[tokens[:position]][token] for position, token in enumerate(tokens)]
         other = [teacher[tokens[:position]][token] for position, token in enumerate(tokens)]
         mixed = [0.2 * p + 0.8 * q for p, q in zip(other, own, strict=True)]
         ids.append([*tokens, *[2] * (3 - len(tokens))])
         log_q.append([math.log(value) for value in own])
-        log_sampling.append([math.log(value) for value in mixed])
-    return torch.tensor(ids), log_q, log_sampling
+        behavior_log_probs.append([math.log(value) for value in mixed])
+    return torch.tensor(ids), log_q, behavior_log_probs
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_are_unbiased_by_enumeration(seed):
     """Fault: the mean over p~ with weights is not the student's mean: of whole sequences, or of the states visited."""
-    ids, log_q, log_sampling = enumerated(seed)
+    ids, log_q, behavior_log_probs = enumerated(seed)
     mask = completion_mask(ids, 2)
-    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, log_sampling))
+    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, behavior_log_probs))
     assert q.sum().item() == pytest.approx(1) and sampled.sum().item() == pytest.approx(1)
-    weighted = padded(log_q, 3, NAN), padded(log_sampling, 3, NAN), mask
+    weighted = padded(log_q, 3, NAN), padded(behavior_log_probs, 3, NAN), mask
     of_sequence = torch.randn(len(ids), generator=torch.Generator().manual_seed(seed)).double()
     whole = importance_weights(*weighted, "sequence")
     assert (sampled * whole[:, 0] * of_sequence).sum().item() == pytest.approx((q * of_sequence).sum().item())

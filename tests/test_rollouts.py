@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.decoding.loop import make_voice
-from model.decoding.rollouts import RolloutOptions, as_batch, draw_rollouts, real_tokens, split_rows, token_log_probs
+from model.decoding.loop import make_decoder
+from model.decoding.rollouts import RolloutConfig, as_batch, draw_rollouts, split_rows, token_log_probs, token_mask
 from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import LanguageModel, ModelError
 from model.losses.output_head import OutputHead
@@ -62,7 +62,7 @@ def sampled(student, teacher, prompt, uniforms, options: SamplingOptions, end: i
 
 
 def rolled(student, teacher, options, slots=3, prompts=PROMPTS, uniforms=UNIFORMS, **others):
-    voices = [None if model is None else make_voice(model, vocabulary=SIZE) for model in (student, teacher)]
+    voices = [None if model is None else make_decoder(model, vocabulary=SIZE) for model in (student, teacher)]
     return draw_rollouts(*voices, prompts, uniforms.shape[1], slots, options, uniforms, **others)
 
 
@@ -86,7 +86,7 @@ def test_rollouts_equal_a_plain_sampler(student, teacher, options, temperature):
         drawing = log_softmax(of_student[start:-1], options.temperature)
         picked = np.arange(count), np.array(tokens)
         for name, ours, right in (
-            ("log_sampling", rollouts.log_sampling, logs),
+            ("behavior_log_probs", rollouts.behavior_log_probs, logs),
             ("log_q", rollouts.log_q, log_softmax(of_student[start:-1], temperature)[picked]),
             ("log_p", rollouts.log_p, log_softmax(of_teacher[start:-1], temperature)[picked]),
             ("entropy", rollouts.entropy, -(np.exp(drawing) * drawing).sum(-1)),
@@ -109,7 +109,7 @@ def test_without_a_teacher(student, teacher):
         along, alone = rolled(student, teacher, options), rolled(student, None, options)
         assert alone.log_p is None and alone.hidden is None
         assert alone.tokens == along.tokens
-        for name in ("log_q", "log_sampling", "entropy"):
+        for name in ("log_q", "behavior_log_probs", "entropy"):
             assert torch.equal(getattr(alone, name), getattr(along, name))
 
 
@@ -137,7 +137,7 @@ def test_float32():
         picked = np.arange(len(tokens)), np.array(tokens)
         mixed = 0.3 * np.exp(log_softmax(p, 0.7)) + 0.7 * np.exp(log_softmax(q, 0.7))
         for ours, right in ((rollouts.log_q, log_softmax(q, 1.5)), (rollouts.log_p, log_softmax(p, 1.5)),
-                            (rollouts.log_sampling, np.log(mixed))):
+                            (rollouts.behavior_log_probs, np.log(mixed))):
             assert ours.dtype == torch.float32
             np.testing.assert_allclose(ours[row, : len(tokens)].numpy(), right[picked], rtol=0, atol=1e-5)
         states = forward(teacher, prompt + tokens)[0][places]
@@ -183,13 +183,13 @@ def test_padding_rows_of_a_head_are_never_drawn(alpha):
     for model in models:
         bias = torch.zeros(SIZE + 3, dtype=torch.float64)
         bias[SIZE:] = 1000.0
-        voices.append(make_voice(model, OutputHead(model.output_head().weight, bias), SIZE))
+        voices.append(make_decoder(model, OutputHead(model.output_head().weight, bias), SIZE))
     options = SamplingOptions(alpha)
     rollouts = draw_rollouts(*voices, PROMPTS, MOST, 3, options, UNIFORMS)
     for row, prompt in enumerate(PROMPTS):
         tokens, logs = sampled(*models, prompt, UNIFORMS[row], options)
         assert rollouts.tokens[row] == tokens
-        assert rollouts.log_sampling[row, : len(tokens)].tolist() == pytest.approx(logs, abs=1e-10)
+        assert rollouts.behavior_log_probs[row, : len(tokens)].tolist() == pytest.approx(logs, abs=1e-10)
 
 
 @pytest.mark.parametrize(("first", "second"), [("Llama", "GPT2"), ("GPT2", "Bloom"), ("Gemma2", "Mistral")])
@@ -198,11 +198,11 @@ def test_models_of_two_families(first, second):
     models = [tiny_family(name).eval().double() for name in (first, second)]
     prompts, options = [[72, 101, 108, 108, 111, 44, 32, 119, 111, 114], [9], [72, 105, 33]], SamplingOptions(0.4)
     uniforms = row_uniforms(3, 0, [0, 1, 2], 5)
-    rollouts = draw_rollouts(*map(make_voice, models), prompts, 5, 2, options, uniforms)
+    rollouts = draw_rollouts(*map(make_decoder, models), prompts, 5, 2, options, uniforms)
     for row, prompt in enumerate(prompts):
         tokens, logs = sampled(*models, prompt, uniforms[row], options, END, 257)
         assert rollouts.tokens[row] == tokens
-        assert rollouts.log_sampling[row, : len(tokens)].tolist() == pytest.approx(logs, abs=1e-5)
+        assert rollouts.behavior_log_probs[row, : len(tokens)].tolist() == pytest.approx(logs, abs=1e-5)
         places = slice(len(prompt) - 1, len(prompt) + len(tokens) - 1)
         right = torch.tensor(forward(models[1], prompt + tokens)[0][places])
         torch.testing.assert_close(rollouts.hidden[row, : len(tokens)], right, rtol=0, atol=1e-5)
@@ -214,7 +214,7 @@ def test_bfloat16_autocast():
     for model in models:
         model.model.float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert make_voice(models[0]).head.weight.dtype == torch.bfloat16  # cast once, not at each token
+        assert make_decoder(models[0]).head.weight.dtype == torch.bfloat16  # cast once, not at each token
         rollouts = rolled(*models, SamplingOptions(0.3, 0.7))
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, rollouts.tokens, strict=True)):
         for model, ours in zip(models, (rollouts.log_q, rollouts.log_p), strict=True):
@@ -252,14 +252,11 @@ def test_nothing_and_too_much(student):
 
 
 def test_options():
-    """Fault: a source's share of the teacher is another, or an option out of range is taken."""
-    assert [RolloutOptions(source, 0.3).sampling.alpha for source in ("mixed", "student", "teacher")] == [0.3, 0.0, 1.0]
-    assert RolloutOptions("mixed", 0.3, 0.7, 5, 0.9).check().sampling == (0.3, 0.7, 5, 0.9)
-    for change, message in (({"source": "beam"}, "rollout is 'beam'"), ({"alpha": 2.0}, "alpha is 2.0"),
-                            ({"max_new_tokens": 0}, "max_generation_length is 0"), ({"top_k": 0}, "rollout_top_k is 0"),
-                            ({"slots": 0}, "rollout_batch_size is 0")):
-        with pytest.raises(ValueError, match=message):
-            RolloutOptions(**change).check()
+    """Fault: a source's share of the teacher is another, or an unknown source is taken for one."""
+    assert [RolloutConfig(source, 0.3).sampling.alpha for source in ("mixed", "student", "teacher")] == [0.3, 0.0, 1.0]
+    assert RolloutConfig("mixed", 0.3, 0.7, 5, 0.9).sampling == (0.3, 0.7, 5, 0.9)
+    with pytest.raises(ValueError, match="rollout is 'beam'"):
+        RolloutConfig("beam")
 
 
 # Prompt "Q:" and highlights "ok" and "no!" by bytes, padded with the end-of-text (A12).
@@ -288,9 +285,9 @@ def test_split_rows_by_hand():
     assert split_rows(parts) == (prompts, tokens)
 
 
-def test_real_tokens_by_hand():
+def test_token_mask_by_hand():
     """Fault: the end's own token is left out, or what follows it is let in (A18)."""
-    mask = real_tokens([[7, 9, 256], [1], [1, 2, 3, 4, 5]], 5, torch.device("cpu"))
+    mask = token_mask([[7, 9, 256], [1], [1, 2, 3, 4, 5]], 5, torch.device("cpu"))
     assert mask.tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5]
 
 

@@ -1,7 +1,6 @@
 """Divergence distillation against its formula in float64: model/teacher_student.py. The teacher: test_teacher.py."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -287,13 +286,11 @@ def test_from_folders(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": 0.0}, "temperature is 0.0"), ({"temperature": -1.0}, "temperature is -1.0"),
-    ({"temperature": math.nan}, "temperature is nan"), ({"kd_weight": 1.5}, "kd_weight is 1.5"),
-    ({"kd_weight": -0.1}, "kd_weight is -0.1"), ({"kl_div": "foward"}, "kl_div is 'foward'"),
+    ({"kl_div": "foward"}, "kl_div is 'foward'"), ({"bata": 0.5}, "bata is no parameter"),
     ({"beta": 1.0, "kl_div": "generalized_js"}, "beta is 1.0"), ({"lambda_": 0.0}, "lambda is 0.0"),
 ])
-def test_numbers_out_of_range(options, message):
-    """Fault: a temperature of 0 or a typo trains on NaN or on another loss (case A10)."""
+def test_parameters_that_cannot_be(options, message):
+    """Fault: a typo, or a parameter out of range, trains on another loss (case A10)."""
     with pytest.raises(ValueError, match="expected") as caught:
         objective_of(student_network(), teacher_network(), **options)
     assert message in str(caught.value)

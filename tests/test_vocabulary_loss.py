@@ -323,16 +323,13 @@ def test_nan_stays_visible(faulty):
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    *[({"temperature": value}, f"temperature is {value}") for value in (0, -1.0, math.nan)],
-    *[({"kd_weight": value}, f"kd_weight is {value}") for value in (-0.1, 1.1, math.nan)],
-    *[({"chunk_size": value}, f"chunk_size is {value}") for value in (0, -1)],
     ({"targets": torch.zeros(N - 1, dtype=torch.int64)}, f"{N} hidden states but {N - 1} targets"),
     ({"teacher": random_inputs(positions=N - 1)[3]}, f"{N - 1} teacher positions but {N} "),
     ({"teacher": top_k_of(torch.zeros(N + 1, V), 3)}, f"{N + 1} teacher positions but {N} "),
     *[({"vocabulary": value}, f"vocabulary is {value}") for value in (0, V + 2, V + 4)],  # rows: V + 3 and V + 1
 ])
 def test_refused_arguments(changed, message):
-    """Fault: A number without meaning, or sizes that do not fit, give a number or an error of torch."""
+    """Fault: Sizes that do not fit give a number or an error of torch."""
     hidden, head, targets, teacher = random_inputs()
     given = {"targets": targets, "vocabulary": V, "teacher": teacher, "divergence": divergence_called("JS")} | changed
     with pytest.raises(ValueError, match=message):
