@@ -155,7 +155,7 @@ class LanguageModel(nn.Module):
         return self.model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0]
 
     def label_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, lookup: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, embedding_weight: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(hidden states [N, D] that predict a label, the labels [N]), in row order, on the model's device.
 
@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
         device. For GPT-2 with padding on the right, neither padding nor anything behind a row's last label is computed,
         and positions that predict no label get only keys and values in the last block.
 
-        lookup: of `head_and_lookup`, where the hidden states go through that head.
+        embedding_weight: of `tied_head`, if the hidden states go through that head.
         """
         index, targets = label_positions(labels)
         targets, input_ids = to_device(targets, self.device), to_device(input_ids, self.device)
@@ -173,7 +173,8 @@ class LanguageModel(nn.Module):
             return hidden[to_device(index, self.device)], targets
         packing = plan_packing(index.cpu(), tuple(labels.shape), self.pack_rows, self.device)
         hidden = packed_hidden_states(
-            self.model.base_model, input_ids, packing, self.prune_last_block, lookup=lookup, compiled=self._compiled
+            self.model.base_model, input_ids, packing, self.prune_last_block, embedding_weight=embedding_weight,
+            compiled=self._compiled,
         )
         return hidden, targets
 
@@ -195,17 +196,17 @@ class LanguageModel(nn.Module):
         head = self.model.get_output_embeddings()
         return OutputHead(head.weight, head.bias, self._logit_scale, self._logit_cap, self.vocabulary, self._gaps)
 
-    def head_and_lookup(self) -> tuple[OutputHead, Tensor | None]:
-        """(`output_head`, what `label_hidden` looks tokens up in) for a training step.
+    def tied_head(self) -> tuple[OutputHead, Tensor | None]:
+        """(`output_head`, the `embedding_weight` of `label_hidden`) for a training step.
 
-        Where they are one weight, its gradient is then formed in the place of the head's, without a second tensor of
-        that size. None: the embedding as it is.
+        If both are one weight, the embedding's gradient is added to the head's in place, without a second tensor of
+        that size; else embedding_weight is None.
         """
         head, embedding = self.output_head(), self.model.get_input_embeddings().weight
         if head.weight is not embedding or not embedding.requires_grad or not can_pack(self.model):
             return head, None
-        lookup, weight = tied(embedding)
-        return head._replace(weight=weight), lookup
+        embedding_weight, weight = tied(embedding)
+        return head._replace(weight=weight), embedding_weight
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D], with the family's scaling or cap of logits."""

@@ -140,15 +140,15 @@ class TeacherStudent(nn.Module):
         rollout: of `iter_steps`; None takes the highlights, without any advantage.
         """
         model, policy = self.language_model, self.policy
-        head, lookup = model.head_and_lookup()
+        head, embedding_weight = model.tied_head()
         if rollout is None:
             rollout = from_reference_summaries(self.teacher, input_ids, attention_mask, labels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and policy.lm_weight > 0):
-            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, lookup)
+            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, embedding_weight)
             ce_loss = vocabulary_loss(hidden, head, targets, vocabulary=self.vocabulary, scale=policy.lm_weight,
                                       chunk_size=policy.chunk_size)
         if rollout.input_ids is not input_ids or policy.lm_weight == 0:
-            hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
+            hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, embedding_weight)
         drawn = PolicyTokens(*(to_device(value, hidden.device) if isinstance(value, Tensor) else value
                                for value in rollout.drawn))
         rollout_loss = policy_loss(

@@ -12,13 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model.gpt2.cuda_graph
 import model.gpt2.kv_cache
-from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches
-from model.decoding.loop import decode, make_decoder, make_kv_cache
+from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches, make_kv_cache
+from model.decoding.loop import decode, make_decoder
 from model.gpt2.cuda_graph import StepGraphs, round_up
 from model.gpt2.kv_cache import GPT2KVCache
-from model.language_model import LanguageModel, evaluating
+from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer
-from tests.test_decoding import ending_model, random_prompts
+from tests.test_decoding import random_prompts
 from tests.test_families import tiny_family
 
 WINDOW = 5  # tokens; shorter than the rows of these tests
@@ -306,29 +306,6 @@ def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     assert sum(tokens for _, tokens in reports) == sum(map(len, right))
 
 
-@pytest.mark.parametrize("check_every", [1, 3, 8])
-@pytest.mark.parametrize(("plan", "slots"), [
-    ([(5, 2)] * 4 + [(3, 3)], 4),  # four end at once, one waits
-    ([(5, 1)] * 7, 3),
-    ([(5, None)] * 5, 2),
-    ([(2, 1)], 1),
-    ([(9, None), (9, 1), (9, 1), (1, MOST)], 3),
-])
-@torch.no_grad()
-def test_several_rows_end_at_once(plan, slots, check_every):
-    """Fault: places that become free together are filled wrongly, or the last prompt that waits is left out."""
-    prompts, chosen, right = planned(plan)
-    reports = []
-
-    def choose(rows, places, hidden):
-        return torch.tensor(chosen)[rows, places]
-
-    voices = [make_decoder(gpt2())]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), check_every)
-    assert made == right
-    assert [sum(column) for column in zip(*reports, strict=True)] == [len(plan), sum(map(len, right))]
-
-
 @torch.no_grad()
 def test_little_to_do():
     """Fault: no prompt, no token or a single one is decoded wrongly, or asks for what is not needed."""
@@ -347,25 +324,3 @@ def test_little_to_do():
         made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, check_every=check_every)
         assert made == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
-
-
-@pytest.mark.parametrize("language_model", [ending_model(), tiny_family("Mistral", sliding_window=WINDOW)],
-                         ids=["GPT2", "Mistral"])
-def test_tokens_are_the_same_however_they_are_made(language_model):
-    """Fault: the model's own choices depend on slots or on when the loop looks, or go on after end-of-text."""
-    prompts, most = random_prompts([3, 40, 1, 21, 7, 12]), 12
-    with torch.no_grad(), evaluating(language_model):
-        head = language_model.output_head()
-        bias = torch.zeros(257).index_fill_(0, torch.tensor([END]), 3.0)  # so that rows end, at different times
-        voice = make_decoder(language_model, head._replace(bias=bias))
-        right = []
-        for prompt in prompts:
-            new: list[int] = []
-            while len(new) < most and END not in new:
-                new.append(int((head.weight @ alone(language_model, prompt + new)[-1] + bias).argmax()))
-            right.append(new)
-        assert len({len(new) for new in right}) > 2
-        for slots, check_every in itertools.product((1, 3, 8), (1, 3, 8)):
-            made = decode([voice], prompts, most, slots, [END],
-                          lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), check_every=check_every)
-            assert made == right

@@ -203,7 +203,7 @@ def hub(monkeypatch):
             headers[self.path] = {name.lower(): value for name, value in self.headers.items()}
             if self.path.startswith("/gpt2/"):
                 self.send_response(302)
-                self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/elsewhere")
+                self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
             else:
                 self.send_response(404 if "missing" in self.path else 200)
             self.end_headers()

@@ -103,7 +103,7 @@ def test_measured_bias_is_what_the_docstring_says():
                 for name, options in cases.items()}
     text = " ".join(inspect.getdoc(TeacherStudent).split())
     told = re.search(
-        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize_rewards ([\d.]+) at alpha 0; '
+        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize ([\d.]+) at alpha 0; '
         r'"token" weights with clip_epsilon 0\.2 ([\d.]+) at alpha 0\.2, and .*? the default, (\d\.\d+)', text)
     assert told is not None, measured
     assert [float(each) for each in told.groups()] == pytest.approx(list(measured.values()), abs=0.01), measured

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from model.decoding.row_lengths import RowLengths
+from model.gpt2.kv_cache import GPT2KVCache
 from model.gpt2.packed_forward import can_pack
 from model.language_model import LanguageModel, ModelError
-from model.transfer import to_device
 
 # Config keys whose numbers are lengths from which on a row is read in another way.
 LIMIT_KEYS = re.compile("window|local|chunk|original_max_position")
@@ -27,52 +28,13 @@ SHORT_LIMIT = 4  # tokens: a limit that every family is tried at
 REREAD_FAMILIES = ("phi3", "phimoe", "phi4_multimodal")
 
 
-class RowLengths:
-    """Number of cached tokens of each row in use: `lengths` on the CPU, `positions` on the device."""
-
-    def __init__(self, batch_size: int, device: torch.device):
-        self.lengths: list[int] = []
-        # Of all rows, int64 [batch_size]; free rows keep the number they had.
-        self.all_positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-    @property
-    def positions(self) -> Tensor:
-        """Position of each row's next token, int64 [n]; a view that `advance` changes."""
-        return self.all_positions[: len(self.lengths)]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
-        """Mask [n, 1, 1, longest + 1] of the keys that each row's next token sees: itself and earlier ones, within a
-        window. To be added to the scores, since eager attention adds its mask."""
-        return causal_mask(self.positions, self.longest + 1, dtype, window)
-
-    def add(self, lengths: list[int]) -> None:
-        start = len(self.lengths)
-        self.lengths += lengths
-        self.all_positions[start : len(self.lengths)] = to_device(torch.tensor(lengths), self.all_positions.device)
-
-    def advance(self) -> None:
-        self.positions.add_(1)
-        self.lengths = [length + 1 for length in self.lengths]
-
-    def move(self, source: int, target: int) -> None:
-        self.all_positions[target] = self.all_positions[source]
-        self.lengths[target] = self.lengths[source]
-
-    def drop(self) -> None:
-        self.lengths.pop()
-
-
-def causal_mask(positions: Tensor, key_count: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-    """Mask [n, 1, 1, key_count] for tokens at positions [n]: 0 where a key is seen, else -inf."""
-    keys, own = torch.arange(key_count, device=positions.device), positions[:, None]
-    hidden = keys > own
-    if window is not None:
-        hidden |= keys <= own - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+def make_kv_cache(language_model: LanguageModel, batch_size: int, max_length: int):
+    """A cache for `batch_size` rows of up to `max_length` tokens, of the fastest type that is exact for the family."""
+    if can_pack(language_model.model):
+        return GPT2KVCache(language_model, batch_size, max_length)
+    if batch_decoding_is_exact(language_model, SHORT_LIMIT) and can_decode_together(language_model, max_length):
+        return BatchKVCache(language_model, batch_size, max_length)
+    return PerRowKVCaches(language_model, batch_size, max_length)
 
 
 class BatchKVCache:
@@ -140,7 +102,8 @@ class BatchLayer(DynamicLayer):
     def write(self, row: int, length: int, prompt_layer: DynamicLayer) -> None:
         """Store one prompt's keys and values; a sliding window holds only its last ones."""
         start = length - prompt_layer.keys.shape[2]
-        self.keys[row, :, start:length], self.values[row, :, start:length] = prompt_layer.keys[0], prompt_layer.values[0]
+        self.keys[row, :, start:length] = prompt_layer.keys[0]
+        self.values[row, :, start:length] = prompt_layer.values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *unused, **also_unused) -> tuple[Tensor, Tensor]:
         count, positions = len(key_states), self.rows.positions

@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from model.decoding.kv_cache import (
-    SHORT_LIMIT,
-    BatchKVCache,
-    PerRowKVCaches,
-    batch_decoding_is_exact,
-    can_decode_together,
-)
-from model.gpt2.kv_cache import GPT2KVCache
-from model.gpt2.packed_forward import can_pack
+from model.decoding.kv_cache import can_decode_together, make_kv_cache
 from model.language_model import LanguageModel, ModelError, evaluating
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
@@ -57,15 +49,6 @@ def make_decoder(
     head = cut_head(language_model.output_head() if head is None else head, vocabulary)
     bias = None if head.bias is None else head.bias.detach()
     return Decoder(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
-
-
-def make_kv_cache(language_model: LanguageModel, batch_size: int, max_length: int):
-    """A cache for `batch_size` rows of up to `max_length` tokens, of the fastest type that is exact for the family."""
-    if can_pack(language_model.model):
-        return GPT2KVCache(language_model, batch_size, max_length)
-    if batch_decoding_is_exact(language_model, SHORT_LIMIT) and can_decode_together(language_model, max_length):
-        return BatchKVCache(language_model, batch_size, max_length)
-    return PerRowKVCaches(language_model, batch_size, max_length)
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.decoding.kv_cache import RowLengths, causal_mask
+from model.decoding.row_lengths import RowLengths, causal_mask
 from model.gpt2.cuda_graph import StepGraphs, round_up
 from model.gpt2.packed_forward import activation_of, packed_hidden_states, plan_packing
 from model.losses.output_head import autocast_type
@@ -45,7 +45,7 @@ class GPT2KVCache:
         lengths, first, device = [len(prompt) for prompt in prompts], len(self.rows.lengths), self.cache.device
         tokens = torch.tensor([token for prompt in prompts for token in prompt])
         ends = torch.arange(len(lengths)) * max(lengths) + torch.tensor(lengths) - 1  # as if rows were padded
-        packing = plan_packing(ends, (len(lengths), max(lengths)), cut=True, device=device)
+        packing = plan_packing(ends, (len(lengths), max(lengths)), truncate=True, device=device)
         packing = packing._replace(tokens=torch.arange(len(tokens), device=device))
         rows = torch.arange(first, first + len(lengths)).repeat_interleave(torch.tensor(lengths))
         rows = to_device(rows, device)
