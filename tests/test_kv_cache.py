@@ -287,8 +287,8 @@ def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     models = [gpt2(1), gpt2(2, n_embd=16, n_layer=1)]  # of different widths and depths, reading the same tokens
     seen, reports = set(), []
 
-    def choose(rows, places, hidden):
-        for index, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
+    def next_token(rows, positions, hidden):
+        for index, (row, place) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             assert 0 <= place < MOST
             if place < len(right[row]):
                 assert (row, place) not in seen
@@ -296,10 +296,11 @@ def test_the_loop_shows_each_row_its_own_states(slots, check_every):
                 for model, states in zip(models, hidden, strict=True):
                     expected = alone(model, prompts[row] + chosen[row][:place])[-1]
                     torch.testing.assert_close(states[index], expected, rtol=0, atol=1e-5)
-        return torch.tensor(chosen)[rows, places]
+        return torch.tensor(chosen)[rows, positions]
 
-    voices = [make_decoder(model) for model in models]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), check_every)
+    decoders = [make_decoder(model) for model in models]
+    made = decode(decoders, prompts, MOST, slots, [END], next_token, lambda *report: reports.append(report),
+                  check_every)
     assert made == right
     assert seen == {(row, place) for row, tokens in enumerate(right) for place in range(len(tokens))}
     assert sum(rows for rows, _ in reports) == len(prompts)
@@ -311,16 +312,16 @@ def test_little_to_do():
     """Fault: no prompt, no token or a single one is decoded wrongly, or asks for what is not needed."""
     asked = []
 
-    def choose(rows, places, hidden):
-        asked.append((rows.tolist(), places.tolist()))
+    def next_token(rows, positions, hidden):
+        asked.append((rows.tolist(), positions.tolist()))
         return rows + 10
 
-    voices = [make_decoder(gpt2())]
-    assert decode(voices, [], 5, 3, [END], choose) == []
-    assert decode(voices, [[1], [2, 3]], 0, 3, [END], choose) == [[], []]
+    decoders = [make_decoder(gpt2())]
+    assert decode(decoders, [], 5, 3, [END], next_token) == []
+    assert decode(decoders, [[1], [2, 3]], 0, 3, [END], next_token) == [[], []]
     assert asked == []
     for check_every in (1, 3, 8):
         asked.clear()
-        made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, check_every=check_every)
+        made = decode(decoders, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], next_token, check_every=check_every)
         assert made == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first

@@ -304,14 +304,6 @@ def test_architecture_of_pretrained_weights(folder):
     assert "{'n_layer': 2}" in message and "from_scratch" in message
 
 
-def test_tokenizer_bigger_than_the_embedding(folder, tmp_path):
-    """Ids past the embedding end in an index error in the middle of the training."""
-    big = byte_tokenizer()
-    big.add_tokens(["<new>"])
-    big.save_pretrained(tmp_path / "big")
-    assert "258 tokens but the model's embedding only 257 rows" in refusal(folder, tokenizer=str(tmp_path / "big"))
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout(folder, tmp_path, dropout):
     """A dropout rate reaches only some of the dropouts, or only GPT-2's."""

@@ -123,9 +123,9 @@ def test_frequencies_of_pairs(alpha, top_k, top_p):
         exact[token] = first[token] * next_token([5, 2, token])
     exact[end, end] = first[end]  # ended: one outcome
     uniforms = row_uniforms(11, 0, list(range(count)), 2)
-    voices = [make_decoder(model) for model in (student, teacher)]
+    decoders = [make_decoder(model) for model in (student, teacher)]
     options = SamplingOptions(alpha, 0.7, top_k, top_p)
-    rollouts = draw_rollouts(*voices, [[5, 2]] * count, 2, count, options, uniforms)
+    rollouts = draw_rollouts(*decoders, [[5, 2]] * count, 2, count, options, uniforms)
     counts = np.zeros_like(exact)
     for tokens in rollouts.tokens:
         assert len(tokens) == 2 or tokens == [end]

@@ -97,7 +97,7 @@ def run_ahead(batches: list, events: list) -> list:
 
 
 def test_next_batch_is_started_before_this_one_is_handed_out():
-    """Fault: the teacher waits for the student, a copy waits behind the next batch, or batches change places."""
+    """Fault: the teacher waits for the student, a copy waits behind the next batch, or a batch is lost or exchanged."""
     events = []
     assert run_ahead([1, 2, 3], events) == [(1, 10), (2, 20), (3, 30)]
     assert events == [
@@ -106,11 +106,7 @@ def test_next_batch_is_started_before_this_one_is_handed_out():
         "draw 3", "finish 2", "start 3", "got 2",
         "finish 3", "got 3",
     ]
-
-
-def test_few_batches():
-    """Fault: the last batch is lost, or no batch at all is an error."""
-    events = []
+    events.clear()
     assert run_ahead([], events) == [] and events == []
     assert run_ahead([7], events) == [(7, 70)] and events == ["draw 7", "start 7", "finish 7", "got 7"]
 
