@@ -7,7 +7,7 @@
 Random GPT-2s (real: gpt2-medium teaches gpt2), no dropout, float32, the same weights, prompts and threads everywhere.
 No row ends early: the end-of-text has probability 0 in both models, so that all variants draw --batch rows of --new
 tokens. Without --step, one batch of rollouts from alpha p + (1 - alpha) q:
-  ours       draw_rollouts, with as many slots as rows; notes log q, log p and log p~ of the tokens as it draws
+  ours       draw_rollouts, with all rows at a time; records log q, log p and log p~ of the tokens as it draws
   processor  the student's `generate`, left-padded; a LogitsProcessor holds the teacher's own cache and mixes the
              distributions. It gives the tokens alone
   minillm    the order of work of MiniLLM's sampler, in code of our own: (1) `generate` as in processor; (2) teacher
@@ -42,9 +42,9 @@ from benchmarks.decode import CONTEXT, END, Rows, make_prompts
 from benchmarks.interleaved import Target, choose_variants, compare, take_turns
 from benchmarks.kd_step import plain_step
 from benchmarks.kd_work import SIZES, Work, collate, make_models, number_tokenizer
-from model.decoding.loop import left_padded, make_voice
+from model.decoding.loop import left_padded, make_decoder
 from model.decoding.rollout_buffer import RolloutBuffer
-from model.decoding.rollouts import RolloutOptions, Rollouts, draw_rollouts
+from model.decoding.rollouts import RolloutConfig, Rollouts, draw_rollouts
 from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import IGNORED, LanguageModel, position_ids
 from model.teacher import Teacher
@@ -81,8 +81,8 @@ def make_pair(size: str, device: str = "cpu") -> tuple[LanguageModel, LanguageMo
 
 def our_rollouts(teacher: LanguageModel, student: LanguageModel, prompts: Rows, new: int, alpha: float) -> Rollouts:
     uniforms = row_uniforms(SEED, 0, list(range(len(prompts))), new)
-    return draw_rollouts(make_voice(student), make_voice(teacher), prompts, new, len(prompts), SamplingOptions(alpha),
-                         uniforms)
+    return draw_rollouts(make_decoder(student), make_decoder(teacher), prompts, new, len(prompts),
+                         SamplingOptions(alpha), uniforms)
 
 
 class TeacherMixture(LogitsProcessor):
@@ -190,7 +190,7 @@ def check_rollouts(name: str, pair: tuple, prompts: Rows, new: int, alpha: float
         return
     made = ROLLOUTS[name](*pair, prompts, new, alpha)
     if name == "ours":
-        tokens, *noted = made.tokens, made.log_q, made.log_p, made.log_sampling
+        tokens, *noted = made.tokens, made.log_q, made.log_p, made.behavior_log_probs
     else:
         tokens, noted = made[0].tolist(), made[1:4]
     check_length(name, tokens, new)
@@ -211,14 +211,14 @@ def check_processor(pair: tuple, prompts: Rows, new: int, alpha: float) -> None:
     check_close(f"{'processor':<15} log p~ of all tokens at {new} places a row", scores[..., END + 1 :],
                 right[..., END + 1 :])  # without the end-of-text, whose log-probability is -inf
     ours = our_rollouts(teacher, student, prompts, 1, alpha)
-    check_close(f"{'processor':<15} log p~ at the first place, against ours", ours.log_sampling,
+    check_close(f"{'processor':<15} log p~ at the first place, against ours", ours.behavior_log_probs,
                 of_drawn(scores[:, :1], ours.tokens))
 
 
 def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
     (teacher, student), vocabulary = pair, SIZES[size][2]
-    held, drawing = Teacher(teacher), RolloutOptions("student", max_new_tokens=new, slots=len(prompts), seed=SEED)
-    sets = RolloutBuffer(student, held, drawing, vocabulary, say=lambda told: None)
+    held, drawing = Teacher(teacher), RolloutConfig("student", max_new_tokens=new, batch_size=len(prompts), seed=SEED)
+    sets = RolloutBuffer(student, held, drawing, vocabulary, log=lambda text: None)
     objective = TeacherStudent(student, held, kl_div="JS", kd_weight=1.0, vocabulary=vocabulary, on_policy_fraction=1.0,
                                rollouts=sets).train()
     highlights = torch.randint(END + 1, vocabulary, (len(prompts), new))

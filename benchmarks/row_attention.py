@@ -29,7 +29,7 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
-from model.gpt2.row_attention import Rows, causal_attention, padded_places, place_rows
+from model.gpt2.row_attention import RowLayout, causal_attention, padded_index, row_layout
 from utils.cli import OneLineParser
 
 HEAD_DIM = 64
@@ -41,9 +41,9 @@ def make_variants(lengths: list[int], device: torch.device, precision: str) -> d
     longest, scale = max(lengths), HEAD_DIM**-0.5
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], device=device)
     ends = offsets.int()
-    rows, padded_rows = Rows(lengths), place_rows(lengths, device)
-    if padded_rows.places is None and len(set(lengths)) > 1:  # as on a GPU, for the comparison
-        padded_rows = Rows(lengths, padded_places(lengths))
+    rows, padded_rows = RowLayout(lengths), row_layout(lengths, device)
+    if padded_rows.pad_index is None and len(set(lengths)) > 1:  # as on a GPU, for the comparison
+        padded_rows = RowLayout(lengths, padded_index(lengths))
 
     def nested(heads: Tensor) -> Tensor:
         parts = (torch.nested.nested_tensor_from_jagged(each, offsets, min_seqlen=min(lengths), max_seqlen=longest)

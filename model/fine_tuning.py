@@ -30,14 +30,14 @@ class FineTuning(nn.Module):
         return {}
 
     def set_extra_state(self, state: dict) -> None:
-        """There is nothing to restore."""
+        """Nothing to restore."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> LossTerms:
         """input_ids [B, T] int64; attention_mask [B, T]; labels [B, T] int64, -100 = no loss; on the CPU or not.
 
         On the CPU nothing here waits for the device. A batch without any label gives exactly 0 with zero gradients.
         """
-        head, lookup = self.language_model.head_and_lookup()
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, lookup)
+        head, embedding_weight = self.language_model.tied_head()
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, embedding_weight)
         loss = vocabulary_loss(hidden, head, targets, chunk_size=self.chunk_size)
         return LossTerms(loss.loss_sum, len(targets), {"cross_entropy": loss.cross_entropy})

@@ -1,11 +1,6 @@
-"""Where a `LanguageModel` comes from: hub, local folder, built-in demo size, random weights, legacy `.pt` file."""
+"""Loads a `LanguageModel` from the hub, a local folder, a built-in demo size, random weights or a legacy `.pt` file."""
 
 import difflib
-import http.client
-import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +8,14 @@ from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import get_hf_file_metadata
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from model.language_model import LanguageModel, ModelError, token_rows
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.legacy import load_legacy_weights
+from model.vocabulary import token_rows
 
 # Radford et al. (2019), "Language Models are Unsupervised Multitask Learners", table 2; distilgpt2: Sanh et al. (2019).
 GPT2_SHAPES = {
@@ -50,7 +49,7 @@ def load_language_model(
     name: hub id, local folder, or "demo-teacher" / "demo-student" (random weights, to be trained on the demo news).
     tokenizer: hub id or folder; None = the model's own.
     from_scratch: random weights of that architecture; `architecture` overrides single values such as n_layer.
-    dropout: one number for all dropouts of the model; None = its own.
+    dropout: one rate for all dropouts of the model; None = its own.
     weights: a legacy `.pt` state dict to load into that architecture.
 
     Raises:
@@ -63,23 +62,26 @@ def load_language_model(
             "set from_scratch to true, or remove architecture"
         )
     config = model_config(name, without_hub=random_weights or weights is not None)
-    the_tokenizer = load_tokenizer(tokenizer or name)
+    loaded_tokenizer = load_tokenizer(tokenizer or name)
     if random_weights:
-        apply_architecture(config, architecture or {}, the_tokenizer)
+        apply_architecture(config, architecture or {}, loaded_tokenizer)
     if dropout is not None:
         set_dropout(config, dropout)
-    if weights is not None:
-        model = build_model(name, config)
-        load_legacy_weights(model, weights)
+    if random_weights or weights is not None:
+        with one_line_errors(f"'{name}' cannot be built with this architecture"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
-        model = build_model(name, config) if random_weights else pretrained_model(name, config)
-    check_can_be_saved(name, model.config)
-    model.train()
-    return LanguageModel(model, the_tokenizer)
+        model = pretrained_model(name, config)
+    if weights is not None:
+        load_legacy_weights(model, weights)
+    if hasattr(model.config, "validate"):  # the library would do it when it saves, after hours of training
+        with one_line_errors(f"the config.json of {name} cannot be saved again"):
+            model.config.validate()
+    return LanguageModel(model.train(), loaded_tokenizer)
 
 
 def model_config(name: str, without_hub: bool = False):
-    """The architecture of `name`. without_hub: GPT-2's family is known here, so that its shapes need no hub.
+    """The architecture of `name`. without_hub: take the shapes of the GPT-2 family from the table above.
 
     Raises:
         ModelError: no config that can be read, or one of an adapter or of quantized weights.
@@ -91,7 +93,11 @@ def model_config(name: str, without_hub: bool = False):
         if Path(name, "adapter_config.json").is_file():
             raise ModelError(f"{name} is an adapter (adapter_config.json): merge it into its base model and save that")
         if not Path(name, "config.json").is_file() or Path(name, "model_checkpoints").is_dir():
-            raise ModelError(no_config_message(Path(name)))
+            inside = [path for path in ("model_checkpoints/best", "model_checkpoints/last", "best", "last")
+                      if Path(name, path, "config.json").is_file()]
+            hint = (f"did you mean {Path(name, inside[0])}?" if inside
+                    else "a model folder is what save_pretrained writes")
+            raise ModelError(f"{name} has no config.json: {hint}")
     elif without_hub and family in GPT2_SHAPES:
         return GPT2Config(**GPT2_SHAPES[family])
     config = from_source(AutoConfig, name, "config.json")
@@ -101,13 +107,6 @@ def model_config(name: str, without_hub: bool = False):
         raise ModelError(f"{name}: its weights are quantized (quantization_config), so they cannot be trained: give "
                          "the model with floating-point weights")
     return config
-
-
-def no_config_message(folder: Path) -> str:
-    inside = [path for path in ("model_checkpoints/best", "model_checkpoints/last", "best", "last")
-              if (folder / path / "config.json").is_file()]
-    hint = f"did you mean {folder / inside[0]}?" if inside else "a model folder is what save_pretrained writes"
-    return f"{folder} has no config.json: {hint}"
 
 
 def load_tokenizer(source: str):
@@ -130,24 +129,15 @@ def has_tokenizer(folder: str) -> bool:
     return any(Path(folder, file).is_file() for file in TOKENIZER_FILES)
 
 
-def check_can_be_saved(name: str, config) -> None:
-    """Before hours of training: what the library checks only when it saves a config. Raises ModelError."""
-    with told(f"the config.json of {name} cannot be saved again"):
-        if hasattr(config, "validate"):
-            config.validate()
-
-
 def pretrained_model(name: str, config):
     """The model with its stored weights, all of which must be there and fit.
 
     Raises:
         ModelError: no weights, or weights that cannot be read or do not fit the config.
     """
-    with told(f"{name} cannot be loaded"):
-        check_weight_index(Path(name))
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported, and refused below with their name
+        ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
     )
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])
     if wrong:
@@ -155,25 +145,11 @@ def pretrained_model(name: str, config):
     return model
 
 
-def check_weight_index(folder: Path) -> None:
-    """Raises ModelError if an index names weights outside the folder: the library would follow such a path."""
-    for index in folder.rglob("*.index.json"):
-        for file in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
-            if Path(file).name != file:
-                raise ModelError(f"{index} names {file!r}: expected a file in the same folder")
-
-
-def build_model(name: str, config):
-    """A model with random weights."""
-    with told(f"'{name}' cannot be built with this architecture"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
 @contextmanager
-def told(text: str, why: bool = True) -> Iterator[None]:
-    """Whatever a library raises for a wrong file or value becomes a ModelError of one line.
+def one_line_errors(text: str, with_reason: bool = True) -> Iterator[None]:
+    """Turns whatever a library raises for a wrong file or value into a ModelError of one line.
 
-    why: with the library's own words.
+    with_reason: adds the library's own message.
     """
     try:
         yield
@@ -181,13 +157,13 @@ def told(text: str, why: bool = True) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        if isinstance(error, UnpicklingError):  # torch's own words advise to unpickle it
+        if isinstance(error, UnpicklingError):  # torch's own message advises to unpickle it
             reason = "its weights are damaged or more than tensors, and are not unpickled: save them as safetensors"
-        raise ModelError(f"{text}: {reason}" if why else text) from error
+        raise ModelError(f"{text}: {reason}" if with_reason else text) from error
 
 
 def apply_architecture(config, overrides: dict, tokenizer) -> None:
-    """Overrides on a config whose weights will be random; vocabulary and end-of-text are the tokenizer's."""
+    """Apply `overrides` to a config whose weights will be random; vocabulary and end-of-text are the tokenizer's."""
     known = {**config.to_dict(), **dict.fromkeys(config.attribute_map)}
     for key, value in overrides.items():
         if key not in known:
@@ -196,9 +172,9 @@ def apply_architecture(config, overrides: dict, tokenizer) -> None:
             raise ModelError(f"architecture.{key} is unknown: {hint}")
         old = getattr(config, key, None)
         is_size = type(old) is int and old > 0 and not key.endswith("_id")
-        if is_size and isinstance(value, (int, float)) and value < 1:  # 0 layers would be built without a word
+        if is_size and isinstance(value, (int, float)) and value < 1:  # the library builds 0 layers without an error
             raise ModelError(f"architecture.{key} is {value}: expected at least 1")
-        with told(f"architecture.{key} is {value!r}"):
+        with one_line_errors(f"architecture.{key} is {value!r}"):
             setattr(config, key, value)
     if "vocab_size" not in overrides:
         config.vocab_size = token_rows(tokenizer)
@@ -215,7 +191,7 @@ def set_dropout(config, rate: float) -> None:
 
 
 def check_same_architecture(config, name: str) -> None:
-    """Raises ModelError where a checkpoint's config is not of the architecture that the user names."""
+    """Raises ModelError if a checkpoint's config is not of the architecture that the user names."""
     expected = model_config(name, without_hub=True)
     for field in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads"):
         want, have = getattr(expected, field, None), getattr(config, field, None)
@@ -227,7 +203,7 @@ def check_same_architecture(config, name: str) -> None:
 
 
 def from_source(library_class, name: str, file: str, **arguments):
-    """`library_class.from_pretrained`, with one line for the user where that fails. file: what a hub is asked for."""
+    """`library_class.from_pretrained` with one-line errors. file: the one to ask the hub for first."""
     local = Path(name).is_dir()
     if Path(name).exists() and not local:
         raise ModelError(f"{name} is a file: expected a model folder or a hub id; only a .pt state dict is one file")
@@ -237,24 +213,21 @@ def from_source(library_class, name: str, file: str, **arguments):
         f"cannot get '{name}' from the hub, and it is not in this machine's cache: download it once with "
         f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
     )
-    with told(f"{name} cannot be loaded" if local else out_of_reach, why=local):
-        # trust_remote_code=False: never run, nor ask to run, code that lies beside a model.
+    with one_line_errors(f"{name} cannot be loaded" if local else out_of_reach, with_reason=local):
+        # trust_remote_code=False: code that lies beside a model never runs, and the user is not asked to run it.
         return library_class.from_pretrained(
             name, trust_remote_code=False, local_files_only=local or not hub_reachable(name, file), **arguments
         )
 
 
 def hub_reachable(name: str, file: str) -> bool:
-    """One quick question to the hub, since the library would try again for half a minute where there is no network."""
+    """Asks the hub once, because without a network the library retries for half a minute."""
     if hub.HF_HUB_OFFLINE:
         return False
-    request = urllib.request.Request(f"{hub.ENDPOINT}/{name}/resolve/main/{file}", method="HEAD")
-    if token := os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        urllib.request.urlopen(request, timeout=10).close()
-    except urllib.error.HTTPError:
+        get_hf_file_metadata(f"{hub.ENDPOINT}/{name}/resolve/main/{file}", timeout=10)
+    except HfHubHTTPError:
         return True  # the hub answers; the library will say what is wrong
-    except (OSError, ValueError, http.client.HTTPException):
+    except Exception:  # no network
         return False
     return True

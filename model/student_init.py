@@ -1,14 +1,15 @@
-"""A student made of blocks of its teacher (the start of DistilBERT, Sanh et al. 2019, arXiv 1910.01108, section 3)."""
+"""A student initialised with blocks of its teacher (as DistilBERT, Sanh et al. 2019, arXiv 1910.01108, section 3)."""
 
 import re
 
 import torch
 from torch import nn
 
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 
-# Values of a model's config that may differ between teacher and student: they do not change what a block computes.
-OF_SIZE_ALONE = {
+# Config values that may differ between teacher and student, since they do not change what a block computes.
+SIZE_ONLY = {
     "n_layer", "num_hidden_layers", "num_layers", "layer_types", "max_window_layers", "vocab_size", "n_positions",
     "n_ctx", "max_position_embeddings", "initializer_range", "use_cache", "architectures", "transformers_version",
     "_name_or_path", "dtype", "torch_dtype", "prompt_template", "prompt_max_length", "task_specific_params",
@@ -17,70 +18,59 @@ OF_SIZE_ALONE = {
 }
 
 
-def spread_layers(of_teacher: int, of_student: int) -> list[int]:
-    """Numbers of the teacher's blocks, evenly from the first to the last; the first alone for one."""
-    if of_student == 1:
+def spread_layers(teacher_blocks: int, student_blocks: int) -> list[int]:
+    """Indices of the teacher's blocks, evenly from the first to the last; only the first for one."""
+    if student_blocks == 1:
         return [0]
-    return [round(index * (of_teacher - 1) / (of_student - 1)) for index in range(of_student)]
+    return [round(index * (teacher_blocks - 1) / (student_blocks - 1)) for index in range(student_blocks)]
 
 
 @torch.no_grad()
 def copy_teacher_layers(teacher: LanguageModel, student: LanguageModel, layers: list[int] | None = None) -> list[int]:
-    """Copies embeddings, final norm, head and the chosen blocks of the teacher into the student; returns the numbers.
+    """Copy embeddings, final norm, head and chosen blocks of the teacher into the student; returns the indices.
 
-    layers: numbers of the teacher's blocks, from 0, one for each of the student's; None spreads them evenly.
+    layers: indices of the teacher's blocks, from 0, one for each of the student's; None spreads them evenly.
 
     Raises:
-        ModelError: another family or width, or block numbers that do not fit.
+        ModelError: another family or width, or indices that do not fit; the student is then unchanged.
     """
-    blocks_of_teacher, blocks_of_student = block_count(teacher.model), block_count(student.model)
-    for name in ("model_type", "hidden_size", "num_attention_heads", "intermediate_size"):
-        ours, theirs = (getattr(model.config, name, None) for model in (student.model, teacher.model))
-        if ours != theirs:
-            raise ModelError(
-                f'distillation_kwargs.student_init "teacher_layers": {name} of the teacher is {theirs} and of the '
-                f"student {ours}: name a student_lang_model of the teacher's width, or set student_init to null"
-            )
     check_same_computation(teacher, student)
+    teacher_blocks, student_blocks = (model.model.config.num_hidden_layers for model in (teacher, student))
     if layers is None:
-        if blocks_of_student > blocks_of_teacher:
-            raise ModelError(
-                f'distillation_kwargs.student_init "teacher_layers": the student has {blocks_of_student} blocks, the '
-                f"teacher only {blocks_of_teacher}: name a smaller student_lang_model"
-            )
-        layers = spread_layers(blocks_of_teacher, blocks_of_student)
-    if len(layers) != blocks_of_student or max(layers) >= blocks_of_teacher:
-        raise ModelError(
-            f"distillation_kwargs.student_layers is {layers}: expected {blocks_of_student} numbers from 0 to "
-            f"{blocks_of_teacher - 1}, one for each block of the student"
-        )
-    source = teacher.model.state_dict()
-    path = re.escape(block_path(student.model))
-    own = student.model.state_dict()
+        if student_blocks > teacher_blocks:
+            raise misfit("the number of blocks", teacher_blocks, student_blocks)
+        layers = spread_layers(teacher_blocks, student_blocks)
+    if len(layers) != student_blocks or max(layers) >= teacher_blocks:
+        raise ModelError(f"distillation_kwargs.student_layers is {layers}: expected {student_blocks} numbers from 0 to "
+                         f"{teacher_blocks - 1}, one for each block of the student")
+    source, own, path = teacher.model.state_dict(), student.model.state_dict(), re.escape(block_path(student.model))
     copied = {}
     for name, value in own.items():
         wanted = re.sub(rf"^({path})\.(\d+)\.", lambda found: f"{found[1]}.{layers[int(found[2])]}.", name)
-        if wanted not in source or source[wanted].shape[1:] != value.shape[1:] or len(source[wanted]) < len(value):
-            raise ModelError(f'distillation_kwargs.student_init "teacher_layers": the teacher has no {wanted} of the '
-                             "student's shape: name a student_lang_model of the teacher's family and width")
-        copied[name] = source[wanted][: len(value)]
+        found = source.get(wanted)
+        if found is None or found.shape[1:] != value.shape[1:] or len(found) < len(value):
+            raise misfit(f"the shape of {wanted}", None if found is None else [*found.shape], [*value.shape])
+        copied[name] = found[: len(value)]
     for name, value in copied.items():
         own[name].copy_(value)
     return layers
 
 
 def check_same_computation(teacher: LanguageModel, student: LanguageModel) -> None:
-    """Raises ModelError where equal weights would compute something else in the student."""
-    ours, theirs = (model.model.config.to_dict() for model in (student, teacher))
-    known = type(student.model.config)().to_dict()  # old checkpoints carry keys that mean nothing any more
-    names = {name for name in known if not name.endswith(("dropout", "pdrop", "_token_id"))}
-    for name in sorted(names - OF_SIZE_ALONE):
-        if ours.get(name) != theirs.get(name):
-            raise ModelError(
-                f'distillation_kwargs.student_init "teacher_layers": {name} of the teacher is {theirs.get(name)!r} and '
-                f"of the student {ours.get(name)!r}, so its blocks would compute something else: set it in "
-                "model_arch.architecture, or set student_init to null"
-            )
+    """Raises ModelError if equal weights would compute something else in the student."""
+    names = ["model_type", "hidden_size", "num_attention_heads", "intermediate_size"]
+    known = type(student.model.config)().to_dict()  # old checkpoints have keys that are no longer used
+    names += sorted({name for name in known if not name.endswith(("dropout", "pdrop", "_token_id"))} - SIZE_ONLY)
+    for name in names:
+        theirs, ours = (getattr(model.model.config, name, None) for model in (teacher, student))
+        if ours != theirs:
+            raise misfit(name, theirs, ours)
+
+
+def misfit(what: str, teacher_value, student_value) -> ModelError:
+    return ModelError(f'distillation_kwargs.student_init "teacher_layers": {what} of the teacher is {teacher_value!r} '
+                      f"and of the student {student_value!r}: change student_lang_model or model_arch.architecture, or "
+                      "set student_init to null")
 
 
 def block_path(model: nn.Module) -> str:
@@ -89,7 +79,3 @@ def block_path(model: nn.Module) -> str:
         if isinstance(part, nn.ModuleList) and len(part) == model.config.num_hidden_layers:
             return name
     raise ModelError(f"{type(model).__name__}: its blocks are not a list: student_init is not possible for this family")
-
-
-def block_count(model: nn.Module) -> int:
-    return model.config.num_hidden_layers

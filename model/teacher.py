@@ -15,13 +15,13 @@ from model.transfer import to_device
 
 
 class Teacher:
-    """A language model that is only read: in eval mode, without gradients, in no optimizer and no checkpoint.
+    """A frozen language model: in eval mode, without gradients, in no optimizer and no checkpoint.
 
-    It is no `nn.Module`, so that a module which holds it neither lists its weights nor sets it to training mode.
+    Not an `nn.Module`, so that a module which holds it neither lists its weights nor sets it to training mode.
 
-    language_model: on the teacher's device; it is changed (eval mode, requires_grad False, and under autocast the
+    language_model: on the teacher's device; it is modified (eval mode, requires_grad False, and under autocast the
     weights of its products in autocast's type).
-    student_device: where its outputs are used; the head is copied there once. None: the same device.
+    student_device: where its outputs are used; the head is copied there once. None = the same device.
     autocast: context of its forward pass.
     """
 
@@ -64,10 +64,10 @@ class Teacher:
 
 
 def prefetch_one(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:
-    """finish(batch, start(batch)) of each batch; the next one's start comes before a batch is handed out.
+    """Yields finish(batch, start(batch)) of each batch; the next batch is started before one is yielded.
 
-    So a teacher on a device of its own computes while the student does. This batch's finish, which copies to the
-    student, comes before the next one's start, because copies queue behind what the device was given earlier.
+    So a teacher on its own device computes while the student does. A batch is finished, which copies to the student,
+    before the next one is started, because copies queue behind the work that a device was given earlier.
     """
     waiting = None
     for batch in batches:
@@ -80,21 +80,21 @@ def prefetch_one(batches: Iterable[dict], start: Callable, finish: Callable) -> 
 
 
 def are_finite(outputs: TeacherHidden | TeacherTopK) -> bool:
-    """Whether a teacher's outputs can be learnt from. Log-probabilities may be -inf: those of what is impossible."""
+    """Whether a teacher's outputs can be learnt from. Log-probabilities may be -inf, for impossible tokens."""
     if isinstance(outputs, TeacherTopK):
-        return all(bool((each < torch.inf).all()) for each in outputs[1:])
+        return all(bool((values < torch.inf).all()) for values in outputs[1:])
     tensors = outputs.hidden, outputs.head.weight, outputs.head.bias
-    return all(bool(each.isfinite().all()) for each in tensors if each is not None)
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 def cast_products(base_model: nn.Module, dtype: torch.dtype) -> None:
-    """Does once what autocast would do in each forward pass, with the same results: weights do not change here."""
+    """Casts once what autocast would cast in each forward pass; a teacher's weights are constant."""
     for module in base_model.modules():
         if type(module) in (nn.Linear, Conv1D):
             module.to(dtype)
 
 
 def move_head(head: OutputHead, device: torch.device, dtype: torch.dtype | None = None) -> OutputHead:
-    """The head's tensors, detached, on a device; dtype: of the weight, None is its own."""
-    bias, gaps = (None if each is None else each.detach().to(device) for each in (head.bias, head.gaps))
+    """The head's tensors, detached, on a device; dtype: of the weight, None = its own."""
+    bias, gaps = (None if tensor is None else tensor.detach().to(device) for tensor in (head.bias, head.gaps))
     return head._replace(weight=head.weight.detach().to(device, dtype), bias=bias, gaps=gaps)

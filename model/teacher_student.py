@@ -25,16 +25,16 @@ class TeacherStudent(nn.Module):
     arXiv 1503.02531, section 2).
 
     With on_policy_fraction, that share of the optimizer steps takes D on the student's own rollouts, as a mean over
-    their tokens, and CE on the highlights (GKD, arXiv 2306.13649): where the prefixes come from and the divergence are
+    their tokens, and CE on the highlights (GKD, arXiv 2306.13649): the source of the prefixes and the divergence are
     independent choices.
 
-    language_model: the student. teacher: a `Teacher`, or what has its `outputs` and `ahead`.
-    vocabulary: number of real tokens; None asks the two tokenizers.
-    parameters: those of the divergence, such as beta (`model/losses/registry.py`).
-    chunk_size: label positions whose logits exist at a time. rollouts: draws for on_policy_fraction (source "student").
+    language_model: the student. teacher: a `Teacher`, or an object with its `outputs` and `iter_steps`.
+    vocabulary: number of real tokens; None = that of the two tokenizers.
+    chunk_size: label positions whose logits exist at a time. rollouts: for on_policy_fraction, with source "student".
+    parameters: of the divergence, such as beta (`model/losses/registry.py`).
 
     Raises:
-        ValueError: an unknown kl_div, or a number out of range.
+        ValueError: an unknown kl_div or parameter, or a parameter out of range.
         ModelError: teacher and student have different vocabularies.
     """
 
@@ -54,26 +54,18 @@ class TeacherStudent(nn.Module):
         **parameters: float,
     ):
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: expected a number greater than 0")
-        if not 0 <= kd_weight <= 1:
-            raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
         self.language_model, self.teacher = language_model, teacher
         self.divergence = choose_divergence(kl_div, **parameters)
         self.temperature, self.kd_weight, self.chunk_size = temperature, kd_weight, chunk_size
         if vocabulary is None:
             vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)
         self.vocabulary = vocabulary
-        if not 0 <= on_policy_fraction <= 1:
-            raise ValueError(f"on_policy_fraction is {on_policy_fraction}: expected a number from 0 to 1")
-        if on_policy_fraction and rollouts is None:
-            raise ValueError(f"on_policy_fraction is {on_policy_fraction} but rollouts is None: expected RolloutBuffer")
         self.on_policy_fraction, self.rollouts, self.steps = on_policy_fraction, rollouts, 0
 
     def iter_steps(self, table, batches: Iterable[dict], counts: list[int]) -> Iterator[Iterator[tuple]]:
         """The arguments of `forward` for each collated batch of a table's rows, step by step.
 
-        On the highlights the teacher is one batch ahead; rollouts are drawn when their step begins.
+        On the highlights the teacher is one batch ahead; rollouts are sampled when their step begins.
         """
         if not (self.training and self.on_policy_fraction):
             yield from by_step(self.teacher.iter_steps(table, batches), counts)
@@ -81,16 +73,16 @@ class TeacherStudent(nn.Module):
         batches = iter(batches)
         for count in counts:
             own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
-            drawn = self.rollouts.of_step(table, own) if on_policy else None
-            self.steps += 1  # after what may be refused: a run that goes on from there decides as before
+            drawn = self.rollouts.for_step(table, own) if on_policy else None
+            self.steps += 1  # not before sampling, which may fail: a resumed run must decide alike
             if on_policy:
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
             else:
                 yield self.teacher.iter_steps(table, own)
 
     def next_is_on_policy(self) -> bool:
-        """By a number of its own for each step, so that a resumed run and every process decide alike."""
-        draw = np.random.default_rng([self.rollouts.options.seed, self.steps]).random()
+        """Decided by a random number per step, so that a resumed run and every process decide alike."""
+        draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
         return draw < self.on_policy_fraction
 
     def get_extra_state(self) -> dict:
@@ -112,14 +104,14 @@ class TeacherStudent(nn.Module):
         """input_ids [B, T] int64; attention_mask [B, T]; labels [B, T] int64, -100 = no loss; on the CPU or not.
 
         teacher_outputs: of the same batch, on the student's device; None computes them now. A batch without any label
-        gives exactly 0 with zero gradients. rollout: where to take the divergence instead of the highlights.
+        gives exactly 0 with zero gradients. rollout: take the divergence there instead of on the highlights.
         """
         if rollout is not None:
             return self.on_policy(input_ids, attention_mask, labels, rollout)
         if teacher_outputs is None:
             teacher_outputs = self.teacher.outputs(input_ids, attention_mask, labels)
-        head, lookup = self.language_model.head_and_lookup()
-        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, lookup)
+        head, embedding_weight = self.language_model.tied_head()
+        hidden, targets = self.language_model.label_hidden(input_ids, attention_mask, labels, embedding_weight)
         loss = vocabulary_loss(
             hidden, head, targets, vocabulary=self.vocabulary, teacher=teacher_outputs, divergence=self.divergence,
             temperature=self.temperature, kd_weight=self.kd_weight, chunk_size=self.chunk_size,
@@ -128,19 +120,19 @@ class TeacherStudent(nn.Module):
                                                        "divergence": loss.divergence})
 
     def on_policy(self, input_ids, attention_mask, labels, rollout: RolloutBatch) -> LossTerms:
-        """CE on the highlights; the divergence on the rollout, scaled so that the step's mean is over its tokens."""
+        """CE on the highlights, the divergence on the rollout; scaled such that the step's mean is over its tokens."""
         model = self.language_model
-        head, lookup = model.head_and_lookup()
+        head, embedding_weight = model.tied_head()
         options = {"vocabulary": self.vocabulary, "chunk_size": self.chunk_size}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_weight < 1):
-            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, lookup)
-            of_labels = vocabulary_loss(hidden, head, targets, factor=1 - self.kd_weight, **options)
-        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, lookup)
-        of_rollout = vocabulary_loss(
+            hidden, targets = model.label_hidden(input_ids, attention_mask, labels, embedding_weight)
+            ce_loss = vocabulary_loss(hidden, head, targets, scale=1 - self.kd_weight, **options)
+        hidden, drawn = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, embedding_weight)
+        kd_loss = vocabulary_loss(
             hidden, head, drawn, teacher=rollout.teacher, divergence=self.divergence, temperature=self.temperature,
-            kd_weight=1.0, factor=self.kd_weight * rollout.token_scale, **options,
+            kd_weight=1.0, scale=self.kd_weight * rollout.token_scale, **options,
         )
         return LossTerms(
-            of_labels.loss_sum + of_rollout.loss_sum, len(targets),
-            {"cross_entropy": of_labels.cross_entropy, "divergence": of_rollout.divergence * rollout.token_scale},
+            ce_loss.loss_sum + kd_loss.loss_sum, len(targets),
+            {"cross_entropy": ce_loss.cross_entropy, "divergence": kd_loss.divergence * rollout.token_scale},
         )

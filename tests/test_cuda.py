@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from model.decoding.loop import greedy_decode
 from model.decoding.rollout_buffer import RolloutBuffer
-from model.decoding.rollouts import RolloutOptions
+from model.decoding.rollouts import RolloutConfig
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
@@ -254,7 +254,7 @@ def test_rollouts_equal_a_plain_sampler(options):
         rollouts = rolled(student, teacher, options, slots)
         assert rollouts.tokens == [tokens for tokens, _ in right], slots
         for row, (tokens, logs) in enumerate(right):
-            found = rollouts.log_sampling[row, : len(tokens)].tolist()
+            found = rollouts.behavior_log_probs[row, : len(tokens)].tolist()
             assert found == pytest.approx(logs, abs=1e-10), (slots, row)
 
 
@@ -272,7 +272,7 @@ def test_what_rollouts_note_is_what_forward_passes_give(autocast, tolerance):
         mixed = 0.3 * np.exp(log_softmax(p, 0.7)) + 0.7 * np.exp(log_softmax(q, 0.7))
         states = forward(teacher, prompt + tokens)[0][places]
         for name, right in (("log_q", log_softmax(q, 1.5)[picked]), ("log_p", log_softmax(p, 1.5)[picked]),
-                            ("log_sampling", np.log(mixed)[picked]), ("hidden", states)):
+                            ("behavior_log_probs", np.log(mixed)[picked]), ("hidden", states)):
             ours = getattr(rollouts, name)[row, : len(tokens)].float().cpu().numpy()
             np.testing.assert_allclose(ours, right, rtol=0.03 if autocast else 0, atol=tolerance, err_msg=name)
 
@@ -290,8 +290,8 @@ def objectives() -> dict:
     batch = random_rows([(length, list(range(length - 20, length))) for length in (1000, 1000, 1000, 200)])
     ids, mask, labels = batch
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": list(range(len(ids)))}
-    drawing = RolloutBuffer(own, of_teacher, RolloutOptions("student", max_new_tokens=6), 257, say=lambda text: None)
-    policy = {"max_generation_length": 6, "say": lambda text: None, "penalty": True}
+    drawing = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=6), 257, log=lambda text: None)
+    policy = {"rollout": RolloutConfig(max_new_tokens=6), "log": lambda text: None, "penalty": True}
     found = {"fine-tuning": (FineTuning(own), batch)}
     for kl_div in NAMES:
         found[kl_div] = TeacherStudent(own, of_teacher, kl_div, 2.0), batch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.gpt2.cuda_graph import StepGraphs, rounded
+from model.gpt2.cuda_graph import StepGraphs, round_up
 from tests import test_demo_news_folder, test_validate_model
 from tests.small_kd_runs import make_kd_project, run_kd, save_model
 from tests.small_runs import changed, largest_difference, launch, make_project, metrics, run, weights, write_config
@@ -124,7 +124,7 @@ def deterministic(monkeypatch):
     """
     def run_plainly(graphs, step, tokens, longest):
         graphs.tokens[: len(tokens)] = tokens
-        return step(graphs.tokens, rounded(longest))[: len(tokens)].clone()
+        return step(graphs.tokens, round_up(longest))[: len(tokens)].clone()
 
     monkeypatch.setattr(StepGraphs, "run", run_plainly)
     torch.use_deterministic_algorithms(True, warn_only=True)

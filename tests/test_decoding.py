@@ -63,13 +63,6 @@ def test_any_batch_equals_generate(lengths, batch_size, new, seed):
     assert greedy_decode(model, prompts, new, batch_size) == [generated(model, prompt, new) for prompt in prompts]
 
 
-def test_equal_lengths_equal_generate():
-    """Prompts of one length run without a mask, and decode other tokens, or grow one when rows leave."""
-    model = ending_model(3)
-    prompts = random_prompts([12] * 6)
-    assert greedy_decode(model, prompts, 15) == [generated(model, prompt, 15) for prompt in prompts]
-
-
 def test_prompt_that_fills_the_context():
     """Prompt + new tokens = context is refused, or a position past the last one is read."""
     model = tiny_language_model(positions=32, width=32, std=0.4)

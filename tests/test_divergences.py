@@ -202,27 +202,6 @@ def test_ends_of_symmetric(mu, same, teacher, student):
     assert value == pytest.approx(math.log(1.5), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["forward", "reverse"])
-def test_monte_carlo(name):
-    """Fault: The expectation is under the other model: off by more than 4 standard errors."""
-    teacher, student = random_logits(1, 20, seed=4, scale=1.0)
-    pair = (teacher, student) if name == "forward" else (student, teacher)
-    log_sampled, log_other = (torch.log_softmax(logits[0], -1) for logits in pair)
-    tokens = torch.multinomial(log_sampled.exp(), 200_000, True, generator=torch.Generator().manual_seed(5))
-    ratios = (log_sampled - log_other)[tokens]
-    standard_error = ratios.std().item() / math.sqrt(len(tokens))
-    assert abs(divergence_of(name, teacher, student).item() - ratios.mean().item()) <= 4 * standard_error
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_constants_do_not_matter(name):
-    """Fault: Adding a number to all logits of a position changes value or gradient."""
-    teacher, student = random_logits(3, 9, seed=6)
-    shifts = torch.tensor([[1000.0], [-300.0], [7.0]], dtype=torch.float64)
-    shifted = with_gradient(name, teacher + shifts, student - 2 * shifts)
-    torch.testing.assert_close(shifted, with_gradient(name, teacher, student), rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_extreme_logits(name, dtype):
@@ -236,19 +215,6 @@ def test_extreme_logits(name, dtype):
     wide = random_logits(4, 50, scale=1e4, dtype=dtype)
     for teacher, student in (wide, wide.flip(0), (wide[0], wide[0])):
         assert all(each.isfinite().all() for each in with_gradient(name, teacher, student, temperature=0.5))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_hot_teacher(name):
-    """Fault: 0 log 0 is NaN for a teacher that is certain."""
-    teacher, student = logits_of([0, 1e4, 0, 0]), logits_of([0.5, -1.0, 2.0, 0.0])
-    values, gradient = with_gradient(name, teacher, student)
-    q = torch.softmax(student[0], -1)
-    forward, reverse = -q[1].log(), (q * q.log()).sum() + 1e4 * (1 - q[1])  # log p is 0 at token 1, else -10^4
-    by_hand = {"reverse": reverse, "symmetric": 0.3 * forward + 0.7 * reverse, "adaptive": (forward + reverse) / 2}
-    expected = by_hand[name] if name in by_hand else from_formula(name, teacher, student)
-    assert values.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert gradient.isfinite().all() and gradient[0, 1] < 0  # the teacher's token gains
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-6)])

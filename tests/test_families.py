@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from model.decoding.loop import greedy_decode
 from model.language_model import LanguageModel, ModelError
+from model.verify import verify_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.test_decoding import generated, random_prompts
 
@@ -39,7 +40,7 @@ def tiny_family(name: str, **changes) -> LanguageModel:
 
 def refusal(model: LanguageModel) -> str:
     with pytest.raises(ModelError) as caught:
-        model.check_family()
+        verify_model(model)
     assert "\n" not in str(caught.value) and "not supported" in str(caught.value)
     return str(caught.value)
 
@@ -48,7 +49,7 @@ def refusal(model: LanguageModel) -> str:
 def test_greedy_equals_generate(name):
     """Positions, mask, cache or head are handled as GPT-2's, and another family decodes other tokens."""
     model = tiny_family(name)
-    model.check_family()
+    verify_model(model)
     prompts = random_prompts([3, 40, 17, 1, 25])
     expected = [generated(model, prompt, 10) for prompt in prompts]
     assert greedy_decode(model, prompts, 10, batch_size=4) == expected
@@ -77,7 +78,7 @@ def test_context_without_positions():
 def test_scale_that_is_no_power_of_two():
     """A scale of logits that rounds is off by more than the rounding."""
     for model in (tiny_family("Granite", logits_scaling=3.0), tiny_family("Cohere", logit_scale=0.3)):
-        model.check_family()
+        verify_model(model)
         ids = torch.tensor(random_prompts([20]))
         with torch.no_grad():
             own = model.model(ids).logits
@@ -88,7 +89,7 @@ def test_scale_that_is_no_power_of_two():
 def test_other_logits_are_refused(monkeypatch, change):
     """A family whose logits are more than head(hidden states) trains on a wrong loss without a word."""
     model = tiny_language_model(std=0.4)
-    model.check_family()
+    verify_model(model)
     original = model.model.forward
 
     def forward(*args, **kwargs):
@@ -140,7 +141,7 @@ def test_the_check_leaves_the_modes():
     model = LanguageModel(tiny_gpt2(layers=2, dropout=0.1), byte_tokenizer()).train()
     model.model.transformer.h[1].eval()
     before = [part.training for part in model.modules()]
-    model.check_family()
+    verify_model(model)
     assert [part.training for part in model.modules()] == before
     model._takes_positions = False
     refusal(model)

@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import model.gpt2.cuda_graph
 import model.gpt2.kv_cache
 from model.decoding.kv_cache import BatchKVCache, PerRowKVCaches, make_kv_cache
-from model.decoding.loop import decode, make_voice
-from model.gpt2.cuda_graph import StepGraphs, rounded
+from model.decoding.loop import decode, make_decoder
+from model.gpt2.cuda_graph import StepGraphs, round_up
 from model.gpt2.kv_cache import GPT2KVCache
-from model.language_model import LanguageModel, evaluating
+from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer
-from tests.test_decoding import ending_model, random_prompts
+from tests.test_decoding import random_prompts
 from tests.test_families import tiny_family
 
 WINDOW = 5  # tokens; shorter than the rows of these tests
@@ -135,8 +135,8 @@ class Recomputed(StepGraphs):
 
 
 def replayed(model: LanguageModel, count: int, room: int) -> GPT2KVCache:
-    slots = GPT2KVCache(model, count, rounded(room))
-    slots.room, slots.graphs = room, Recomputed(count, model.device)
+    slots = GPT2KVCache(model, count, round_up(room))
+    slots.max_length, slots.graphs = room, Recomputed(count, model.device)
     return slots
 
 
@@ -278,17 +278,17 @@ def planned(plan=PLAN, most: int = MOST) -> tuple[list[list[int]], list[list[int
     return prompts, chosen, right
 
 
-@pytest.mark.parametrize("look_every", [None, 1, 3, 8])
+@pytest.mark.parametrize("check_every", [None, 1, 3, 8])
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 10, 40])
 @torch.no_grad()
-def test_the_loop_shows_each_row_its_own_states(slots, look_every):
+def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     """Fault: rows, places, tokens and hidden states of the slots do not belong together once rows have left."""
     prompts, chosen, right = planned()
     models = [gpt2(1), gpt2(2, n_embd=16, n_layer=1)]  # of different widths and depths, reading the same tokens
     seen, reports = set(), []
 
-    def choose(rows, places, hidden):
-        for index, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True)):
+    def next_token(rows, positions, hidden):
+        for index, (row, place) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
             assert 0 <= place < MOST
             if place < len(right[row]):
                 assert (row, place) not in seen
@@ -296,37 +296,15 @@ def test_the_loop_shows_each_row_its_own_states(slots, look_every):
                 for model, states in zip(models, hidden, strict=True):
                     expected = alone(model, prompts[row] + chosen[row][:place])[-1]
                     torch.testing.assert_close(states[index], expected, rtol=0, atol=1e-5)
-        return torch.tensor(chosen)[rows, places]
+        return torch.tensor(chosen)[rows, positions]
 
-    voices = [make_voice(model) for model in models]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
+    decoders = [make_decoder(model) for model in models]
+    made = decode(decoders, prompts, MOST, slots, [END], next_token, lambda *report: reports.append(report),
+                  check_every)
     assert made == right
     assert seen == {(row, place) for row, tokens in enumerate(right) for place in range(len(tokens))}
     assert sum(rows for rows, _ in reports) == len(prompts)
     assert sum(tokens for _, tokens in reports) == sum(map(len, right))
-
-
-@pytest.mark.parametrize("look_every", [1, 3, 8])
-@pytest.mark.parametrize(("plan", "slots"), [
-    ([(5, 2)] * 4 + [(3, 3)], 4),  # four end at once, one waits
-    ([(5, 1)] * 7, 3),
-    ([(5, None)] * 5, 2),
-    ([(2, 1)], 1),
-    ([(9, None), (9, 1), (9, 1), (1, MOST)], 3),
-])
-@torch.no_grad()
-def test_several_rows_end_at_once(plan, slots, look_every):
-    """Fault: places that become free together are filled wrongly, or the last prompt that waits is left out."""
-    prompts, chosen, right = planned(plan)
-    reports = []
-
-    def choose(rows, places, hidden):
-        return torch.tensor(chosen)[rows, places]
-
-    voices = [make_voice(gpt2())]
-    made = decode(voices, prompts, MOST, slots, [END], choose, lambda *report: reports.append(report), look_every)
-    assert made == right
-    assert [sum(column) for column in zip(*reports, strict=True)] == [len(plan), sum(map(len, right))]
 
 
 @torch.no_grad()
@@ -334,38 +312,16 @@ def test_little_to_do():
     """Fault: no prompt, no token or a single one is decoded wrongly, or asks for what is not needed."""
     asked = []
 
-    def choose(rows, places, hidden):
-        asked.append((rows.tolist(), places.tolist()))
+    def next_token(rows, positions, hidden):
+        asked.append((rows.tolist(), positions.tolist()))
         return rows + 10
 
-    voices = [make_voice(gpt2())]
-    assert decode(voices, [], 5, 3, [END], choose) == []
-    assert decode(voices, [[1], [2, 3]], 0, 3, [END], choose) == [[], []]
+    decoders = [make_decoder(gpt2())]
+    assert decode(decoders, [], 5, 3, [END], next_token) == []
+    assert decode(decoders, [[1], [2, 3]], 0, 3, [END], next_token) == [[], []]
     assert asked == []
-    for look_every in (1, 3, 8):
+    for check_every in (1, 3, 8):
         asked.clear()
-        made = decode(voices, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], choose, look_every=look_every)
+        made = decode(decoders, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], next_token, check_every=check_every)
         assert made == [[10], [11], [12]]
         assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
-
-
-@pytest.mark.parametrize("language_model", [ending_model(), tiny_family("Mistral", sliding_window=WINDOW)],
-                         ids=["GPT2", "Mistral"])
-def test_tokens_are_the_same_however_they_are_made(language_model):
-    """Fault: the model's own choices depend on slots or on when the loop looks, or go on after end-of-text."""
-    prompts, most = random_prompts([3, 40, 1, 21, 7, 12]), 12
-    with torch.no_grad(), evaluating(language_model):
-        head = language_model.output_head()
-        bias = torch.zeros(257).index_fill_(0, torch.tensor([END]), 3.0)  # so that rows end, at different times
-        voice = make_voice(language_model, head._replace(bias=bias))
-        right = []
-        for prompt in prompts:
-            new: list[int] = []
-            while len(new) < most and END not in new:
-                new.append(int((head.weight @ alone(language_model, prompt + new)[-1] + bias).argmax()))
-            right.append(new)
-        assert len({len(new) for new in right}) > 2
-        for slots, look_every in itertools.product((1, 3, 8), (1, 3, 8)):
-            made = decode([voice], prompts, most, slots, [END],
-                          lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), look_every=look_every)
-            assert made == right

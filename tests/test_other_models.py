@@ -10,12 +10,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from data.prompts import PromptFormat
-from model.decoding.loop import beam_search, greedy_decode, make_voice
+from model.decoding.loop import beam_search, greedy_decode, make_decoder
 from model.decoding.rollouts import draw_rollouts
 from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
+from model.verify import verify_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, make_rows, run
@@ -276,7 +277,7 @@ def test_unused_rows_are_never_generated(kind, family, tmp_path):
     assert any(set(unused) & set(ids) for ids in generated(model.model, prompts, [END], **plain)), "it should show"
     greedy, beams = greedy_decode(model, prompts, 12), beam_search(model, prompts, 8, 3)
     assert greedy == generated(model.model, prompts, [END], **plain, suppress_tokens=unused)
-    drawn = draw_rollouts(make_voice(model), None, prompts, 20, 4, SamplingOptions(0.0, 3.0),
+    drawn = draw_rollouts(make_decoder(model), None, prompts, 20, 4, SamplingOptions(0.0, 3.0),
                           row_uniforms(0, 0, list(range(4)), 20))
     assert not set(unused) & {token for ids in (*greedy, *beams, *drawn.tokens) for token in ids}
 
@@ -403,7 +404,7 @@ def test_a_row_ends_at_any_end(family, listed, tmp_path):
     assert listed == "none" or min(map(len, wanted)) < 20
     assert beam_search(model, prompts, 10, 3) == generated(
         model.model, prompts, expected, **{**settings, "max_new_tokens": 10, "num_beams": 3})
-    drawn = draw_rollouts(make_voice(model), None, prompts, 40, 3, SamplingOptions(0.0, 1.0),
+    drawn = draw_rollouts(make_decoder(model), None, prompts, 40, 3, SamplingOptions(0.0, 1.0),
                           row_uniforms(0, 0, list(range(6)), 40))
     for ids in drawn.tokens:
         assert not set(ids[:-1]) & set(expected) and (len(ids) == 40 or ids[-1] in expected)
@@ -494,7 +495,7 @@ def test_rows_on_both_sides_of_a_limit(name):
         COMMON if name == "Starcoder2" else GROUPED)
     config = getattr(transformers, f"{name.split()[0]}Config")(**{**common, **LIMITED[name]})
     model = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), byte_tokenizer())
-    model.check_family()
+    verify_model(model)
     prompts = random_prompts([WINDOW - 1, 3, WINDOW, WINDOW + 1, 2, WINDOW + 9, 40, 1, 60, WINDOW - 5])
     settings = {"do_sample": False, "eos_token_id": END, "pad_token_id": END}
     assert greedy_decode(model, prompts, 12) == generated(model.model, prompts, [END], max_new_tokens=12, **settings)

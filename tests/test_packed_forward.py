@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from model import language_model as language_model_module
 from model.gpt2 import row_attention
 from model.gpt2.packed_forward import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
-from model.gpt2.row_attention import place_rows
+from model.gpt2.row_attention import row_layout
 from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import predicted_from, random_rows, randomised
@@ -268,11 +268,11 @@ def test_dropout_keeps_the_mean(path, attn_rate, resid_rate, attended):
             picked = [1, 3, 4, 5, 8]  # of the 9 tokens of two rows
             positions = torch.tensor([*range(5), *range(4)])
             selected = torch.cat([torch.tensor(picked) + 9 * draw for draw in range(times)])
-            of_rows, queries = (place_rows(each * times, hidden.device) for each in (lengths, [3, 2]))
+            of_rows, queries = (row_layout(each * times, hidden.device) for each in (lengths, [3, 2]))
             packing = Packing(torch.arange(9 * times), positions.repeat(times), of_rows, selected, queries)
             mixed = attention_at(attn, hidden, packing)
             return attn.resid_dropout(attn.c_proj(mixed)).unflatten(0, (times, -1))
-        mixed = attention(attn, hidden, place_rows(lengths * times, hidden.device))
+        mixed = attention(attn, hidden, row_layout(lengths * times, hidden.device))
         return attn.resid_dropout(attn.c_proj(mixed)).unflatten(0, (times, -1))
 
     torch.manual_seed(1)

@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import model.decoding.rollout_buffer
 import model.teacher_student
-from model.decoding.rollout_buffer import RolloutBuffer
-from model.decoding.rollouts import RolloutOptions
+from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
+from model.decoding.rollouts import RolloutConfig
 from model.language_model import LanguageModel
 from model.loading import load_language_model
-from model.policy_gradient import TeacherStudent
+from model.policy_gradient import PolicyConfig, TeacherStudent
 from model.teacher import Teacher
 from tests.conftest import byte_tokenizer
 from tests.small_kd_runs import randomised
@@ -26,6 +26,11 @@ from tests.test_teacher_student import gradients
 SIZE, PADDING, LENGTH = 7, 2, 6  # tokens, rows of the embedding behind them, tokens of a rollout at most
 PARTS = {"cross_entropy", "reward", "single_step", "long_term", "importance_weight_mean", "clip_fraction", "entropy",
          "sequence_reverse_kl", "rollout_length"}
+# Keys of a config and the fields that they set; all others are those of PolicyConfig.
+ROLLOUT = {"rollout": "source", "alpha": "alpha", "rollout_temperature": "temperature", "rollout_epochs": "epochs",
+           "max_generation_length": "max_new_tokens"}
+REWARDS = {"temperature": "temperature", "importance_weight": "importance_weight", "normalize_rewards": "normalize",
+           "whiten": "whiten"}
 ROWS = [([1, 2, 0], [3, 4, 6]), ([5], [2, 2, 1, 0, 6]), ([4, 4, 3, 2, 1], [6]), ([0, 3], [5, 6])]
 
 
@@ -46,8 +51,14 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
     own, of_teacher = (LanguageModel(each, tokenizer(size)) for each in (student, teacher))
-    options = {"max_generation_length": LENGTH, "rollout_batch_size": 3, "say": lambda text: None, **options}
-    return TeacherStudent(own, Teacher(of_teacher), **options).train()
+    penalty = options.pop("penalty", False)
+    rollout, rewards = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
+                        for names in (ROLLOUT, REWARDS))
+    return TeacherStudent(
+        own, Teacher(of_teacher), penalty,
+        rollout=RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
+        rewards=RewardConfig(**rewards), policy=PolicyConfig(**options), log=lambda text: None,
+    ).train()
 
 
 def collated(rows, first: int = 0, columns: int = 0, pad: int = SIZE - 1) -> dict:
@@ -220,7 +231,7 @@ def test_in_eval_mode_the_highlights_are_read_and_nothing_is_drawn():
     q, p = (torch.cat([distributions(each, *row) for row in ROWS]) for each in (student, teacher))
     single = (q * (q / p).log()).sum(-1).mean().item()
     cross_entropy = label_cross_entropy(student, ROWS).item()
-    assert drawn == [] and objective.sets.made == 0
+    assert drawn == [] and objective.rollouts.sets_drawn == 0
     assert means == pytest.approx({"loss": 0.7 * single + 0.3 * cross_entropy, "cross_entropy": cross_entropy,
                                    "single_step": single, "entropy": -(q * q.log()).sum(-1).mean().item()}, rel=1e-10)
 
@@ -229,8 +240,8 @@ def test_on_policy_divergence_equals_the_formula():
     """Fault: the divergence is taken on the highlights, or cross-entropy on samples, or means are over other tokens."""
     student, teacher = network(1), network(2, width=12)
     own, of_teacher = LanguageModel(student, tokenizer()), Teacher(LanguageModel(teacher, tokenizer()))
-    rollouts = RolloutBuffer(own, of_teacher, RolloutOptions("student", max_new_tokens=LENGTH, slots=2), SIZE,
-                           say=lambda text: None)
+    rollouts = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=LENGTH, batch_size=2), SIZE,
+                             RewardConfig(2.0), log=lambda text: None)
     objective = model.teacher_student.TeacherStudent(own, of_teacher, temperature=2.0, kd_weight=0.3, chunk_size=4,
                                                      on_policy_fraction=1.0, rollouts=rollouts).train()
     means, slopes, drawn = take_step(objective, in_batches(ROWS, 3))
@@ -284,7 +295,8 @@ def test_importance_weight_is_a_ratio_of_probabilities():
     q, p = {65: 0.2, 66: 0.8}, {65: 0.5, 66: 0.5}
     student, teacher = (LanguageModel(gpt2_with_constant_logits({token: math.log(each) for token, each in one.items()}),
                                       byte_tokenizer()) for one in (q, p))
-    objective = TeacherStudent(student, Teacher(teacher), alpha=0.2, max_generation_length=20, say=lambda text: None)
+    objective = TeacherStudent(student, Teacher(teacher), rollout=RolloutConfig(max_new_tokens=20),
+                               log=lambda text: None)
     ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS[:2])], [1]))
     assert set(rollout.drawn.tokens.tolist()) == {65, 66}
     right = {65: 0.769230769, 66: 0.8 / 0.74}

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import math
 import re
 
 import pytest
@@ -14,8 +13,6 @@ from model.losses.policy_loss import Penalties, PolicyTokens, clipped_surrogate,
 from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
 from model.losses.vocabulary_loss import TeacherHidden
 from model.policy_gradient import TeacherStudent
-from model.teacher import Teacher
-from tests.conftest import tiny_language_model
 
 # -- a toy whose sequences can all be written down ---------------------------------------------------------------
 
@@ -54,18 +51,18 @@ def expected_gradient(teacher, student, alpha: float, kind: str, normalize: bool
     expected, chances = torch.zeros_like(student), 0
     for sequence in SEQUENCES:
         states, tokens = (torch.tensor(each) for each in zip(*steps(sequence), strict=True))
-        log_p, log_q, log_sampling = (each[states, tokens].log()[None] for each in (p, q, mixture))
+        log_p, log_q, behavior_log_probs = (each[states, tokens].log()[None] for each in (p, q, mixture))
         mask = torch.ones(log_q.shape, dtype=torch.bool)
         rewards = immediate_rewards(log_p, log_q, mask)
-        weights = importance_weights(log_q, log_sampling, mask, kind)
-        of_states = prefix_weights(log_q, log_sampling, mask) if kind == "sequence" else torch.ones_like(weights)
+        weights = importance_weights(log_q, behavior_log_probs, mask, kind)
+        of_states = prefix_weights(log_q, behavior_log_probs, mask) if kind == "sequence" else torch.ones_like(weights)
         advantages = long_term_rewards(rewards, mask, normalize)
         drawn = PolicyTokens(tokens, [len(tokens)], *(each[0] for each in (log_q, advantages, weights, of_states,
                                                                            rewards)))
         one_hot = torch.eye(len(STATES), dtype=torch.float64)[states]
         loss = policy_loss(one_hot, OutputHead(student.T), drawn, TeacherHidden(one_hot, OutputHead(teacher.T)),
                            vocabulary=SIZE, clip_epsilon=clip)
-        chance = log_sampling.sum().exp()
+        chance = behavior_log_probs.sum().exp()
         expected += chance * torch.autograd.grad(loss.loss_sum, student)[0]
         chances += chance
     assert chances.item() == pytest.approx(1, abs=1e-12)
@@ -106,7 +103,7 @@ def test_measured_bias_is_what_the_docstring_says():
                 for name, options in cases.items()}
     text = " ".join(inspect.getdoc(TeacherStudent).split())
     told = re.search(
-        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize_rewards ([\d.]+) at alpha 0; '
+        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize ([\d.]+) at alpha 0; '
         r'"token" weights with clip_epsilon 0\.2 ([\d.]+) at alpha 0\.2, and .*? the default, (\d\.\d+)', text)
     assert told is not None, measured
     assert [float(each) for each in told.groups()] == pytest.approx(list(measured.values()), abs=0.01), measured
@@ -215,7 +212,7 @@ def test_loss_sums_and_gradients_equal_the_formula(weights, temperature, chunk_s
     """Fault: a chunk that is lost, cuts a sequence, or a gradient without a weight, the factor or 1 / temperature."""
     case = Case()
     penalties = None if weights is None else Penalties(*weights, FLOOR, case.embeddings)
-    ours = case.ours(temperature=temperature, factor=0.37, chunk_size=chunk_size, penalties=penalties)
+    ours = case.ours(temperature=temperature, scale=0.37, chunk_size=chunk_size, penalties=penalties)
     theirs = formula(case, temperature, 0.37, weights=weights)
     assert 2 <= theirs[0]["clipped"] <= POSITIONS - 2
     assert_as_formula(ours, theirs, 1e-10)
@@ -306,16 +303,3 @@ def test_chunks_hold_whole_sequences():
     assert whole_sequences([4, 1, 7, 2], 1) == [slice(0, 4), slice(4, 5), slice(5, 12), slice(12, 14)]
     assert whole_sequences([4, 1, 7, 2], 99) == [slice(0, 14)]
     assert whole_sequences([], 4) == []
-
-
-@pytest.mark.parametrize(("name", "value"), [
-    ("temperature", 0.0), ("temperature", math.nan), ("lm_weight", 1.5), ("lm_weight", -0.1), ("clip_epsilon", 0.0),
-    ("clip_epsilon", 1.0), ("alpha", 1.2), ("alpha", -0.1), ("rollout_temperature", 0.0), ("rollout_top_k", 0),
-    ("rollout_top_p", 0.0), ("rollout_top_p", 1.5), ("rollout_batch_size", 0), ("rollout_epochs", 0),
-    ("max_generation_length", 0), ("importance_weight", "both"), ("rollout", "greedy"), ("chunk_size", 0),
-    ("frequency_weight", -0.1), ("diversity_weight", -0.1), ("entropy_weight", math.nan), ("entropy_floor", 0.0),
-])
-def test_out_of_range_is_refused_by_name(name, value):
-    """Fault: a senseless number trains anyway, or the message does not say which one it was."""
-    with pytest.raises(ValueError, match=rf"^{name} is '?{value}'?: expected"):
-        TeacherStudent(tiny_language_model(), Teacher(tiny_language_model()), penalty=True, **{name: value})

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from data.articles import DataError
 from data.prompts import PromptFormat
 from model.decoding import rollout_buffer
-from model.decoding.rollout_buffer import COLLAPSED_SETS, RolloutBuffer
+from model.decoding.rollout_buffer import RolloutBuffer
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
 from tests.small_kd_runs import POSITIONS, make_kd_project, run_kd, save_model
 from tests.small_runs import assert_equal_weights, changed, make_rows, weights
@@ -62,16 +62,16 @@ def test_a_teacher_that_gives_nan(tmp_path, capsys, monkeypatch, rollout):
 
 def test_a_teacher_that_excludes_what_was_drawn(tmp_path, capsys, monkeypatch):
     """Fault: log p = -inf of a drawn token becomes a reward of -1e30 that tears the weights apart."""
-    config, made = make_kd_project(tmp_path, **STUDENT), RolloutBuffer.make
+    config, collect = make_kd_project(tmp_path, **STUDENT), RolloutBuffer.collect
 
     def spoilt(sets, *each):
-        if sets.made == 2:
+        if sets.sets_drawn == 2:
             head = sets.teacher.head
             sets.teacher.head = head._replace(bias=torch.full((len(head.weight),), -math.inf).index_fill(
                 0, torch.tensor([END]), 0.0))
-        return made(sets, *each)
+        return collect(sets, *each)
 
-    monkeypatch.setattr(RolloutBuffer, "make", spoilt)
+    monkeypatch.setattr(RolloutBuffer, "collect", spoilt)
     assert run_kd(tmp_path, config) == 1
     error = last_error(capsys)
     assert "optimizer step 3: " in error and "row-" in error and "distillation_kwargs.temperature" in error
@@ -92,29 +92,20 @@ def biased_student(folder, token: int, logit: float) -> None:
 EMPTY, LOW, ENDLESS = "all rollouts are empty", "entropy along its rollouts", "no rollout ended before 8 tokens"
 
 
-@pytest.mark.parametrize(("token", "logit", "warnings", "code"), [
-    (END, 13.0, [EMPTY], 1), (END, 40.0, [EMPTY, LOW], 1), (ord("a"), 40.0, [LOW, ENDLESS], 1),
-    (END, -20.0, [ENDLESS], 0),
+@pytest.mark.parametrize(("token", "logit", "warnings"), [
+    (END, 13.0, [EMPTY]), (END, 40.0, [EMPTY, LOW]), (ord("a"), 40.0, [LOW, ENDLESS]), (END, -20.0, [ENDLESS]),
 ], ids=["empty", "empty and certain", "certain", "endless"])
-def test_a_policy_that_has_collapsed(tmp_path, capsys, token, logit, warnings, code):
-    """Fault: a collapsed student trains on for hours, is warned of at each step, or stops a run that may recover."""
-    config = changed(make_kd_project(tmp_path, rows=24, **STUDENT), optimizer_kwargs=STILL)
+def test_a_policy_that_has_collapsed(tmp_path, capsys, token, logit, warnings):
+    """Fault: a collapsed student trains on without a word, or is warned of at each step."""
+    config = changed(make_kd_project(tmp_path, rows=6, **STUDENT), optimizer_kwargs=STILL)
     biased_student(tmp_path, token, logit)
-    assert run_kd(tmp_path, config) == code
+    assert run_kd(tmp_path, config) == 0
     told = capsys.readouterr().err
     assert "Traceback" not in told
     found = [line for line in told.splitlines() if "warning: " in line]
     for text in (EMPTY, LOW, ENDLESS):
         assert len([line for line in found if text in line]) == (text in warnings)
-    steps = len(strict_lines(tmp_path / "run"))
-    if code == 0:
-        assert steps == 12
-        return
-    error = told.strip().splitlines()[-1]
-    assert steps == COLLAPSED_SETS - 1 == 9
-    assert f"optimizer step 10: the policy has collapsed, 10 sets of rollouts in a row: {warnings[0]}"[:60] in error
-    assert warnings[0] in error and "optimizer_kwargs.lm_lr" in error and "lm_weight" in error
-    AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path, "step-9"))
+    assert len(strict_lines(tmp_path / "run")) == 3
 
 
 # -- room for what is drawn --------------------------------------------------------------------------------------

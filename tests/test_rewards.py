@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from model.losses import rewards
 from model.losses.divergences import FLOOR
-from model.losses.rewards import completion_mask, immediate_rewards, importance_weights, long_term_rewards, reward_to_go
+from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, reward_to_go
 
 INF, NAN = math.inf, math.nan
 LARGEST = torch.finfo(torch.float32).max
@@ -24,9 +24,8 @@ def mask_of(lengths, width):
 
 
 # The formulas, in plain Python over one sequence without padding.
-def loop_to_go(rewards, discount):
-    return [sum(discount ** (later - now) * rewards[later] for later in range(now, len(rewards)))
-            for now in range(len(rewards))]
+def loop_to_go(rewards):
+    return [sum(rewards[now:]) for now in range(len(rewards))]
 
 
 def loop_long_term(rewards, normalize):
@@ -52,8 +51,7 @@ def loop_whiten(rows):
 # Each function of two tensors [B, L] and a mask, and its formula for two rows; some leave the second out.
 FORMULAS = {
     "immediate": (immediate_rewards, lambda a, b: [p - q for p, q in zip(a, b, strict=True)]),
-    "to_go": (lambda a, b, mask: reward_to_go(a, mask), lambda a, b: loop_to_go(a, 1.0)),
-    "to_go_discounted": (lambda a, b, mask: reward_to_go(a, mask, 0.9), lambda a, b: loop_to_go(a, 0.9)),
+    "to_go": (lambda a, b, mask: reward_to_go(a, mask), lambda a, b: loop_to_go(a)),
     "long_term": (lambda a, b, mask: long_term_rewards(a, mask), lambda a, b: loop_long_term(a, True)),
     "long_term_sum": (lambda a, b, mask: long_term_rewards(a, mask, False), lambda a, b: loop_long_term(a, False)),
     "token_weights": (lambda a, b, mask: importance_weights(a, b, mask, "token"), partial(loop_weights, kind="token")),
@@ -113,64 +111,19 @@ def test_batch_without_a_real_token(name, shape):
     assert torch.equal(ours, torch.zeros(shape))
 
 
-@every_function
-def test_nothing_after_the_end_counts(name):
-    """Fault: tokens sampled after end-of-text, or columns added by a longer row, change a result."""
-    ids = torch.tensor([[7, 9, 256, 256, 3, 1], [4, 5, 6, 7, 8, 256]])
-    first, second = -torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0))
-    alone = FUNCTIONS[name](first, second, completion_mask(ids, 256))
-    ids[0, 3:], first[0, 3:], second[0, 3:] = 256, -77.0, NAN
-    ids, first, second = (torch.cat([values, values.new_full((2, 2), 5)], 1) for values in (ids, first, second))
-    longer = FUNCTIONS[name](first, second, completion_mask(ids, 256))
-    assert torch.equal(longer, torch.cat([alone, torch.zeros(2, 2)], 1))
-
-
-@every_function
-@pytest.mark.parametrize("hole", [0, 2])
-def test_zero_wherever_masked(name, hole):
-    """Fault: a sum carried into a masked place before real tokens."""
-    mask = mask_of([5], 5)
-    mask[0, hole] = False
-    first, second = torch.full((1, 5), -1.0), torch.full((1, 5), -2.0)
-    first[0, 4], first[0, hole] = -3.0, NAN
-    ours = FUNCTIONS[name](first, second, mask)
-    assert ours[0, hole] == 0 and torch.isfinite(ours).all() and (ours != 0).any()
-
-
-def test_completion_mask_by_hand():
-    """Fault: the end-of-text token itself is masked, or tokens between two of them count."""
-    ids = torch.tensor([[7, 9, 256, 256, 3], [256, 1, 2, 256, 4], [1, 2, 3, 4, 256], [1, 2, 3, 4, 5]])
-    mask = completion_mask(ids, 256)
-    assert mask.dtype == torch.bool and completion_mask(ids[:, :0], 256).shape == (4, 0)
-    assert mask.int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
-
-
 def test_rewards_by_hand():
-    """Fault: padding counts: (18.6, 18.1, 18.3, 18, 9); or the discount's power is the position: (5.16, 4.16, 2.56)."""
+    """Fault: padding counts: (18.6, 18.1, 18.3, 18, 9)."""
     padding, three, one_more = torch.tensor([[0.5, -0.2, 0.3, 9.0, 9.0]]), mask_of([3], 5), torch.tensor([[-50.0]])
-    steps, teacher, student = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]]), torch.tensor([[0.5, 0.1]]), [[0.2, 0.4]]
+    teacher, student = torch.tensor([[0.5, 0.1]]), [[0.2, 0.4]]
     for ours, right in (
         (reward_to_go(padding, three), [0.6, 0.1, 0.3, 0, 0]),
         (long_term_rewards(padding, three), [0.05, 0.3, 0, 0, 0]),
         (long_term_rewards(padding, three, normalize=False), [0.1, 0.3, 0, 0, 0]),
         # All that follows one more token is the reward to go, divided by the tokens that remain.
         (long_term_rewards(torch.cat([one_more, padding], 1), mask_of([4], 6)), [0.2, 0.05, 0.3, 0, 0, 0]),
-        (reward_to_go(steps, three, 0.8), [5.16, 5.2, 4, 0, 0]),
-        (reward_to_go(steps, three, 0.0), [1, 2, 4, 0, 0]),
         (immediate_rewards(teacher.log(), torch.tensor(student).log(), mask_of([2], 2)), [math.log(2.5), -math.log(4)]),
     ):
         torch.testing.assert_close(ours, torch.tensor([right], dtype=torch.float32))
-
-
-def test_discount_on_long_rows():
-    """Fault: 0.9^1024 underflows and 0 / 0 follows; or the early rewards of a long row are wrong."""
-    given = torch.randn(3, 1024, generator=torch.Generator().manual_seed(0))
-    given[2] = -1e4
-    ours = reward_to_go(given, mask_of([1024, 1000, 1024], 1024), 0.9)
-    assert ours.dtype == torch.float32 and torch.isfinite(ours).all()
-    right = padded([loop_to_go(given[row, :length].tolist(), 0.9) for row, length in ((0, 1024), (1, 1000))], 1024)
-    torch.testing.assert_close(ours[:2].double(), right, rtol=1e-5, atol=1e-5)
-    assert ours[2, [0, 1022]].tolist() == pytest.approx([-1e4 * (1 - 0.9 ** 1024) / 0.1, -1.9e4], rel=1e-5)
 
 
 def test_teacher_equals_student():
@@ -213,25 +166,25 @@ def enumerated(seed):
     prefixes = [()] + [prefix for length in (1, 2) for prefix in itertools.product((0, 1), repeat=length)]
     student, teacher = ({prefix: torch.softmax(2 * torch.randn(3, generator=generator).double(), 0).tolist()
                          for prefix in prefixes} for _ in range(2))
-    ids, log_q, log_sampling = [], [], []
+    ids, log_q, behavior_log_probs = [], [], []
     for tokens in [(2,), (0, 2), (1, 2), *((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2))]:
         own = [student[tokens[:position]][token] for position, token in enumerate(tokens)]
         other = [teacher[tokens[:position]][token] for position, token in enumerate(tokens)]
         mixed = [0.2 * p + 0.8 * q for p, q in zip(other, own, strict=True)]
         ids.append([*tokens, *[2] * (3 - len(tokens))])
         log_q.append([math.log(value) for value in own])
-        log_sampling.append([math.log(value) for value in mixed])
-    return torch.tensor(ids), log_q, log_sampling
+        behavior_log_probs.append([math.log(value) for value in mixed])
+    return torch.tensor(ids), log_q, behavior_log_probs
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_weights_are_unbiased_by_enumeration(seed):
     """Fault: the mean over p~ with weights is not the student's mean: of whole sequences, or of the states visited."""
-    ids, log_q, log_sampling = enumerated(seed)
-    mask = completion_mask(ids, 2)
-    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, log_sampling))
+    ids, log_q, behavior_log_probs = enumerated(seed)
+    mask = mask_of(map(len, log_q), 3)
+    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, behavior_log_probs))
     assert q.sum().item() == pytest.approx(1) and sampled.sum().item() == pytest.approx(1)
-    weighted = padded(log_q, 3, NAN), padded(log_sampling, 3, NAN), mask
+    weighted = padded(log_q, 3, NAN), padded(behavior_log_probs, 3, NAN), mask
     of_sequence = torch.randn(len(ids), generator=torch.Generator().manual_seed(seed)).double()
     whole = importance_weights(*weighted, "sequence")
     assert (sampled * whole[:, 0] * of_sequence).sum().item() == pytest.approx((q * of_sequence).sum().item())
@@ -255,7 +208,7 @@ def test_excluded_tokens(log_zero):
     mask = mask_of([5], 5)
     finite = immediate_rewards(teacher, student, mask)
     torch.testing.assert_close(finite, torch.tensor([[0.0, FLOOR, -FLOOR, -9999.0, -1.0]]))
-    for name in ("to_go", "to_go_discounted", "long_term", "long_term_sum", "whiten"):
+    for name in ("to_go", "long_term", "long_term_sum", "whiten"):
         assert torch.isfinite(FUNCTIONS[name](finite, None, mask)).all()
     for name in ("token_weights", "sequence_weights", "prefix_weights"):
         assert torch.isfinite(FUNCTIONS[name](teacher, student, mask)).all()

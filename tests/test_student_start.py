@@ -122,7 +122,7 @@ def test_another_family():
 
 @pytest.mark.parametrize(("shape", "layers", "start", "part"), [
     ({"width": 16}, None, INIT, "hidden_size of the teacher is 32 and of the student 16"),
-    ({"layers": 5}, None, INIT, "the student has 5 blocks, the teacher only 4"),
+    ({"layers": 5}, None, INIT, "the number of blocks of the teacher is 4 and of the student 5"),
     ({}, [0, 4], LAYERS, "[0, 4]: expected 2 numbers from 0 to 3"),
     ({}, [0], LAYERS, "[0]: expected 2 numbers from 0 to 3"),
     ({}, [0, 1, 2], LAYERS, "[0, 1, 2]: expected 2 numbers from 0 to 3"),

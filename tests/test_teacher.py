@@ -7,10 +7,10 @@ from itertools import chain
 import pytest
 import torch
 
-from model.language_model import LanguageModel, ModelError
+from model.language_model import LanguageModel
 from model.teacher import Teacher, prefetch_one
 from model.teacher_student import TeacherStudent
-from tests.conftest import byte_tokenizer, tiny_gpt2
+from tests.conftest import byte_tokenizer
 from tests.small_kd_runs import random_rows
 from tests.test_families import FAMILIES, tiny_family
 from tests.test_teacher_student import (
@@ -97,7 +97,7 @@ def run_ahead(batches: list, events: list) -> list:
 
 
 def test_next_batch_is_started_before_this_one_is_handed_out():
-    """Fault: the teacher waits for the student, a copy waits behind the next batch, or batches change places."""
+    """Fault: the teacher waits for the student, a copy waits behind the next batch, or a batch is lost or exchanged."""
     events = []
     assert run_ahead([1, 2, 3], events) == [(1, 10), (2, 20), (3, 30)]
     assert events == [
@@ -106,11 +106,7 @@ def test_next_batch_is_started_before_this_one_is_handed_out():
         "draw 3", "finish 2", "start 3", "got 2",
         "finish 3", "got 3",
     ]
-
-
-def test_few_batches():
-    """Fault: the last batch is lost, or no batch at all is an error."""
-    events = []
+    events.clear()
     assert run_ahead([], events) == [] and events == []
     assert run_ahead([7], events) == [(7, 70)] and events == ["draw 7", "start 7", "finish 7", "got 7"]
 
@@ -161,28 +157,6 @@ def test_outputs_go_to_the_student_s_device():
 
 
 # -- vocabularies ------------------------------------------------------------------------------------------------
-
-
-def refusal(teacher_tokenizer, rows: int = 257) -> str:
-    teacher = tiny_gpt2()
-    teacher.resize_token_embeddings(rows, mean_resizing=False)
-    with pytest.raises(ModelError) as caught:
-        TeacherStudent(LanguageModel(student_network(), byte_tokenizer()),
-                       Teacher(LanguageModel(teacher, teacher_tokenizer)))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_other_vocabularies_are_refused():
-    """Fault: distributions over different tokens are compared id by id (case A7)."""
-    longer = byte_tokenizer()
-    longer.add_tokens(["storm"])
-    message = refusal(longer, 258)
-    assert "258 and 257 tokens" in message and "id 257: 'storm' and none" in message
-    text = byte_tokenizer().backend_tokenizer.to_str().replace('"A":65', '"A":66').replace('"B":66', '"B":65')
-    exchanged = byte_tokenizer()
-    exchanged._tokenizer = exchanged.backend_tokenizer.from_str(text)
-    assert "257 and 257 tokens; the first that differs has id 65: 'B' and 'A'" in refusal(exchanged)
 
 
 def with_more_rows(network, tokens: int = 260):

@@ -1,7 +1,6 @@
 """Divergence distillation against its formula in float64: model/teacher_student.py. The teacher: test_teacher.py."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -103,14 +102,6 @@ def test_the_ends_of_kd_weight(kd_weight, part):
     assert terms.loss_sum.item() == terms.parts[part].item() > 0.1
 
 
-def test_default_is_half_of_each():
-    """Fault: the default weight, temperature or divergence is not that of the documentation."""
-    batch = random_rows(ROWS)
-    found = [objective_of(student_network(), teacher_network(), **options)(*batch).loss_sum
-             for options in ({}, {"kd_weight": 0.5, "temperature": 1.0, "kl_div": "forward"})]
-    assert torch.equal(*found)
-
-
 def with_states(network, states, monkeypatch) -> LanguageModel:
     """A language model whose hidden states are `states` [B, T, D], whatever it reads."""
     model = LanguageModel(network, byte_tokenizer())
@@ -151,25 +142,6 @@ def test_table_of_a8(changed, right, monkeypatch):
     assert terms.loss_sum.item() / 3 == pytest.approx(right, abs=1e-9)
 
 
-def test_gradient_only_at_label_positions(monkeypatch):
-    """Fault: a position that predicts no label is taught (case A8)."""
-    student, teacher = a8_models((0, 2), monkeypatch)
-    states = student.hidden_states(None, None)
-    TeacherStudent(student, Teacher(teacher), vocabulary=3)(
-        torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4), A8_LABELS
-    ).loss_sum.backward()
-    touched = {(row, column) for row, column in states.grad.abs().sum(-1).nonzero().tolist()}
-    assert touched == {(0, 1), (0, 2), (1, 0)}
-
-
-def test_padding_does_not_matter():
-    """Fault: other padding ids or more padding change the loss (case A8)."""
-    student, teacher = student_network().double(), teacher_network().double()
-    found = [objective_of(student, teacher)(*random_rows(ROWS, columns=columns, pad=pad)).loss_sum.item()
-             for columns, pad in ((0, 256), (5, 256), (5, 7))]
-    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
-
-
 @pytest.mark.parametrize("kl_div", KINDS)
 def test_no_label_is_exactly_zero(kl_div):
     """Fault: NaN, or a constant without a graph, where a batch has no label (case A11)."""
@@ -179,21 +151,6 @@ def test_no_label_is_exactly_zero(kl_div):
     assert [part.item() for part in terms.parts.values()] == [0.0, 0.0]
     terms.loss_sum.backward()
     assert all(each.grad is None or not each.grad.any() for each in student.parameters())
-
-
-def test_a_row_without_labels_among_others():
-    """Fault: a row without labels dilutes or poisons the loss of the others (case A11)."""
-    both = random_rows([(9, []), (9, [6, 7, 8])])
-    results = []
-    for batch in (both, tuple(each[1:] for each in both)):
-        student = student_network()
-        terms = objective_of(student, teacher_network())(*batch)
-        terms.loss_sum.backward()
-        results.append((terms.loss_sum.item(), terms.token_count, gradients(student)))
-    (loss, count, ours), (expected, expected_count, theirs) = results
-    assert count == expected_count == 3
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert_near(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -287,13 +244,11 @@ def test_from_folders(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"temperature": 0.0}, "temperature is 0.0"), ({"temperature": -1.0}, "temperature is -1.0"),
-    ({"temperature": math.nan}, "temperature is nan"), ({"kd_weight": 1.5}, "kd_weight is 1.5"),
-    ({"kd_weight": -0.1}, "kd_weight is -0.1"), ({"kl_div": "foward"}, "kl_div is 'foward'"),
+    ({"kl_div": "foward"}, "kl_div is 'foward'"), ({"bata": 0.5}, "bata is no parameter"),
     ({"beta": 1.0, "kl_div": "generalized_js"}, "beta is 1.0"), ({"lambda_": 0.0}, "lambda is 0.0"),
 ])
-def test_numbers_out_of_range(options, message):
-    """Fault: a temperature of 0 or a typo trains on NaN or on another loss (case A10)."""
+def test_parameters_that_cannot_be(options, message):
+    """Fault: a typo, or a parameter out of range, trains on another loss (case A10)."""
     with pytest.raises(ValueError, match="expected") as caught:
         objective_of(student_network(), teacher_network(), **options)
     assert message in str(caught.value)

@@ -1,11 +1,11 @@
-"""Key/value caches of rows that are decoded together, each in a slot of its own, without padding.
+"""Key/value caches of rows that are decoded together, without padding: each row has its own length.
 
-All kinds have the same five operations; the slots in use are always the first ones:
-- prefill(prompts): reads the prompts, each at its own length, into the next slots; hidden states [n, D] of their ends.
-- step(tokens [n]): reads one token in each of the n slots in use; hidden states [n, D].
-- move(source, target): the row of one slot takes another's place.
-- drop(): the last slot is free.
-- close(): nothing more is read.
+All caches have the same operations; the rows in use are always the first ones:
+- prefill(prompts): reads prompts, each at its own length, into the next free rows; hidden states [n, D] of their ends.
+- step(tokens [n]): reads one token in each of the n rows in use; hidden states [n, D].
+- move(source, target): copies one row over another.
+- drop(): frees the last row.
+- close(): releases memory; nothing is read afterwards.
 """
 
 import re
@@ -21,128 +21,109 @@ from model.gpt2.kv_cache import GPT2KVCache
 from model.gpt2.packed_forward import can_pack
 from model.language_model import LanguageModel, ModelError
 
-# What a family's forward pass raises for masks and caches that it does not know.
-FAMILY_ERRORS = (ModelError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
-# Keys of a config whose numbers are lengths beyond which a row is read in another way.
-LIMITS = re.compile("window|local|chunk|original_max_position")
-READ_AGAIN = ("phi3", "phimoe", "phi4_multimodal")
-SHORT = 4  # tokens: a limit that every family is tried at
+# Config keys whose numbers are lengths from which on a row is read in another way.
+LIMIT_KEYS = re.compile("window|local|chunk|original_max_position")
+SHORT_LIMIT = 4  # tokens: a limit that every family is tried at
+# Phi-3's rope changes its factors at this length, so that cached keys no longer fit: `generate` reads such a row again.
+REREAD_FAMILIES = ("phi3", "phimoe", "phi4_multimodal")
 
 
-def make_kv_cache(language_model: LanguageModel, count: int, room: int):
-    """`count` slots for rows of at most `room` tokens, of the quickest kind that is exact for the family."""
+def make_kv_cache(language_model: LanguageModel, batch_size: int, max_length: int):
+    """A cache for `batch_size` rows of up to `max_length` tokens, of the fastest type that is exact for the family."""
     if can_pack(language_model.model):
-        return GPT2KVCache(language_model, count, room)
-    together = decodes_together(language_model, SHORT) and fits_together(language_model, room)
-    return (BatchKVCache if together else PerRowKVCaches)(language_model, count, room)
-
-
-def fits_together(language_model: LanguageModel, room: int) -> bool:
-    """Whether rows of up to `room` tokens may be decoded together: on both sides of every limit that the config names
-    (the window of local attention, the length from which rope changes) a row does not depend on its neighbours."""
-    limits = {limit for limit in limits_in(language_model.model.config.to_dict()) if SHORT <= limit < room}
-    return can_pack(language_model.model) or all(decodes_together(language_model, limit) for limit in sorted(limits))
-
-
-def limits_in(value, key: str = "") -> Iterator[int]:
-    """The numbers of a config's limits, however deep they are."""
-    if isinstance(value, dict):
-        for name, child in value.items():
-            yield from limits_in(child, str(name))
-    elif isinstance(value, list):
-        for child in value:
-            yield from limits_in(child, key)
-    elif type(value) is int and LIMITS.search(key):
-        yield value
+        return GPT2KVCache(language_model, batch_size, max_length)
+    if batch_decoding_is_exact(language_model, SHORT_LIMIT) and can_decode_together(language_model, max_length):
+        return BatchKVCache(language_model, batch_size, max_length)
+    return PerRowKVCaches(language_model, batch_size, max_length)
 
 
 class BatchKVCache:
-    """For any family whose cache is keys and values: the library's forward pass, with masks of our own."""
+    """For any family whose cache is keys and values: the library's forward pass with our own masks."""
 
-    def __init__(self, language_model: LanguageModel, count: int, room: int):
-        self.language_model, self.count, self.room = language_model, count, room
-        self.lengths = RowLengths(count, language_model.device)
+    def __init__(self, language_model: LanguageModel, batch_size: int, max_length: int):
+        self.language_model, self.batch_size, self.max_length = language_model, batch_size, max_length
+        self.rows = RowLengths(batch_size, language_model.device)
         self.cache: Cache | None = None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         return torch.cat([self._prefill(prompt) for prompt in prompts])
 
     def _prefill(self, prompt: list[int]) -> Tensor:
-        of_prompt = self.language_model.new_cache()
-        hidden = self.language_model.last_hidden(
-            torch.tensor([prompt], device=self.language_model.device), None, of_prompt
-        )
+        prompt_cache, device = self.language_model.new_cache(), self.language_model.device
+        hidden = self.language_model.last_hidden(torch.tensor([prompt], device=device), None, prompt_cache)
         if self.cache is None:
-            self.cache = Cache([BatchLayer(layer, self.count, self.room, self.lengths) for layer in of_prompt.layers])
-        for layer, read in zip(self.cache.layers, of_prompt.layers, strict=True):
-            layer.write(len(self.lengths.sizes), len(prompt), read)
-        self.lengths.add([len(prompt)])
+            self.cache = Cache([BatchLayer(layer, self.batch_size, self.max_length, self.rows)
+                                for layer in prompt_cache.layers])
+        for layer, prompt_layer in zip(self.cache.layers, prompt_cache.layers, strict=True):
+            layer.write(len(self.rows.lengths), len(prompt), prompt_layer)
+        self.rows.add([len(prompt)])
         return hidden
 
     def step(self, tokens: Tensor) -> Tensor:
-        positions = self.lengths.places[:, None].clone()
+        positions = self.rows.positions[:, None].clone()
         hidden = self.language_model.last_hidden(tokens[:, None], self._masks(), self.cache, positions)
-        self.lengths.advance()
+        self.rows.advance()
         return hidden
 
-    def _masks(self):
-        """One mask, or one for each type of layer where the family has several."""
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """One mask, or one for each type of layer if the family has several."""
         sliding, dtype = {layer.is_sliding for layer in self.cache.layers}, self.cache.layers[0].keys.dtype
         if sliding == {False}:
-            return self.lengths.mask(dtype)
-        windowed = self.lengths.mask(dtype, self.language_model.model.config.sliding_window)
-        return windowed if sliding == {True} else {"full_attention": self.lengths.mask(dtype),
-                                                   "sliding_attention": windowed}
+            return self.rows.mask(dtype)
+        windowed = self.rows.mask(dtype, self.language_model.model.config.sliding_window)
+        if sliding == {True}:
+            return windowed
+        return {"full_attention": self.rows.mask(dtype), "sliding_attention": windowed}
 
     def move(self, source: int, target: int) -> None:
         for layer in self.cache.layers:
             layer.keys[target], layer.values[target] = layer.keys[source], layer.values[source]
-        self.lengths.move(source, target)
+        self.rows.move(source, target)
 
     def drop(self) -> None:
-        self.lengths.drop()
+        self.rows.drop()
 
     def close(self) -> None:
         self.cache = None
 
 
 class BatchLayer(DynamicLayer):
-    """One layer's keys and values [slots, heads, room, head_dim], written in place at each row's own length."""
+    """One layer's keys and values [batch_size, heads, max_length, head_dim], written at each row's own length."""
 
-    def __init__(self, like: DynamicLayer, count: int, room: int, lengths: RowLengths):
+    def __init__(self, like: DynamicLayer, batch_size: int, max_length: int, rows: RowLengths):
         super().__init__()
         if type(like) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ModelError(f"a cache of {type(like).__name__} has no slots")
-        # Zeros, because what is not written yet is multiplied by 0, and must be finite.
-        self.keys, self.values = (each.new_zeros(count, each.shape[1], room, each.shape[3])
-                                  for each in (like.keys, like.values))
-        self.lengths, self.is_sliding, self.is_initialized = lengths, like.is_sliding, True
+            raise ModelError(f"a cache of {type(like).__name__} cannot hold rows of different lengths")
+        # Zeros, because entries that are not written yet are multiplied by 0 and must be finite.
+        self.keys, self.values = (tensor.new_zeros(batch_size, tensor.shape[1], max_length, tensor.shape[3])
+                                  for tensor in (like.keys, like.values))
+        self.rows, self.is_sliding, self.is_initialized = rows, like.is_sliding, True
 
-    def write(self, slot: int, length: int, read: DynamicLayer) -> None:
-        """The keys and values of one prompt; of a sliding window the last ones are there."""
-        start = length - read.keys.shape[2]
-        self.keys[slot, :, start:length], self.values[slot, :, start:length] = read.keys[0], read.values[0]
+    def write(self, row: int, length: int, prompt_layer: DynamicLayer) -> None:
+        """Store one prompt's keys and values; a sliding window holds only its last ones."""
+        start = length - prompt_layer.keys.shape[2]
+        self.keys[row, :, start:length] = prompt_layer.keys[0]
+        self.values[row, :, start:length] = prompt_layer.values[0]
 
     def update(self, key_states: Tensor, value_states: Tensor, *unused, **also_unused) -> tuple[Tensor, Tensor]:
-        count, places = len(key_states), self.lengths.places
-        rows, longest = torch.arange(count, device=places.device), self.lengths.longest + 1
-        self.keys[rows, :, places], self.values[rows, :, places] = key_states[:, :, 0], value_states[:, :, 0]
-        return self.keys[:count, :, :longest], self.values[:count, :, :longest]
+        count, positions = len(key_states), self.rows.positions
+        rows, end = torch.arange(count, device=positions.device), self.rows.longest + 1
+        self.keys[rows, :, positions], self.values[rows, :, positions] = key_states[:, :, 0], value_states[:, :, 0]
+        return self.keys[:count, :, :end], self.values[:count, :, :end]
 
     def get_seq_length(self) -> int:
-        return self.lengths.longest
+        return self.rows.longest
 
 
 class PerRowKVCaches:
-    """For a family whose cache is something else: each row with the library's own, one after the other."""
+    """For a family whose cache is something else: every row has the library's own and is read alone."""
 
-    def __init__(self, language_model: LanguageModel, count: int, room: int):
+    def __init__(self, language_model: LanguageModel, batch_size: int, max_length: int):
         self.language_model = language_model
         self.rows: list[list[int]] = []
         self.caches: list[Cache] = []
-        # Where Phi-3's rope changes its factors, what is cached no longer fits: `generate` reads such a row again too.
         config = language_model.model.config
-        self.read_again_at = config.original_max_position_embeddings if config.model_type in READ_AGAIN else None
+        self.reread_at = config.original_max_position_embeddings if config.model_type in REREAD_FAMILIES else None
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         start = len(self.caches)
@@ -152,10 +133,10 @@ class PerRowKVCaches:
 
     def step(self, tokens: Tensor) -> Tensor:
         new = tokens[:, None].tolist()
-        for slot, row in enumerate(self.rows):
-            row += new[slot]
-            if len(row) - 1 == self.read_again_at:
-                new[slot], self.caches[slot] = row, self.language_model.new_cache()
+        for index, row in enumerate(self.rows):
+            row += new[index]
+            if len(row) - 1 == self.reread_at:
+                new[index], self.caches[index] = row, self.language_model.new_cache()
         return self._read(new, self.caches)
 
     def _read(self, rows: list[list[int]], caches: list[Cache]) -> Tensor:
@@ -174,30 +155,54 @@ class PerRowKVCaches:
         self.caches = []
 
 
-def decodes_together(language_model: LanguageModel, limit: int) -> bool:
-    """Whether `BatchKVCache` gives this family's own hidden states; tried once, with a row behind `limit` tokens, one
-    that passes it, and a short one."""
-    known = language_model.decodes_together
-    if limit not in known:
-        known[limit] = try_together(language_model, limit)
-    return known[limit]
+# -- whether a family's rows may be decoded together ----------------------------------------------------------------
+
+
+def can_decode_together(language_model: LanguageModel, max_length: int) -> bool:
+    """Whether a row of up to `max_length` tokens is independent of the rows it is decoded with.
+
+    Tried on both sides of every limit that the config names: the window of local attention, the length from which on
+    rope changes.
+    """
+    if can_pack(language_model.model):
+        return True
+    limits = {limit for limit in limits_in(language_model.model.config.to_dict()) if SHORT_LIMIT <= limit < max_length}
+    return all(batch_decoding_is_exact(language_model, limit) for limit in sorted(limits))
+
+
+def limits_in(value, key: str = "") -> Iterator[int]:
+    """The lengths that a config names under LIMIT_KEYS, at any depth."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from limits_in(child, str(name))
+    elif isinstance(value, list):
+        for child in value:
+            yield from limits_in(child, key)
+    elif type(value) is int and LIMIT_KEYS.search(key):
+        yield value
 
 
 @torch.no_grad()
-def try_together(language_model: LanguageModel, limit: int) -> bool:
+def batch_decoding_is_exact(language_model: LanguageModel, limit: int) -> bool:
+    """Whether `BatchKVCache` gives this family's own hidden states; tried once, with a row longer than `limit` tokens,
+    one that passes it while it is decoded, and a short one."""
+    known = language_model.batch_decoding_is_exact
+    if limit in known:
+        return known[limit]
     steps, device = 3, language_model.device
-    most = language_model.context - steps
-    lengths = [min(limit + 2, most), min(limit - 1, most), 2]
-    draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(language_model.vocabulary, (length,), generator=draw).tolist() for length in lengths]
-    tokens = torch.randint(language_model.vocabulary, (steps, len(prompts)), generator=draw).to(device)
+    longest = language_model.context - steps
+    lengths = [min(limit + 2, longest), min(limit - 1, longest), 2]
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(language_model.vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    tokens = torch.randint(language_model.vocabulary, (steps, len(prompts)), generator=generator).to(device)
     try:
-        with torch.autocast(device.type, enabled=False):  # its rounding is larger than what is looked for
-            alone, together = ([slots.prefill(prompts), *map(slots.step, tokens)] for slots in (
-                kind(language_model, len(prompts), limit + 8) for kind in (PerRowKVCaches, BatchKVCache)))
+        with torch.autocast(device.type, enabled=False):  # its rounding is larger than the differences to be found
+            alone, together = ([cache.prefill(prompts), *map(cache.step, tokens)] for cache in (
+                cache_type(language_model, len(prompts), limit + 8) for cache_type in (PerRowKVCaches, BatchKVCache)))
+        known[limit] = all(torch.allclose(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
+                           for one, other in zip(alone, together, strict=True))
     except torch.OutOfMemoryError:
         raise
-    except FAMILY_ERRORS:
-        return False
-    return all(torch.allclose(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
-               for one, other in zip(alone, together, strict=True))
+    except Exception:  # a forward pass may raise anything for masks and caches that it does not know
+        known[limit] = False
+    return known[limit]

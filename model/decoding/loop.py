@@ -1,7 +1,7 @@
-"""The one decoding loop: greedy decoding, evaluation and rollouts. Beam search through the library.
+"""The one decoding loop: greedy decoding, evaluation and rollouts. Beam search is the library's.
 
-Prompts are taken longest first, each is read at its own length into a slot, and all slots go on together, a token at a
-time; a row that has ended makes room for a waiting prompt. What the next token is, the caller chooses.
+Prompts are taken longest first. Each is read at its own length, all running rows advance together, a token at a time,
+and a row that has finished makes room for a waiting prompt. The caller supplies the function that picks the next token.
 """
 
 from collections import deque
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from model.decoding.kv_cache import fits_together, make_kv_cache
+from model.decoding.kv_cache import can_decode_together, make_kv_cache
 from model.language_model import LanguageModel, ModelError, evaluating
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 
 Progress = Callable[[int, int], None]  # (rows finished, tokens generated) since the last call
-# (row numbers [n], places of the next token in each row's continuation [n], hidden states [n, D] of each voice)
-# -> the next tokens [n], on the device of the rows
-Choose = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+# (prompt indices [n], positions of the next token in each continuation [n], hidden states [n, D] of each decoder)
+# -> next tokens [n], on the device of the arguments
+NextTokenFn = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
-LOOK_EVERY = 8  # tokens between two looks at what has ended, on a device that would have to be waited for
+CHECK_EVERY = 8  # tokens between two checks for finished rows on a GPU, since each check waits for it
 
 
-class Voice(NamedTuple):
-    """A model that reads along, and the head that turns its hidden states into logits, perhaps on another device."""
+class Decoder(NamedTuple):
+    """A model that reads the tokens, and the head that turns its hidden states into logits, maybe on another device."""
 
     language_model: LanguageModel
     head: OutputHead
@@ -39,15 +39,16 @@ class Voice(NamedTuple):
         return head_logits(states, self.head, precision, with_slope=False)[0]
 
 
-def make_voice(language_model: LanguageModel, head: OutputHead | None = None, vocabulary: int | None = None) -> Voice:
-    """head: None = the model's own. vocabulary: number of tokens to choose from; None = what the head says.
+def make_decoder(
+    language_model: LanguageModel, head: OutputHead | None = None, vocabulary: int | None = None
+) -> Decoder:
+    """head: None = the model's own. vocabulary: number of tokens to choose from; None = the head's.
 
     Under autocast the head is cast to its type here, once.
     """
-    head = language_model.output_head() if head is None else head
-    head = cut_head(head, vocabulary)
+    head = cut_head(language_model.output_head() if head is None else head, vocabulary)
     bias = None if head.bias is None else head.bias.detach()
-    return Voice(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
+    return Decoder(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
 
 
 @torch.inference_mode()
@@ -58,111 +59,118 @@ def greedy_decode(
     batch_size: int = 8,
     progress: Progress = lambda rows, tokens: None,
 ) -> list[list[int]]:
-    """The most likely next token again and again, until one of the model's `end_ids` or `max_new_tokens`.
+    """Picks the most likely next token until one of the model's `end_ids` or `max_new_tokens`.
 
     prompts: token ids of any lengths. batch_size: rows decoded at a time. Returns the new ids of each prompt, in their
-    order, without the end. In float32 they equal single-prompt `generate`, token for token, but for `unused_ids`, which
+    order, without the end. In float32 they equal single-prompt `generate`, token for token, except that `unused_ids`
     are never chosen here.
 
     Raises:
         ModelError: an empty prompt, or prompt + max_new_tokens over the model's context.
     """
     check_prompts(language_model, prompts, max_new_tokens)
-    ends = language_model.end_ids
+    end_ids = language_model.end_ids
     with evaluating(language_model):
-        voice = make_voice(language_model)
-        made = decode(
-            [voice], prompts, max_new_tokens, batch_size, ends,
-            lambda rows, places, hidden: voice.logits(hidden[0]).argmax(-1), progress,
+        decoder = make_decoder(language_model)
+        outputs = decode(
+            [decoder], prompts, max_new_tokens, batch_size, end_ids,
+            lambda rows, positions, hidden: decoder.logits(hidden[0]).argmax(-1), progress,
         )
-    return [tokens[: length_to_end(tokens, ends)] for tokens in made]
+    return [tokens[: length_to_end(tokens, end_ids)] for tokens in outputs]
 
 
 def decode(
-    voices: list[Voice],
+    decoders: list[Decoder],
     prompts: list[list[int]],
     max_new_tokens: int,
-    slots: int,
+    batch_size: int,
     end_ids: list[int],
-    choose: Choose,
+    next_token_fn: NextTokenFn,
     progress: Progress = lambda rows, tokens: None,
-    look_every: int | None = None,
+    check_every: int | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each prompt, in their order: up to and including one of `end_ids`, or `max_new_tokens`.
 
-    voices: models in eval mode that all read the same tokens, each on its own device. slots: rows decoded at a time.
-    choose: is asked for every row's next token. It may be asked a few more times after a row's end (the loop looks for
-    ends every `look_every` tokens; None is 1 on a CPU and 8 on other devices): what it did there is to be ignored.
+    decoders: models in eval mode that all read the same tokens, each on its own device. batch_size: rows decoded at a
+    time. next_token_fn: picks every row's next token. It may be called a few more times after a row's end, since
+    finished rows are looked for every `check_every` tokens (None: 1 on a CPU, 8 on other devices); those tokens are
+    ignored.
     """
-    device = voices[0].head.weight.device
-    if look_every is None:
-        look_every = 1 if device.type == "cpu" else LOOK_EVERY
-    made: list[list[int]] = [[] for _ in prompts]
+    device = decoders[0].head.weight.device
+    if check_every is None:
+        check_every = 1 if device.type == "cpu" else CHECK_EVERY
+    outputs: list[list[int]] = [[] for _ in prompts]
     if max_new_tokens < 1 or not prompts:
-        return made
+        return outputs
     waiting = deque(longest_first(prompts))
-    room = len(prompts[waiting[0]]) + max_new_tokens
-    live: list[int] = []  # the row in each slot
+    max_length = len(prompts[waiting[0]]) + max_new_tokens
+    running: list[int] = []  # the prompt's index of each row of the caches
     tokens = torch.empty(0, dtype=torch.int64, device=device)
-    with ExitStack() as opened:
-        caches = [opened.enter_context(closing(make_kv_cache(voice.language_model, min(slots, len(prompts)), room)))
-                  for voice in voices]
-        while waiting or live:
-            fresh = [waiting.popleft() for _ in range(min(slots - len(live), len(waiting)))]
-            new, live = [prompts[row] for row in fresh], live + fresh
-            done = [len(made[row]) for row in live]
-            rows, places = (to_device(torch.tensor(each), device) for each in (live, done))
-            hidden = [read(cache, to_device(tokens, voice.language_model.device), new)
-                      for voice, cache in zip(voices, caches, strict=True)]
-            chosen = [choose(rows, places, hidden)]
-            for _ in range(min(look_every, max_new_tokens - max(done)) - 1):
-                places = places + 1
-                hidden = [cache.step(to_device(chosen[-1], voice.language_model.device))
-                          for voice, cache in zip(voices, caches, strict=True)]
-                chosen.append(choose(rows, places, hidden))
-            ended, count = note(torch.stack(chosen, 1).tolist(), live, made, end_ids, max_new_tokens)
-            progress(len(ended), count)
-            tokens = chosen[-1][leave(ended, live, caches, device)] if ended else chosen[-1]
-    return made
+    with ExitStack() as stack:
+        caches = [
+            stack.enter_context(closing(
+                make_kv_cache(decoder.language_model, min(batch_size, len(prompts)), max_length)))
+            for decoder in decoders
+        ]
+        while waiting or running:
+            new = [waiting.popleft() for _ in range(min(batch_size - len(running), len(waiting)))]
+            running = running + new
+            lengths = [len(outputs[index]) for index in running]
+            rows, positions = to_device(torch.tensor(running), device), to_device(torch.tensor(lengths), device)
+            new_prompts = [prompts[index] for index in new]
+            hidden = [read(cache, to_device(tokens, decoder.language_model.device), new_prompts)
+                      for decoder, cache in zip(decoders, caches, strict=True)]
+            steps = [next_token_fn(rows, positions, hidden)]
+            for _ in range(min(check_every, max_new_tokens - max(lengths)) - 1):
+                positions = positions + 1
+                hidden = [cache.step(to_device(steps[-1], decoder.language_model.device))
+                          for decoder, cache in zip(decoders, caches, strict=True)]
+                steps.append(next_token_fn(rows, positions, hidden))
+            finished, count = append_tokens(torch.stack(steps, 1).tolist(), running, outputs, end_ids, max_new_tokens)
+            progress(len(finished), count)
+            tokens = steps[-1][evict_finished(finished, running, caches, device)] if finished else steps[-1]
+    return outputs
 
 
 def read(cache, tokens: Tensor, prompts: list[list[int]]) -> Tensor:
-    """Hidden states [n, D]: of the rows that go on with one token each, then of the ends of new prompts."""
+    """Hidden states [n, D] of one more token of each running row, then of the ends of new prompts."""
     parts = [cache.step(tokens)] if len(tokens) else []
     parts += [cache.prefill(prompts)] if prompts else []
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def note(chosen: list[list[int]], live: list[int], made: list[list[int]], end_ids: list[int], most: int):
-    """Adds each slot's new tokens to its row, up to its end. (slots that have ended, number of tokens added)."""
-    ended, count = [], 0
-    for slot, (row, new) in enumerate(zip(live, chosen, strict=True)):
-        new = new[: length_to_end(new, end_ids) + 1]
-        made[row] += new
-        count += len(new)
-        if new[-1] in end_ids or len(made[row]) == most:
-            ended.append(slot)
-    return ended, count
+def append_tokens(
+    new: list[list[int]], running: list[int], outputs: list[list[int]], end_ids: list[int], max_new_tokens: int
+) -> tuple[list[int], int]:
+    """Appends each row's new tokens, up to its end. Returns (rows that have finished, number of tokens appended)."""
+    finished, count = [], 0
+    for row, (index, tokens) in enumerate(zip(running, new, strict=True)):
+        tokens = tokens[: length_to_end(tokens, end_ids) + 1]
+        outputs[index] += tokens
+        count += len(tokens)
+        if tokens[-1] in end_ids or len(outputs[index]) == max_new_tokens:
+            finished.append(row)
+    return finished, count
 
 
 def length_to_end(tokens: list[int], end_ids: list[int]) -> int:
     """Number of tokens before the first end."""
-    return next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
+    return next((index for index, token in enumerate(tokens) if token in end_ids), len(tokens))
 
 
-def leave(ended: list[int], live: list[int], caches: list, device: torch.device) -> Tensor:
-    """Frees slots; the last rows take the places of those that have ended. Former slots [n] of the rows that stay."""
-    former = list(range(len(live)))
-    for slot in reversed(ended):
-        last = len(live) - 1
+def evict_finished(finished: list[int], running: list[int], caches: list, device: torch.device) -> Tensor:
+    """Frees finished rows by moving the last rows there. Returns the previous index [n] of each row that stays."""
+    previous = list(range(len(running)))
+    for row in reversed(finished):
+        last = len(running) - 1
         for cache in caches:
-            if slot != last:
-                cache.move(last, slot)
+            if row != last:
+                cache.move(last, row)
             cache.drop()
-        live[slot], former[slot] = live[last], former[last]
-        live.pop()
-        former.pop()
-    return to_device(torch.tensor(former, dtype=torch.int64), device)
+        running[row], previous[row] = running[last], previous[last]
+        running.pop()
+        previous.pop()
+    return to_device(torch.tensor(previous, dtype=torch.int64), device)
 
 
 @torch.inference_mode()
@@ -187,10 +195,9 @@ def beam_search(
         suppress_tokens=language_model.unused_ids or None,
     )
     results: list[list[int]] = [[] for _ in prompts]
-    longest = max(map(len, prompts), default=0) + max_new_tokens
+    max_length = max(map(len, prompts), default=0) + max_new_tokens
     with evaluating(language_model):
-        size = batch_size if fits_together(language_model, longest) else 1
-        for rows in batches_by_length(prompts, size):
+        for rows in batches_by_length(prompts, batch_size if can_decode_together(language_model, max_length) else 1):
             input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
             mask = torch.ones_like(input_ids) if mask is None else mask
             output = generate_plainly(language_model.model, input_ids, mask, settings)
@@ -201,7 +208,7 @@ def beam_search(
 
 
 def generate_plainly(model, input_ids: Tensor, mask: Tensor, settings: GenerationConfig) -> Tensor:
-    """`generate` with these settings alone: a model's own defaults (penalties and the like) would be mixed in."""
+    """`generate` with only these settings: the model's own defaults, such as penalties, would be merged in."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         return model.generate(input_ids, attention_mask=mask, generation_config=settings)
@@ -213,30 +220,28 @@ def check_prompts(language_model: LanguageModel, prompts: list[list[int]], max_n
     context = language_model.context
     if max_new_tokens >= context:
         raise ModelError(f"max_generation_length is {max_new_tokens}: expected less than the model's {context} tokens")
-    for number, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ModelError(f"prompt {number} is empty: expected at least one token")
+            raise ModelError(f"prompt {index} is empty: expected at least one token")
         if len(prompt) + max_new_tokens > context:
-            raise ModelError(
-                f"prompt {number} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds the model's "
-                f"{context} tokens"
-            )
+            raise ModelError(f"prompt {index} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds the "
+                             f"model's {context} tokens")
 
 
 def longest_first(prompts: list[list[int]]) -> list[int]:
-    """Row numbers, the longest prompts first, so that memory runs out at once or never."""
-    return sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    """Indices of the prompts, the longest first, so that memory runs out at once or never."""
+    return sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
 
 
 def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches, the longest prompts first."""
+    """Indices of the prompts in batches, the longest prompts first."""
     order = longest_first(prompts)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
 def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """input_ids [B, T] and attention_mask [B, T] on the model's device; no mask where all lengths are equal."""
+    """input_ids [B, T] and attention_mask [B, T] on the model's device; no mask if all lengths are equal."""
     longest = max(map(len, prompts))
     pad = language_model.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -1,22 +1,23 @@
-"""Sets of rollouts, one for each optimizer step or for several in a row: drawn, scored, watched, kept for a resume."""
+"""Rollouts of an optimizer step, or of several in a row: sampled, scored, checked, kept for a resume."""
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.decoding.loop import make_voice
+from model.decoding.loop import make_decoder
 from model.decoding.rollouts import (
-    RolloutOptions,
+    RolloutConfig,
     Rollouts,
     as_batch,
     draw_rollouts,
-    real_tokens,
     split_rows,
     token_log_probs,
+    token_mask,
 )
 from model.decoding.sampling import row_uniforms
 from model.language_model import LanguageModel, evaluating, label_positions
@@ -27,15 +28,27 @@ from model.objective import ObjectiveError, arguments_of
 from model.teacher import Teacher
 from model.transfer import to_device
 
-COLLAPSED_SETS = 10  # in a row, after which training stops
-ENTROPY_FLOOR = 1e-3  # of log V: below it, on average, a policy counts as collapsed
-ABSURD = 1e9  # nats: a reward beyond it is that of a probability of 0
+MIN_ENTROPY = 1e-3  # of log V: a policy below it, on average, has collapsed
+MAX_REWARD = 1e9  # nats: a larger one comes from a probability of 0
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """temperature: of both softmaxes in the rewards. importance_weight: "token" or "sequence", see `TeacherStudent` in
+    model/policy_gradient.py. normalize: divide long-term rewards by the number of tokens that follow. whiten: shift and
+    scale them to mean 0 and standard deviation 1."""
+
+    temperature: float = 1.0
+    importance_weight: str = "token"
+    normalize: bool = True
+    whiten: bool = False
 
 
 class RolloutBatch(NamedTuple):
-    """The rollouts of one micro-batch: a padded batch [B, T] whose labels are the tokens drawn, and what is known.
+    """The rollouts of one micro-batch: a padded batch [B, T] whose labels are the tokens, and what is known of them.
 
     token_scale: label tokens of the whole step divided by its rollout tokens; sequence_scale: by its rollouts.
+    Checkpoints hold these fields and those of `drawn` by name.
     """
 
     input_ids: Tensor
@@ -47,262 +60,219 @@ class RolloutBatch(NamedTuple):
     sequence_scale: float = 1.0
 
 
-class Totals(NamedTuple):
-    """Of a set of rollouts on all processes."""
-
-    tokens: float
-    label_tokens: float
-    sequences: float
-    empty: float
-    at_limit: float
-    entropy: float
-    bad_rewards: float
-    bad_of_teacher: float
-
-
 class RolloutBuffer:
-    """Draws the rollouts of each step's rows, or hands out those of the step before while passes over them are left."""
+    """Provides the rollouts of each step: new ones, or those of the previous step while `epochs` allow it.
+
+    vocabulary: number of real tokens. chunk_size: positions whose logits exist at a time. truncate_prompt: shortens a
+    row's prompt so that max_new_tokens fit behind it. autocast: context of the student's forward pass. all_reduce: sums
+    a tensor over all processes. log: takes warnings. hint: what they recommend against a collapse.
+    """
 
     def __init__(
         self,
         student: LanguageModel,
         teacher: Teacher,
-        options: RolloutOptions,
+        config: RolloutConfig,
         vocabulary: int,
+        rewards: RewardConfig | None = None,
         *,
-        temperature: float = 1.0,
-        importance_weight: str = "token",
-        normalize: bool = True,
-        whiten: bool = False,
-        epochs: int = 1,
         chunk_size: int = 128,
-        shorten: Callable[[list[int]], list[int]] = lambda prompt: prompt,
+        truncate_prompt: Callable[[list[int]], list[int]] = lambda prompt: prompt,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        say: Callable[[str], None] = print,
-        advice: str | None = None,
+        log: Callable[[str], None] = print,
+        hint: str = "raise distillation_kwargs.lm_weight or set penalty to true",
     ):
-        self.student, self.teacher, self.options, self.vocabulary = student, teacher, options.check(), vocabulary
-        self.temperature, self.importance_weight, self.normalize, self.whiten = (
-            temperature, importance_weight, normalize, whiten)
-        self.epochs, self.chunk_size, self.shorten, self.autocast = epochs, chunk_size, shorten, autocast
-        self.all_reduce, self.say = all_reduce, say
-        alpha = " or alpha" if options.source == "mixed" else ""
-        self.advice = advice or f"raise distillation_kwargs.lm_weight{alpha}, set penalty to true"
-        if importance_weight not in ("token", "sequence"):
-            raise ValueError(f"importance_weight is {importance_weight!r}: expected token or sequence")
-        if epochs < 1:
-            raise ValueError(f"rollout_epochs is {epochs}: expected at least 1")
-        self.made = 0  # sets so far: decides what is drawn
+        self.student, self.teacher, self.config, self.vocabulary = student, teacher, config, vocabulary
+        self.rewards = rewards or RewardConfig()
+        self.chunk_size, self.truncate_prompt = chunk_size, truncate_prompt
+        self.autocast, self.all_reduce, self.log, self.hint = autocast, all_reduce, log, hint
+        self.sets_drawn = 0  # decides what is sampled next
         self.passes_left = 0
         self.rows: list[int] = []
         self.kept: list[RolloutBatch] = []
-        self.collapsed = 0  # sets in a row
         self.warned: set[str] = set()
 
-    def of_step(self, table, batches: list[dict]) -> list[RolloutBatch]:
+    def for_step(self, table, batches: list[dict]) -> list[RolloutBatch]:
         """One RolloutBatch for each of this process's micro-batches of a step.
 
         Raises:
-            ObjectiveError: rewards that are not finite, or a policy that has collapsed.
+            ObjectiveError: rewards that are not finite; names rows of the table.
         """
         rows = [int(row) for batch in batches for row in batch["rows"]]
-        # A run that goes on with other micro-batches finds those of before.
-        others = [len(batch["rows"]) for batch in batches] != [len(batch.input_ids) for batch in self.kept]
-        changed = torch.tensor(float(rows != self.rows or not self.passes_left or others), device=self.student.device)
-        if self.epochs > 1 and self.all_reduce(changed) == 0:
+        # A run that is resumed with another micro-batch size finds the kept rollouts in the former ones.
+        regrouped = [len(batch["rows"]) for batch in batches] != [len(batch.input_ids) for batch in self.kept]
+        changed = rows != self.rows or not self.passes_left or regrouped
+        changed = torch.tensor(float(changed), device=self.student.device)
+        if self.config.epochs > 1 and self.all_reduce(changed) == 0:
             self.passes_left -= 1
             return self.kept
-        kept = self.make(table, batches, rows)
-        self.rows, self.passes_left = rows, self.epochs - 1
-        self.kept = kept if self.passes_left else []
-        return kept
+        rollouts = self.collect(table, batches, rows)
+        self.rows, self.passes_left = rows, self.config.epochs - 1
+        self.kept = rollouts if self.passes_left else []
+        return rollouts
 
-    def make(self, table, batches: list[dict], rows: list[int]) -> list[RolloutBatch]:
+    def collect(self, table, batches: list[dict], rows: list[int]) -> list[RolloutBatch]:
+        """Sample (or take the highlights), let the teacher read, check, and score."""
         with evaluating(self.student), torch.no_grad(), self.autocast():
-            plain, rollouts = self.from_labels(batches) if self.options.source == "labels" else self.draw(batches, rows)
-        mask = real_tokens(rollouts.tokens, rollouts.log_q.shape[1], rollouts.log_q.device)
+            inputs, rollouts, mask = self._sequences(batches, rows)
         rewards = immediate_rewards(rollouts.log_p, rollouts.log_q, mask)
-        bad = mask & ~(rewards.abs() < ABSURD)
-        totals = self.totals(batches, rollouts, mask, bad)
-        self.watch(table, rows, bad, totals)
-        self.made += 1
-        advantages = long_term_rewards(rewards, mask, self.normalize)
-        if self.whiten:
+        label_tokens, tokens, sequences = self._check(table, batches, rows, rollouts, mask, rewards)
+        self.sets_drawn += 1
+        advantages = long_term_rewards(rewards, mask, self.rewards.normalize)
+        if self.rewards.whiten:
             advantages = whiten(advantages, mask, self.all_reduce)
-        weights = importance_weights(rollouts.log_q, rollouts.log_sampling, mask, self.importance_weight)
+        weights = importance_weights(rollouts.log_q, rollouts.behavior_log_probs, mask, self.rewards.importance_weight)
         state_weights = torch.ones_like(weights)
-        if self.importance_weight == "sequence":
-            state_weights = prefix_weights(rollouts.log_q, rollouts.log_sampling, mask)
-        made, start = [], 0
-        for (input_ids, attention_mask, labels), hidden in plain:
-            part = slice(start, start + len(input_ids))
+        if self.rewards.importance_weight == "sequence":
+            state_weights = prefix_weights(rollouts.log_q, rollouts.behavior_log_probs, mask)
+        result, start = [], 0
+        for batch, outputs in inputs:
+            part = slice(start, start + len(batch[0]))
             start = part.stop
-            tokens = rollouts.tokens[part]
-            real = mask[part]
+            own = rollouts.tokens[part]
             drawn = PolicyTokens(
-                torch.tensor([token for each in tokens for token in each]), [len(each) for each in tokens],
-                *(each[part][real] for each in (rollouts.log_q, advantages, weights, state_weights, rewards)),
+                torch.tensor([token for sequence in own for token in sequence]), [len(sequence) for sequence in own],
+                *(values[part][mask[part]] for values in (rollouts.log_q, advantages, weights, state_weights, rewards)),
             )
-            made.append(RolloutBatch(
-                input_ids, attention_mask, labels, drawn, self.teacher.to_student(hidden),
-                totals.label_tokens / totals.tokens, totals.label_tokens / totals.sequences,
-            ))
-        return made
+            result.append(RolloutBatch(*batch, drawn, outputs, label_tokens / tokens, label_tokens / sequences))
+        return result
 
-    # -- where sequences come from -------------------------------------------------------------------------------
-
-    def draw(self, batches: list[dict], rows: list[int]):
-        """((batch, teacher's hidden states) of each micro-batch, Rollouts) by sampling."""
-        if not rows:
-            return [], self.nothing()
-        prompts = [self.shorten(prompt) for batch in batches for prompt in split_rows(batch)[0]]
-        options = self.options
-        uniforms = row_uniforms(options.seed, self.made, rows, options.max_new_tokens)
-        student = make_voice(self.student, vocabulary=self.vocabulary)
-        teacher, reads_along = None, options.sampling.alpha > 0
-        if reads_along:
-            with self.teacher.autocast():
-                teacher = make_voice(self.teacher.language_model, self.teacher.head, self.vocabulary)
-        rollouts = draw_rollouts(
-            student, teacher, prompts, options.max_new_tokens, options.slots, options.sampling, uniforms,
-            self.temperature,
-        )
-        plain, log_p, start = [], [], 0
+    def _sequences(
+        self, batches: list[dict], rows: list[int]
+    ) -> tuple[list[tuple[tuple[Tensor, Tensor, Tensor], TeacherHidden]], Rollouts, Tensor]:
+        """((input_ids, attention_mask, labels), teacher's outputs) of each micro-batch, all Rollouts, their mask."""
+        pairs = [split_rows(batch) for batch in batches]
+        prompts = [self.truncate_prompt(prompt) for own, _ in pairs for prompt in own]
+        from_labels = self.config.source == "labels"
+        if from_labels or not rows:  # a process may have no rows in a step
+            texts = [text for _, own in pairs for text in own]
+            none = torch.zeros(len(texts), max(map(len, texts), default=1), device=self.student.device)
+            rollouts = Rollouts(texts, none, none, none, none, None)
+        else:
+            rollouts = self._sample(prompts, rows)
+        mask = token_mask(rollouts.tokens, rollouts.log_q.shape[1], rollouts.log_q.device)
+        inputs, log_p, log_q, start = [], [], [], 0
         for batch in batches:
             part = slice(start, start + len(batch["rows"]))
             start = part.stop
-            tokens = rollouts.tokens[part]
-            arguments = as_batch(prompts[part], tokens, self.student.tokenizer.pad_token_id)
-            if reads_along:
-                hidden = rollouts.hidden[part][real_tokens(tokens, rollouts.log_q.shape[1], rollouts.log_q.device)]
+            pad_id = self.student.tokenizer.pad_token_id
+            own = arguments_of(batch) if from_labels else as_batch(prompts[part], rollouts.tokens[part], pad_id)
+            if rollouts.hidden is None:
+                outputs = self.teacher.outputs(*own)
+                log_p.append(self._log_probs(*outputs, label_positions(own[2]).targets))
             else:
-                hidden = self.teacher.hidden(*arguments)
-                log_p.append(self.log_probs_of_teacher(hidden, arguments[2]))
-            plain.append((arguments, hidden))
-        if not reads_along:
-            rollouts = rollouts._replace(log_p=padded(torch.cat(log_p), rollouts.tokens, rollouts.log_q))
-        return plain, rollouts
+                outputs = TeacherHidden(rollouts.hidden[part][mask[part]], self.teacher.head)
+            if from_labels:
+                hidden, targets = self.student.label_hidden(*own)
+                log_q.append(self._log_probs(hidden, self.student.output_head(), targets))
+            inputs.append((own, outputs))
+        if log_q:
+            log_q = to_rows(torch.cat(log_q), mask)
+            rollouts = rollouts._replace(log_q=log_q, behavior_log_probs=log_q)
+        if log_p:
+            rollouts = rollouts._replace(log_p=to_rows(torch.cat(log_p), mask))
+        return inputs, rollouts, mask
 
-    def from_labels(self, batches: list[dict]):
-        """The same with the highlights in place of samples; both models read them once."""
-        if not batches:
-            return [], self.nothing()
-        plain, log_q, log_p, tokens = [], [], [], []
-        for batch in batches:
-            arguments = arguments_of(batch)
-            hidden = self.teacher.hidden(*arguments)
-            own, targets = self.student.label_hidden(*arguments)
-            log_q.append(token_log_probs(own, self.student.output_head(), targets, self.vocabulary, self.temperature,
-                                         self.chunk_size))
-            log_p.append(self.log_probs_of_teacher(hidden, arguments[2]))
-            tokens += split_rows(batch)[1]
-            plain.append((arguments, hidden))
-        like = torch.zeros(len(tokens), max(map(len, tokens)), device=self.student.device, dtype=log_q[0].dtype)
-        of_student, of_teacher = (padded(torch.cat(each), tokens, like) for each in (log_q, log_p))
-        return plain, Rollouts(tokens, of_student, of_student, like + math.inf, of_teacher, None)
-
-    def log_probs_of_teacher(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        of_student = self.teacher.to_student(hidden)
-        targets = to_device(label_positions(labels).targets, of_student.hidden.device)
-        return token_log_probs(*of_student, targets, self.vocabulary, self.temperature, self.chunk_size)
-
-    def nothing(self) -> Rollouts:
-        """Of a process that has no rows in a step."""
-        none = torch.zeros(0, 1, device=self.student.device)
-        return Rollouts([], none, none, none, none, None)
-
-    # -- watching ------------------------------------------------------------------------------------------------
-
-    def totals(self, batches: list[dict], rollouts: Rollouts, mask: Tensor, bad: Tensor) -> Totals:
-        """Added up over all processes."""
-        tokens, ends, most = rollouts.tokens, self.student.end_ids, self.options.max_new_tokens
-        own = Totals(
-            sum(map(len, tokens)), sum(len(label_positions(batch["labels"]).targets) for batch in batches), len(tokens),
-            sum(len(each) == 1 and each[0] in ends for each in tokens),
-            sum(len(each) == most and each[-1] not in ends for each in tokens),
-            float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
-            float((bad & ~(rollouts.log_p.abs() < ABSURD)).sum()),
+    def _sample(self, prompts: list[list[int]], rows: list[int]) -> Rollouts:
+        config, options = self.config, self.config.sampling
+        teacher = None
+        if options.alpha > 0:
+            with self.teacher.autocast():
+                teacher = make_decoder(self.teacher.language_model, self.teacher.head, self.vocabulary)
+        return draw_rollouts(
+            make_decoder(self.student, vocabulary=self.vocabulary), teacher, prompts, config.max_new_tokens,
+            config.batch_size, options, row_uniforms(config.seed, self.sets_drawn, rows, config.max_new_tokens),
+            self.rewards.temperature,
         )
-        summed = self.all_reduce(torch.tensor(own, dtype=torch.float64, device=self.student.device))
-        return Totals(*summed.tolist())
 
-    def watch(self, table, rows: list[int], bad: Tensor, totals: Totals) -> None:
-        """Stops or warns where rewards are not finite or the policy has collapsed; all processes do alike."""
-        if totals.bad_rewards:
-            own = bad.any(1).nonzero()[:, 0].tolist()
-            names = table.names([rows[index] for index in own[:8]]) if hasattr(table, "names") else own[:8]
-            told = f"; rows: {', '.join(map(str, names))}" if own else ""
-            if totals.bad_of_teacher:
-                told = f", the teacher's log p of {totals.bad_of_teacher:.0f} of them{told}"
+    def _log_probs(self, hidden: Tensor, head, tokens: Tensor) -> Tensor:
+        return token_log_probs(hidden, head, to_device(tokens, hidden.device), self.vocabulary,
+                               self.rewards.temperature, self.chunk_size)
+
+    def _check(
+        self, table, batches: list[dict], rows: list[int], rollouts: Rollouts, mask: Tensor, rewards: Tensor
+    ) -> tuple[float, float, float]:
+        """Stops if rewards are not finite, warns once of a collapse; (label tokens, tokens, rollouts) of all processes.
+
+        All sums are over all processes, so that they decide alike.
+        """
+        end_ids, limit = self.student.end_ids, self.config.max_new_tokens
+        bad = mask & ~(rewards.abs() < MAX_REWARD)
+        tokens, sequences, label_tokens, empty, at_limit, entropy, bad_rewards, bad_of_teacher = self.all_reduce(
+            torch.tensor([
+                sum(map(len, rollouts.tokens)), len(rollouts.tokens),
+                sum(len(label_positions(batch["labels"]).targets) for batch in batches),
+                sum(len(own) == 1 and own[0] in end_ids for own in rollouts.tokens),
+                sum(len(own) == limit and own[-1] not in end_ids for own in rollouts.tokens),
+                float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
+                float((bad & ~(rollouts.log_p.abs() < MAX_REWARD)).sum()),
+            ], dtype=torch.float64, device=self.student.device)).tolist()
+        if bad_rewards:
+            own = [rows[index] for index in bad.any(1).nonzero()[:8, 0].tolist()]
+            names = table.names(own) if hasattr(table, "names") else own
             raise ObjectiveError(
-                f"rewards (log p - log q) of {totals.bad_rewards:.0f} rollout tokens are not finite{told}: lower "
-                "optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
+                f"rewards (log p - log q) of {bad_rewards:.0f} rollout tokens are not finite"
+                + (f", the teacher's log p of {bad_of_teacher:.0f} of them" if bad_of_teacher else "")
+                + (f"; rows: {', '.join(map(str, names))}" if own else "")
+                + ": lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
                 "distillation_kwargs.temperature"
             )
-        if self.options.source == "labels":
-            return
-        entropy, floor = totals.entropy / totals.tokens, ENTROPY_FLOOR * math.log(self.vocabulary)
-        faults = {
-            "empty": (totals.empty == totals.sequences, "all rollouts are empty (end-of-text at once): lower "
-                      f"optimizer_kwargs.lm_lr, {self.advice}, or start from a fine-tuned student "
-                      "(trainer_kwargs.student_ckpt_path)"),
-            "entropy": (not entropy >= floor, f"the student's entropy along its rollouts is {entropy:.2g} nats, under "
-                        f"{floor:.2g}: lower optimizer_kwargs.lm_lr, {self.advice}, or raise "
-                        "distillation_kwargs.rollout_temperature"),
-            "at_limit": (totals.at_limit == totals.sequences, "no rollout ended before "
-                         f"{self.options.max_new_tokens} tokens: raise "
-                         "model_arch.generation_kwargs.max_generation_length, or start from a fine-tuned student "
-                         "(trainer_kwargs.student_ckpt_path)"),
-        }
-        for name, (found, told) in faults.items():
-            if found and name not in self.warned:
-                self.warned.add(name)
-                self.say(f"warning: {told}")
-        collapsed = [name for name in ("empty", "entropy") if faults[name][0]]
-        self.collapsed = self.collapsed + 1 if collapsed else 0
-        if self.collapsed == COLLAPSED_SETS:
-            self.collapsed = 0  # a run that goes on with other settings has as many sets to recover
-            raise ObjectiveError(f"the policy has collapsed, {COLLAPSED_SETS} sets of rollouts in a row: "
-                                 f"{faults[collapsed[0]][1]}")
+        if self.config.source != "labels":
+            for name, found, text in (
+                ("empty", empty == sequences, "all rollouts are empty (end-of-text at once): lower "
+                 f"optimizer_kwargs.lm_lr, {self.hint}, or start from a fine-tuned student "
+                 "(trainer_kwargs.student_ckpt_path)"),
+                ("entropy", not entropy / tokens >= MIN_ENTROPY * math.log(self.vocabulary),
+                 f"the student's entropy along its rollouts is {entropy / tokens:.2g} nats: lower "
+                 f"optimizer_kwargs.lm_lr, {self.hint}, or raise distillation_kwargs.rollout_temperature"),
+                ("at_limit", at_limit == sequences, f"no rollout ended before {limit} tokens: raise "
+                 "model_arch.generation_kwargs.max_generation_length, or start from a fine-tuned student "
+                 "(trainer_kwargs.student_ckpt_path)"),
+            ):
+                if found and name not in self.warned:
+                    self.warned.add(name)
+                    self.log(f"warning: {text}")
+        return label_tokens, tokens, sequences
 
     # -- resume --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         kept = [{**batch._asdict(), "drawn": batch.drawn._asdict(), "teacher": batch.teacher.hidden}
                 for batch in self.kept if self.passes_left]
-        return {"made": self.made, "passes_left": self.passes_left, "rows": self.rows, "collapsed": self.collapsed,
+        return {"made": self.sets_drawn, "passes_left": self.passes_left, "rows": self.rows,
                 "warned": sorted(self.warned), "kept": on_cpu(kept)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.made, self.passes_left, self.rows = state["made"], state["passes_left"], state["rows"]
-        self.collapsed, self.warned = state["collapsed"], set(state["warned"])
-        device = self.student.device
+        self.sets_drawn, self.passes_left, self.rows = state["made"], state["passes_left"], state["rows"]
+        self.warned, device = set(state["warned"]), self.student.device
         self.kept = []
         for batch in state["kept"]:
-            drawn = {name: each.to(device) if isinstance(each, Tensor) else each
-                     for name, each in batch["drawn"].items()}
+            drawn = {name: value.to(device) if isinstance(value, Tensor) else value
+                     for name, value in batch["drawn"].items()}
             teacher = TeacherHidden(batch["teacher"].to(device), self.teacher.head)
             self.kept.append(RolloutBatch(**{**batch, "drawn": PolicyTokens(**drawn), "teacher": teacher}))
 
 
 def on_cpu(value):
-    """Tensors of nested lists and dicts on the CPU, with no more storage than they show."""
+    """Nested lists and dicts with their tensors on the CPU, without the rest of the storage they are views of."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, dict):
-        return {name: on_cpu(each) for name, each in value.items()}
-    return [on_cpu(each) for each in value] if isinstance(value, list) else value
+        return {name: on_cpu(item) for name, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
 
 
-def padded(values: Tensor, tokens: list[list[int]], like: Tensor) -> Tensor:
-    """Values [N] of the sequences' tokens, one sequence after the other, as [R, L]."""
-    result = torch.zeros_like(like)
-    result[real_tokens(tokens, like.shape[1], like.device)] = values.to(like)
+def to_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N] of the sequences' tokens, one sequence after another, as [R, L] with 0 where the mask is False."""
+    result = values.new_zeros(mask.shape)
+    result[mask] = values
     return result
 
 
-def on_highlights(teacher: Teacher, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> RolloutBatch:
+def from_reference_summaries(
+    teacher: Teacher, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor
+) -> RolloutBatch:
     """The highlights as if they were rollouts without any advantage."""
     outputs = teacher.outputs(input_ids, attention_mask, labels)
     index, targets = label_positions(labels)

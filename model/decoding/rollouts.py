@@ -1,25 +1,31 @@
-"""Rollouts: continuations drawn by student and teacher together, with what policy gradient needs noted as they are.
+"""Rollouts: continuations sampled from student and teacher together, recording what policy gradient needs.
 
 Both models decode in one loop (`model/decoding/loop.py`), each with its cache and on its device. So log q, log p and
 log p~ of every token, and the teacher's hidden states, are there when the loop ends: no further forward pass is needed.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.decoding.loop import Progress, Voice, check_prompts, decode
-from model.decoding.sampling import SamplingOptions, draw, log_prob_of
+from model.decoding.loop import Decoder, Progress, check_prompts, decode
+from model.decoding.sampling import SamplingOptions, log_prob_of, sample
 from model.language_model import IGNORED
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 
 
-class RolloutOptions(NamedTuple):
-    """source: "mixed" (alpha p + (1 - alpha) q), "student" (alpha 0), "teacher" (alpha 1) or "labels" (no sampling).
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Which sequences a step learns from.
 
-    temperature, top_k, top_p: as in SamplingOptions. slots: rows decoded at a time. seed: of all draws.
+    source: "mixed" (sampled from alpha p + (1 - alpha) q), "student" (alpha 0), "teacher" (alpha 1) or "labels" (the
+        highlights themselves, without sampling).
+    temperature, top_k, top_p: as in SamplingOptions.
+    max_new_tokens: maximum length. batch_size: rows decoded at a time.
+    epochs: optimizer steps in a row that use one set of rollouts. seed: of all sampling.
     """
 
     source: str = "mixed"
@@ -28,37 +34,32 @@ class RolloutOptions(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
     max_new_tokens: int = 80
-    slots: int = 8
+    batch_size: int = 8
+    epochs: int = 1
     seed: int = 1234
+
+    def __post_init__(self):
+        if self.source not in ("mixed", "student", "teacher", "labels"):
+            raise ValueError(f"rollout is {self.source!r}: expected mixed, student, teacher or labels")
 
     @property
     def sampling(self) -> SamplingOptions:
         alpha = {"student": 0.0, "teacher": 1.0}.get(self.source, self.alpha)
         return SamplingOptions(alpha, self.temperature, self.top_k, self.top_p)
 
-    def check(self) -> "RolloutOptions":
-        """Raises ValueError where something is out of range."""
-        if self.source not in ("mixed", "student", "teacher", "labels"):
-            raise ValueError(f"rollout is {self.source!r}: expected mixed, student, teacher or labels")
-        for name, value in (("max_generation_length", self.max_new_tokens), ("rollout_batch_size", self.slots)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}: expected at least 1")
-        self.sampling.check()
-        return self
-
 
 class Rollouts(NamedTuple):
     """R continuations, one for each prompt, up to and including the end-of-text or L tokens.
 
     tokens: ids of each, at least one. log_q [R, L]: the student's log-probability of each token, at the temperature of
-    the rewards; log_sampling [R, L]: that of the distribution it was drawn from. log_p [R, L], hidden [R, L, Dt]: the
-    teacher's, where it read along; else None. entropy [R, L]: of the student's distribution while drawing, in nats.
-    Behind a continuation's end these hold anything.
+    the rewards; behavior_log_probs [R, L]: that of the distribution it was sampled from. log_p [R, L], hidden
+    [R, L, Dt]: the teacher's, if it read along; else None. entropy [R, L]: of the student's distribution while
+    sampling, in nats. Behind a continuation's end the values are undefined.
     """
 
     tokens: list[list[int]]
     log_q: Tensor
-    log_sampling: Tensor
+    behavior_log_probs: Tensor
     entropy: Tensor
     log_p: Tensor | None
     hidden: Tensor | None
@@ -66,70 +67,73 @@ class Rollouts(NamedTuple):
 
 @torch.no_grad()
 def draw_rollouts(
-    student: Voice,
-    teacher: Voice | None,
+    student: Decoder,
+    teacher: Decoder | None,
     prompts: list[list[int]],
     max_new_tokens: int,
-    slots: int,
+    batch_size: int,
     options: SamplingOptions,
     uniforms: Tensor,
     temperature: float = 1.0,
     progress: Progress = lambda rows, tokens: None,
 ) -> Rollouts:
-    """One continuation of each prompt, drawn from alpha p + (1 - alpha) q.
+    """One continuation of each prompt, sampled from alpha p + (1 - alpha) q.
 
-    student, teacher: in eval mode; without a teacher alpha must be 0. Their heads are on one device, cut to the same
-    vocabulary. slots: rows decoded at a time. uniforms [R, max_new_tokens]: numbers in [0, 1) (`row_uniforms`).
-    temperature: of the log-probabilities that are noted for the rewards.
+    student, teacher: in eval mode; without a teacher alpha must be 0. Their heads are on one device, with the same
+    vocabulary. batch_size: rows decoded at a time. uniforms [R, max_new_tokens]: numbers in [0, 1) (`row_uniforms`).
+    temperature: of the log-probabilities that are recorded for the rewards.
 
     Raises:
         ModelError: an empty prompt, or one too long for one of the models.
     """
-    voices = [student] if teacher is None else [student, teacher]
-    for voice in voices:
-        check_prompts(voice.language_model, prompts, max_new_tokens)
-    notes = Notes(student, teacher, len(prompts), max_new_tokens, options, uniforms, temperature)
+    decoders = [student] if teacher is None else [student, teacher]
+    for decoder in decoders:
+        check_prompts(decoder.language_model, prompts, max_new_tokens)
+    recorder = RolloutRecorder(student, teacher, len(prompts), max_new_tokens, options, uniforms, temperature)
     end_ids = student.language_model.end_ids
-    tokens = decode(voices, prompts, max_new_tokens, slots, end_ids, notes.choose, progress)
-    log_p = None if teacher is None else notes.log_p
-    return Rollouts(tokens, notes.log_q, notes.log_sampling, notes.entropy, log_p, notes.hidden)
+    tokens = decode(decoders, prompts, max_new_tokens, batch_size, end_ids, recorder.next_tokens, progress)
+    log_p = None if teacher is None else recorder.log_p
+    return Rollouts(tokens, recorder.log_q, recorder.behavior_log_probs, recorder.entropy, log_p, recorder.hidden)
 
 
-class Notes:
-    """Draws the next tokens and writes down, at (row, place), what Rollouts holds."""
+class RolloutRecorder:
+    """Samples the next tokens and stores, at (prompt, position), what Rollouts holds."""
 
     def __init__(self, student, teacher, count, length, options: SamplingOptions, uniforms: Tensor, temperature: float):
         weight = student.head.weight
         self.student, self.teacher, self.options, self.temperature = student, teacher, options, temperature
         self.uniforms = uniforms.to(weight.device)
-        self.log_q, self.log_sampling, self.entropy, self.log_p = torch.zeros(
+        self.log_q, self.behavior_log_probs, self.entropy, self.log_p = torch.zeros(
             4, count, length, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device
         ).unbind()
         self.hidden: Tensor | None = None
 
-    def choose(self, rows: Tensor, places: Tensor, hidden: list[Tensor]) -> Tensor:
-        log_q, own = self.log_probs(self.student, hidden[0])
-        log_p, of_teacher = (None, None) if self.teacher is None else self.log_probs(self.teacher, hidden[1])
-        drawn = draw(log_q, log_p, self.options, self.uniforms[rows, places])
-        self.log_sampling[rows, places] = drawn.log_sampling
-        self.log_q[rows, places] = log_prob_of(own, drawn.tokens)
-        # Not vecdot: a product, which autocast would take in bfloat16.
-        self.entropy[rows, places] = -log_q.exp().mul_(log_q).sum(-1)
+    def next_tokens(self, rows: Tensor, positions: Tensor, hidden: list[Tensor]) -> Tensor:
+        """The `next_token_fn` of `decode`."""
+        log_q, reward_log_q = self.log_probs(self.student, hidden[0])
+        log_p = None
         if self.teacher is not None:
-            self.log_p[rows, places] = log_prob_of(of_teacher, drawn.tokens)
+            log_p, reward_log_p = self.log_probs(self.teacher, hidden[1])
+        tokens, behavior_log_probs = sample(log_q, log_p, self.options, self.uniforms[rows, positions])
+        self.behavior_log_probs[rows, positions] = behavior_log_probs
+        self.log_q[rows, positions] = log_prob_of(reward_log_q, tokens)
+        # Not vecdot: autocast would compute that product in bfloat16.
+        self.entropy[rows, positions] = -log_q.exp().mul_(log_q).sum(-1)
+        if self.teacher is not None:
+            self.log_p[rows, positions] = log_prob_of(reward_log_p, tokens)
             states = to_device(hidden[1], self.log_q.device)
             if self.hidden is None:
                 self.hidden = states.new_zeros(*self.log_q.shape, states.shape[-1])
-            self.hidden[rows, places] = states
-        return drawn.tokens
+            self.hidden[rows, positions] = states
+        return tokens
 
-    def log_probs(self, voice: Voice, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs(self, decoder: Decoder, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [n, V] at the temperature of the rollout, and at that of the rewards."""
-        logits = voice.logits(hidden)
-        while_drawing = torch.log_softmax(logits / self.options.temperature, -1)
+        logits = decoder.logits(hidden)
+        sampling = torch.log_softmax(logits / self.options.temperature, -1)
         if self.options.temperature == self.temperature:
-            return while_drawing, while_drawing
-        return while_drawing, torch.log_softmax(logits / self.temperature, -1)
+            return sampling, sampling
+        return sampling, torch.log_softmax(logits / self.temperature, -1)
 
 
 @torch.no_grad()
@@ -140,16 +144,16 @@ def token_log_probs(
     head = cut_head(head, vocabulary)
     head = head._replace(weight=head.weight.to(autocast_type(hidden)))
     precision = torch.promote_types(hidden.dtype, torch.float32)
-    parts = []
+    chunks = []
     for states, chosen in zip(hidden.split(chunk_size), tokens.split(chunk_size), strict=True):
         logits, _ = head_logits(states.to(head.weight.dtype), head, precision, with_slope=False)
-        parts.append(log_prob_of(torch.log_softmax(logits / temperature, -1), chosen))
-    return torch.cat(parts)
+        chunks.append(log_prob_of(torch.log_softmax(logits / temperature, -1), chosen))
+    return torch.cat(chunks)
 
 
-def real_tokens(tokens: list[list[int]], length: int, device: torch.device) -> Tensor:
-    """Mask of sequences of these tokens: bool [R, length]."""
-    counts = torch.tensor([len(each) for each in tokens])
+def token_mask(tokens: list[list[int]], length: int, device: torch.device) -> Tensor:
+    """bool [R, length], True at the tokens of each sequence."""
+    counts = torch.tensor([len(sequence) for sequence in tokens], dtype=torch.int64)
     return to_device(torch.arange(length) < counts[:, None], device)
 
 
@@ -164,9 +168,9 @@ def split_rows(batch: dict) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def as_batch(prompts: list[list[int]], tokens: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask and labels [B, T] int64 on the CPU, padded on the right; labels are the tokens drawn.
+    """input_ids, attention_mask and labels [B, T] int64 on the CPU, padded on the right; labels are the sampled tokens.
 
-    What is a label is told by positions, never by ids: an end-of-text that was drawn is one, padding with it is not.
+    Labels are found by position, never by id: a sampled end-of-text is one, padding with the same id is not.
     """
     width = max(len(prompt) + len(new) for prompt, new in zip(prompts, tokens, strict=True))
     input_ids, labels = torch.full((len(prompts), width), pad_id), torch.full((len(prompts), width), IGNORED)

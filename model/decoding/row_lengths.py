@@ -1,4 +1,4 @@
-"""How many tokens have been read in each slot."""
+"""Number of cached tokens of rows that are decoded together, and the attention masks that follow from them."""
 
 import torch
 from torch import Tensor
@@ -7,59 +7,48 @@ from model.transfer import to_device
 
 
 class RowLengths:
-    """Tokens of each slot in use (always the first ones), on the CPU (`sizes`) and on the device (`places`)."""
+    """Number of cached tokens of each row in use: `lengths` on the CPU, `positions` on the device."""
 
-    def __init__(self, count: int, device: torch.device):
-        self.sizes: list[int] = []
-        self._all = torch.zeros(count, dtype=torch.int64, device=device)
+    def __init__(self, batch_size: int, device: torch.device):
+        self.lengths: list[int] = []
+        # Of all rows, int64 [batch_size]; free rows keep the number they had.
+        self.all_positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
 
     @property
-    def places(self) -> Tensor:
-        """Where each row's next token goes, int64 [n]; a view that `advance` changes."""
-        return self._all[: len(self.sizes)]
+    def positions(self) -> Tensor:
+        """Position of each row's next token, int64 [n]; a view that `advance` changes."""
+        return self.all_positions[: len(self.lengths)]
 
     @property
     def longest(self) -> int:
-        return max(self.sizes)
-
-    @property
-    def of_all(self) -> Tensor:
-        """`places` of all slots, int64 [count]; those of the free ones are what they were."""
-        return self._all
+        return max(self.lengths)
 
     def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
-        """Which keys each row's next token sees, [n, 1, 1, longest + 1]: its own and earlier, within a window.
+        """Mask [n, 1, 1, longest + 1] of the keys that each row's next token sees: itself and earlier ones, within a
+        window. To be added to the scores, since eager attention adds its mask."""
+        return causal_mask(self.positions, self.longest + 1, dtype, window)
 
-        It is to be added to the scores: 0 or -inf. Unlike bool, right for eager attention, which adds.
-        """
-        return additive(seen_keys(self.places, self.longest + 1, window), dtype)
-
-    def add(self, sizes: list[int]) -> None:
-        start = len(self.sizes)
-        self.sizes += sizes
-        self._all[start : len(self.sizes)] = to_device(torch.tensor(sizes), self._all.device)
+    def add(self, lengths: list[int]) -> None:
+        start = len(self.lengths)
+        self.lengths += lengths
+        self.all_positions[start : len(self.lengths)] = to_device(torch.tensor(lengths), self.all_positions.device)
 
     def advance(self) -> None:
-        self.places.add_(1)
-        self.sizes = [size + 1 for size in self.sizes]
+        self.positions.add_(1)
+        self.lengths = [length + 1 for length in self.lengths]
 
     def move(self, source: int, target: int) -> None:
-        self._all[target] = self._all[source]
-        self.sizes[target] = self.sizes[source]
+        self.all_positions[target] = self.all_positions[source]
+        self.lengths[target] = self.lengths[source]
 
     def drop(self) -> None:
-        self.sizes.pop()
+        self.lengths.pop()
 
 
-def seen_keys(places: Tensor, count: int, window: int | None = None) -> Tensor:
-    """Which of the first `count` keys tokens at places [n] see: bool [n, 1, 1, count]."""
-    keys, own = torch.arange(count, device=places.device), places[:, None]
-    seen = keys <= own
+def causal_mask(positions: Tensor, key_count: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """Mask [n, 1, 1, key_count] for tokens at positions [n]: 0 where a key is seen, else -inf."""
+    keys, own = torch.arange(key_count, device=positions.device), positions[:, None]
+    hidden = keys > own
     if window is not None:
-        seen &= keys > own - window
-    return seen[:, None, None]
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where a key is seen, else -inf."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+        hidden |= keys <= own - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None, None]

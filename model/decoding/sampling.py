@@ -1,4 +1,4 @@
-"""Drawing tokens from the student, the teacher or a mixture of both, and noting their log-probabilities as drawn."""
+"""Sampling tokens from the student, the teacher or a mixture of both, with the probability they were sampled with."""
 
 from typing import NamedTuple
 
@@ -11,11 +11,8 @@ from torch.nn import functional as F
 class SamplingOptions(NamedTuple):
     """alpha: the teacher's share of the mixture alpha p + (1 - alpha) q; 0 = pure student, 1 = pure teacher.
 
-    temperature: of both softmaxes. top_k, top_p: draw among the k most likely tokens of the mixture, and among the
+    temperature: of both softmaxes. top_k, top_p: sample among the k most likely tokens of the mixture, and among the
     fewest that together have a mass of top_p; None = all.
-
-    Raises (`check`):
-        ValueError: a number out of range.
     """
 
     alpha: float = 0.2
@@ -23,53 +20,42 @@ class SamplingOptions(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
 
-    def check(self) -> "SamplingOptions":
-        for name, good, expected in (
-            ("alpha", 0 <= self.alpha <= 1, "a number from 0 to 1"),
-            ("rollout_temperature", self.temperature > 0, "a number greater than 0"),
-            ("rollout_top_k", self.top_k is None or self.top_k >= 1, "a whole number of at least 1, or None"),
-            ("rollout_top_p", self.top_p is None or 0 < self.top_p <= 1, "a number over 0 and up to 1, or None"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {getattr(self, name.removeprefix('rollout_'))}: expected {expected}")
-        return self
-
 
 def row_uniforms(seed: int, draw: int, rows: list[int], count: int) -> Tensor:
-    """Numbers in [0, 1), float64 [len(rows), count]: of each row its own, whatever other rows there are.
+    """Numbers in [0, 1), float64 [len(rows), count]; those of a row do not depend on the other rows.
 
-    draw: number of the set of rollouts, so that a row is not drawn alike each time.
+    draw: index of the set of rollouts, so that a row is not sampled alike each time.
     """
     return torch.from_numpy(np.stack([np.random.default_rng([seed, draw, row]).random(count) for row in rows]))
 
 
-class Drawn(NamedTuple):
-    """tokens [n] int64 and log_sampling [n]: log of the probability they were drawn with."""
+class Sampled(NamedTuple):
+    """tokens [n] int64 and log_probs [n]: log of the probability that each was sampled with."""
 
     tokens: Tensor
-    log_sampling: Tensor
+    log_probs: Tensor
 
 
-def draw(student: Tensor, teacher: Tensor | None, options: SamplingOptions, uniforms: Tensor) -> Drawn:
-    """One token a row from the mixture p~ of the rollout, truncated where asked (and then divided by what is left).
+def sample(student: Tensor, teacher: Tensor | None, options: SamplingOptions, uniforms: Tensor) -> Sampled:
+    """One token per row from the mixture p~ of the rollout, truncated if asked (and then renormalised).
 
-    student, teacher: log-probabilities [n, V] at the rollout's temperature; teacher is None where alpha is 0.
+    student, teacher: log-probabilities [n, V] at the rollout's temperature; teacher is None if alpha is 0.
     uniforms [n]: numbers in [0, 1) that decide. The distribution is inverted in float64, and a token of probability 0
-    is never drawn.
+    is never sampled.
     """
     probabilities = student.to(torch.float64, copy=True).exp_()
     if teacher is not None and options.alpha > 0:
         probabilities.mul_(1 - options.alpha).add_(teacher.to(torch.float64, copy=True).exp_(), alpha=options.alpha)
-    probabilities = truncated(probabilities, options.top_k, options.top_p)
+    probabilities = truncate(probabilities, options.top_k, options.top_p)
     cumulated = probabilities.cumsum(-1)
     total = cumulated[:, -1:]
     # The last token that has a share, for a number that rounding puts behind all of them.
     last = (cumulated < total).sum(-1, keepdim=True)
     tokens = torch.searchsorted(cumulated, uniforms[:, None].to(total) * total, right=True).minimum(last)
-    return Drawn(tokens[:, 0], (probabilities.gather(1, tokens) / total).log()[:, 0].to(student.dtype))
+    return Sampled(tokens[:, 0], (probabilities.gather(1, tokens) / total).log()[:, 0].to(student.dtype))
 
 
-def truncated(probabilities: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+def truncate(probabilities: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """Probabilities [n, V] with 0 outside the k most likely, and outside the fewest that reach a mass of top_p."""
     size = probabilities.shape[-1]
     if (top_k is None or top_k >= size) and (top_p is None or top_p == 1):
@@ -78,7 +64,7 @@ def truncated(probabilities: Tensor, top_k: int | None, top_p: float | None) -> 
     values = best.values
     if top_p is not None and top_p < 1:
         mass = values.sum(-1, keepdim=True)
-        before = F.pad(values.cumsum(-1)[:, :-1], (1, 0))  # summed, not subtracted: at most as many as needed
+        before = F.pad(values.cumsum(-1)[:, :-1], (1, 0))  # summed, not subtracted: rounding never keeps one too many
         values = values.masked_fill(before >= top_p * mass, 0)
     return torch.zeros_like(probabilities).scatter_(-1, best.indices, values)
 

@@ -6,58 +6,58 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-KEYS = 64  # one graph serves all lengths up to a multiple of it
+KEYS = 64  # one graph serves all lengths up to a multiple of this number
 
-# step(tokens [count], keys): hidden states [count, D] of one more token in each slot, looking at the first `keys`
-# places of the cache alone. It waits for nothing, and what it reads stays in the same places of memory.
+# step(tokens [batch_size], key_count): hidden states [batch_size, D] of one more token in each row, with the first
+# `key_count` keys of the cache. It waits for nothing, and all it reads stays at the same addresses.
 Step = Callable[[Tensor, int], Tensor]
 
 
 class StepGraphs:
-    """Replays a step of all slots at once, of fixed shapes, for any number of rows in the first ones.
+    """Replays a step of all rows of a cache at once, with fixed shapes, however many of them are in use.
 
-    The step is handed in at each call and not kept: kept, slots and graphs would hold each other, and their memory
-    would wait for the garbage collector.
+    The step is an argument of each call and not stored: otherwise cache and graphs would refer to each other, and their
+    memory would wait for the garbage collector.
     """
 
-    def __init__(self, count: int, device: torch.device):
+    def __init__(self, batch_size: int, device: torch.device):
         self.device = device
-        self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        # One for all captures: torch ties what libraries work in to the stream, and gives it up with the first graph
+        # One stream for all captures: torch ties the libraries' workspaces to it, and frees them with the first graph
         # that is deleted.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, step: Step, tokens: Tensor, longest: int) -> Tensor:
-        """Hidden states [n, D] of tokens [n]; longest: keys that the longest row sees."""
+        """Hidden states [n, D] of tokens [n]; longest: number of keys that the longest row sees."""
         self.tokens[: len(tokens)] = tokens
-        keys = rounded(longest)
-        if keys not in self.captured:
-            self.captured[keys] = self.capture(step, keys)
-        graph, hidden = self.captured[keys]
+        key_count = round_up(longest)
+        if key_count not in self.captured:
+            self.captured[key_count] = self.capture(step, key_count)
+        graph, hidden = self.captured[key_count]
         graph.replay()
-        return hidden[: len(tokens)].clone()  # the next replay writes there
+        return hidden[: len(tokens)].clone()  # the next replay overwrites `hidden`
 
-    def capture(self, step: Step, keys: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(self, step: Step, key_count: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         try:
-            return self.record(step, keys)
-        except torch.OutOfMemoryError:  # while a graph is recorded, the allocator does not give up what it has cached
+            return self.record(step, key_count)
+        except torch.OutOfMemoryError:  # during a capture the allocator does not free its cached blocks
             torch.cuda.empty_cache()
-            return self.record(step, keys)
+            return self.record(step, key_count)
 
-    def record(self, step: Step, keys: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def record(self, step: Step, key_count: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         pool = next(iter(self.captured.values()))[0].pool() if self.captured else None
         self.stream.wait_stream(current)
-        # Not torch.cuda.graph(), which empties the allocator's cache each time. Only this thread is watched: others pin
-        # the memory of the next batches meanwhile.
+        # Not torch.cuda.graph(), which empties the allocator's cache each time. "thread_local", because other threads
+        # pin the memory of the next batches meanwhile.
         with torch.cuda.stream(self.stream):
-            step(self.tokens, keys)  # what libraries set up at first use cannot be recorded
+            step(self.tokens, key_count)  # what libraries set up at their first use cannot be captured
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                hidden = step(self.tokens, keys)
+                hidden = step(self.tokens, key_count)
             except BaseException:
-                with suppress(RuntimeError):  # what went wrong is told by the first error
+                with suppress(RuntimeError):  # the first error is the one to report
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -65,11 +65,11 @@ class StepGraphs:
         return graph, hidden
 
     def close(self) -> None:
-        """Gives the graphs' memory back, which torch keeps for them alone."""
+        """Free the graphs' memory, which torch reserves for them."""
         if self.captured:
             self.captured.clear()
             torch.cuda.empty_cache()
 
 
-def rounded(length: int) -> int:
+def round_up(length: int) -> int:
     return -(-length // KEYS) * KEYS

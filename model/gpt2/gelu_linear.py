@@ -1,4 +1,4 @@
-"""GPT-2's activation and the product after it, keeping for the backward pass only what goes in."""
+"""GPT-2's activation and the product after it, storing only its input for the backward pass."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from model.losses.output_head import autocast_type
 def gelu_linear(inner: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(inner) @ weight + bias, [P, D], with the tanh form of gelu (Hendrycks and Gimpel 2016, arXiv 1606.08415).
 
-    inner [P, F]; weight [F, D]; bias [D]. gelu(inner), one of the two largest tensors of a block, is computed again in
-    the backward pass. Under autocast the product is in its type.
+    inner [P, F]; weight [F, D]; bias [D]. gelu(inner), one of the two largest tensors of a block, is recomputed in the
+    backward pass. Under autocast the product is in its type.
     """
     return GeluLinear.apply(inner, weight, bias, autocast_type(inner))
 
@@ -38,6 +38,6 @@ class GeluLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grads[2] = grad.sum(0).to(ctx.types[1])
         if ctx.needs_input_grad[0]:
-            of_active = (grad @ weight.to(ctx.product_type).T).to(inner.dtype)
-            grads[0] = torch.ops.aten.gelu_backward(of_active, inner, approximate="tanh")
+            grad_active = (grad @ weight.to(ctx.product_type).T).to(inner.dtype)
+            grads[0] = torch.ops.aten.gelu_backward(grad_active, inner, approximate="tanh")
         return tuple(grads)

@@ -1,4 +1,4 @@
-"""A weight that is the embedding and the head: its two gradients added in place."""
+"""A weight that is both embedding and head: its two gradients are added in place."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 def tied(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The weight twice: for `F.embedding` with sparse=True, and for the head.
 
-    Autograd would add the two gradients into a third tensor of that size. The head's must be one that nobody else
-    holds, such as a product's or a chunked loss's: the embedding's rows are added to it.
+    Autograd would add the two gradients into a third tensor of that size. Nobody else may hold the head's gradient, as
+    is the case for that of a product or a chunked loss: the embedding's rows are added to it.
     """
     return Tied.apply(weight)
 
@@ -22,7 +22,7 @@ class Tied(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_lookup: Tensor | None, of_head: Tensor | None):
-        if of_lookup is None or of_head is None:
-            return of_head if of_lookup is None else of_lookup
-        return of_head.add_(of_lookup)
+    def backward(ctx, grad_embedding: Tensor | None, grad_head: Tensor | None):
+        if grad_embedding is None or grad_head is None:
+            return grad_head if grad_embedding is None else grad_embedding
+        return grad_head.add_(grad_embedding)

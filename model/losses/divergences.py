@@ -1,9 +1,9 @@
 """Divergences between teacher and student distributions over the vocabulary, one value a position.
 
 `forward_kl`, `reverse_kl` and so on take logits [N, V] of both and return values [N] in nats, differentiable in the
-student's logits; the teacher is a constant. `choose_divergence` gives the same by name for `vocabulary_loss`, as a
-function of log-probabilities that returns value and gradient together. Most gradients are written out: nothing is
-multiplied by an infinite log, so they are finite for any finite logits. A formula without one is differentiated by
+student's logits; the teacher is a constant. `choose_divergence` returns the same by name for `vocabulary_loss`, as a
+function of log-probabilities that computes value and gradient together. Most gradients are written out: nothing is
+multiplied by an infinite log, so they are finite for any finite logits. Formulas without one are differentiated by
 autograd. Names and parameters are in model/losses/registry.py.
 
 In the notation of the docstrings p is the teacher's distribution and q the student's, both at the temperature.
@@ -35,7 +35,7 @@ def choose_divergence(name: str, **parameters: float) -> Divergence:
         ValueError: an unknown name, or a number that is out of range.
     """
     values = parameters_of(name, parameters)
-    if name == "symmetric" and values["mu"] in (0, 1):  # the other one, infinite perhaps, has no share
+    if name == "symmetric" and values["mu"] in (0, 1):  # the other KL has no share, but might be infinite
         name, values = ("forward" if values["mu"] else "reverse"), {}
     return partial(FORMULAS[name], **values) if values else FORMULAS[name]
 

@@ -1,7 +1,7 @@
 """Penalties on the student's distributions along a sequence, each a number in [0, 1] a sequence.
 
-Each grows with the fault it punishes and is ADDED to the loss. The arguments hold the n real positions of several
-sequences one after the other, without padding:
+Each grows with the fault it penalises and is ADDED to the loss. The arguments hold the n real positions of several
+sequences one after another, without padding:
 
     log_q   [N, V] the student's log-probabilities q_t, in nats; -inf or FLOOR where a token is excluded
     rows    [N] int64, which sequence a position belongs to, 0..B-1
@@ -82,7 +82,7 @@ def sum_rows(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
 
 
 def keep_within_one(values: Tensor) -> Tensor:
-    """Values that only rounding can take out of [0, 1], put back; the gradient is as if nothing was done."""
+    """Clamps values that only rounding can take out of [0, 1]; the gradient passes unchanged."""
     return values + (values.clamp(0, 1) - values).detach()
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Parameter(NamedTuple):
-    """A number that some divergences have. lowest, highest: its range, without these themselves if `is_open`."""
+    """A number that some divergences have. lowest, highest: its range; `is_open` excludes both ends."""
 
     default: float
     lowest: float
@@ -42,7 +42,7 @@ DIVERGENCES = {
 
 
 def parameters_of(name: str, given: dict[str, float]) -> dict[str, float]:
-    """The parameters of the divergence `name`: those given, defaults for the rest; those of others are left out.
+    """The parameters of the divergence `name`: those given, defaults for the rest; those of other ones are ignored.
 
     Raises:
         ValueError: an unknown divergence or parameter, or one out of range.

@@ -1,9 +1,9 @@
 """Rewards and importance weights of policy-gradient distillation, after MiniLLM (arXiv 2306.08543, section 2.2).
 
 In the docstrings y is a sampled sequence, p the teacher, q the student and p~ the distribution that y was sampled from.
-Everything is [B, L], one row a sequence, with a mask that is True at the real tokens, from the left: 1..1 0..0. Results
-are constants for the gradient, in float32 at least, and 0 where the mask is False; what stands there in the arguments,
-NaN and infinity included, has no effect. A row may have no real token.
+Everything is [B, L], one sequence per row, with a mask that is True at the real tokens, from the left: 1..1 0..0.
+Results have no gradient, are in float32 at least, and 0 where the mask is False; arguments may hold anything there, NaN
+and infinity included. A row may have no real token.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,6 @@ from model.losses.divergences import FLOOR
 ROUNDING = 1e-14  # of a mean in float64, relative to it
 
 
-def completion_mask(ids: Tensor, end_id: int) -> Tensor:
-    """The real tokens of sampled ids [B, L] int64: bool [B, L], True up to and including a row's first end_id."""
-    ended = (ids == end_id).long()
-    return ended.cumsum(1) == ended
-
-
 def immediate_rewards(teacher_log_probs: Tensor, student_log_probs: Tensor, mask: Tensor) -> Tensor:
     """r_t = log p(y_t) - log q(y_t), [B, L] in nats, from the log-probabilities [B, L] of the sampled tokens.
 
@@ -32,24 +26,16 @@ def immediate_rewards(teacher_log_probs: Tensor, student_log_probs: Tensor, mask
     return log_ratio(teacher_log_probs, student_log_probs, mask)
 
 
-def reward_to_go(rewards: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:
-    """R_t = sum over t' >= t of discount^(t' - t) r_t', [B, L] from rewards [B, L] in nats."""
-    rewards = real_values(rewards, mask)
-    if discount == 1:
-        return torch.where(mask, sum_from_here(rewards), 0)
-    # By recurrence: dividing by discount^t would be 0 / 0 on long rows.
-    to_go, following = torch.zeros_like(rewards), rewards.new_zeros(len(rewards))
-    for position in reversed(range(rewards.shape[1])):
-        following = rewards[:, position] + discount * following
-        to_go[:, position] = following
-    return torch.where(mask, to_go, 0)
+def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """R_t = sum over t' >= t of r_t', [B, L] from rewards [B, L] in nats."""
+    return torch.where(mask, sum_from_here(real_values(rewards, mask)), 0)
 
 
 def long_term_rewards(rewards: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
     """R_{t+1}, the sum of the rewards after token t, [B, L] from rewards [B, L]; exactly 0 at the last real token.
 
-    r_t itself is left out: the single-step part of the loss holds it exactly, and it would count twice. normalize:
-    divided by the number of real tokens after t, so that long sequences weigh no more (MiniLLM's length
+    r_t itself is excluded: the single-step part of the loss contains it exactly, and it would count twice. normalize:
+    divide by the number of real tokens after t, so that long sequences do not weigh more (MiniLLM's length
     normalisation).
     """
     to_go = pad(reward_to_go(rewards, mask), (0, 1))[:, 1:]
@@ -87,14 +73,14 @@ def whiten(
 ) -> Tensor:
     """Values [B, L] shifted and scaled to mean 0 and standard deviation 1 over the real tokens of all processes.
 
-    The standard deviation is that of the tokens themselves (divided by their number). Constant values, or a single
-    token, give 0. all_reduce adds up a tensor over processes; every process calls it twice, with tokens or without.
+    The standard deviation is the uncorrected one (divided by the number of tokens). Constant values, or a single token,
+    give 0. all_reduce sums a tensor over processes; every process calls it twice, with tokens or without.
     """
     wide = real_values(values, mask).double()
     count, total = all_reduce(torch.stack([mask.sum().double(), wide.sum()])).unbind()
     mean = total / count.clamp(min=1)
     deviations = torch.where(mask, wide - mean, 0)
-    # A second round over the processes: the mean of squares less the square of the mean would lose the digits.
+    # A second round over the processes: mean of squares minus square of the mean would cancel most digits.
     spread = (all_reduce(deviations.square().sum()) / count.clamp(min=1)).sqrt()
     varied = ~(spread <= ROUNDING * mean.abs())
     return torch.where(mask & varied, deviations / spread, 0).to(at_least_float32(values))
@@ -116,7 +102,7 @@ def real_values(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def sum_from_here(values: Tensor) -> Tensor:
-    """At each position of [B, L] the sum of it and all later ones."""
+    """Sum of each position of [B, L] and all later ones."""
     return values.flip(1).cumsum(1).flip(1)
 
 

@@ -1,8 +1,8 @@
 """Cross-entropy and divergences straight from hidden states and head weights, in chunks over label positions.
 
-Only [chunk_size, V] logits exist at a time, and the gradients are formed in the forward pass, while the chunk's logits
-are there: one product for the student's logits and two for the gradients of its hidden states and head, one for the
-teacher's logits. Nothing is computed twice, and memory does not depend on the number of positions.
+Only [chunk_size, V] logits exist at a time. The gradients are computed in the forward pass, while a chunk's logits are
+there: one product for the student's logits, two for the gradients of its hidden states and head, one for the teacher's
+logits. Nothing is computed twice, and memory does not depend on the number of positions.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from model.losses.divergences import FLOOR, Divergence
 from model.losses.output_head import OutputHead, aligned_empty, autocast_type, cut_head, head_logits
 
-BLOCK = 16  # positions whose terms are formed at a time on a CPU
+BLOCK = 16  # positions whose losses are computed at a time on a CPU
 
 
 class TeacherHidden(NamedTuple):
@@ -30,8 +30,8 @@ class TeacherTopK(NamedTuple):
     """The teacher's k most likely tokens at each label position, at the temperature of the loss.
 
     ids [N, k] int64; log_probs [N, k]; log_rest [N]: log of the mass of all other tokens. The rest counts as one token:
-    divergences that obey the data-processing inequality (all but "adaptive") are then bounded from below, and equal
-    at k = V - 1.
+    for divergences that obey the data-processing inequality (all but "adaptive") the result is a lower bound, exact at
+    k = V - 1.
     """
 
     ids: Tensor
@@ -57,61 +57,67 @@ def vocabulary_loss(
     divergence: Divergence | None = None,
     temperature: float = 1.0,
     kd_weight: float = 0.0,
-    factor: float = 1.0,
+    scale: float = 1.0,
     chunk_size: int = 128,
 ) -> VocabularyLoss:
-    """factor times the sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
+    """scale times the sum over positions of (1 - kd_weight) CE(z, target) + kd_weight temperature^2 D(p, q).
 
     hidden [N, D]: the student's states that predict `targets` [N] int64, on one device with head and teacher.
-    vocabulary: number of real tokens; later rows of either head are padding of the matrix and are left out of every
-    softmax. None: what the head says. divergence: of `choose_divergence`; p and q are at `temperature`, CE at 1.
-    chunk_size: positions whose logits exist at a time.
+    vocabulary: number of real tokens; later rows of either head are padding of the matrix and excluded from every
+    softmax. None: the head's. divergence: of `choose_divergence`; p and q are at `temperature`, CE at 1. Without a
+    teacher kd_weight counts as 0. chunk_size: positions whose logits exist at a time.
 
     Reductions are in float32 at least; under autocast the products are in its type. Gradients flow to hidden, weight
     and bias. N = 0 gives exactly 0 with zero gradients.
 
     Raises:
-        ValueError: sizes that do not fit, or a number out of range.
+        ValueError: sizes that do not fit.
     """
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} hidden states but {len(targets)} targets: expected one each")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: expected at least 1")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: expected a number greater than 0")
-    if not 0 <= kd_weight <= 1:
-        raise ValueError(f"kd_weight is {kd_weight}: expected a number from 0 to 1")
     if teacher is not None and len(teacher[0]) != len(hidden):
         raise ValueError(f"{len(teacher[0])} teacher positions but {len(hidden)} of the student: expected as many")
-    rows = [len(each.weight) for each in (head, teacher.head if isinstance(teacher, TeacherHidden) else head)]
-    vocabulary = head.vocabulary if vocabulary is None else vocabulary
-    size = rows[0] if vocabulary is None else vocabulary
-    if not 1 <= size <= min(rows):
-        raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {min(rows)}")
-    kd_weight = 0.0 if teacher is None else kd_weight
-    terms = partial(label_terms, targets=targets, divergence=divergence, temperature=temperature, kd_weight=kd_weight,
-                    factor=factor)
+    rows = min(len(part.weight) for part in (head, teacher.head if isinstance(teacher, TeacherHidden) else head))
+    size = head.vocabulary if vocabulary is None else vocabulary
+    size = len(head.weight) if size is None else size
+    if not 1 <= size <= rows:
+        raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {rows}")
+    chunk_loss = partial(label_loss, targets=targets, divergence=divergence, temperature=temperature,
+                         kd_weight=0.0 if teacher is None else kd_weight, scale=scale)
     loss_sum, sums = chunked_loss(
-        hidden, head, even_parts(len(hidden), chunk_size), terms, vocabulary=size, teacher=teacher,
+        hidden, head, even_chunks(len(hidden), chunk_size), chunk_loss, vocabulary=size, teacher=teacher,
         temperature=temperature,
     )
     return VocabularyLoss(loss_sum, sums[0], None if teacher is None else sums[1])
 
 
-# Of one chunk: (logits [n, V], which positions they are of, the teacher's log-probabilities [n, V] or top k or None,
-# whether the gradient is wanted) -> (sums [k], the first of which is the loss; its gradient [n, V] by the logits).
-ChunkTerms = Callable[[Tensor, slice, "Tensor | TeacherTopK | None", bool], tuple[Tensor, Tensor | None]]
+# (logits [n, V], their positions, the teacher's log-probabilities [n, V] or top k or None, whether the gradient is
+# needed) -> (sums [k], the first of which is the loss; its gradient [n, V] with respect to the logits, or None)
+ChunkLoss = Callable[[Tensor, slice, "Tensor | TeacherTopK | None", bool], tuple[Tensor, Tensor | None]]
 
 
-def even_parts(count: int, chunk_size: int) -> list[slice]:
+def even_chunks(count: int, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, count, chunk_size)]
+
+
+class ChunkArgs(NamedTuple):
+    """The arguments of `ChunkedLoss` that no gradient flows to."""
+
+    head: OutputHead
+    chunks: list[slice]
+    chunk_loss: ChunkLoss
+    vocabulary: int
+    teacher: TeacherHidden | TeacherTopK | None
+    temperature: float
+    in_blocks: bool
+    grad_enabled: bool
 
 
 def chunked_loss(
     hidden: Tensor,
     head: OutputHead,
-    parts: list[slice],
-    terms: ChunkTerms,
+    chunks: list[slice],
+    chunk_loss: ChunkLoss,
     *,
     vocabulary: int,
     teacher: TeacherHidden | TeacherTopK | None = None,
@@ -120,35 +126,39 @@ def chunked_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss with a graph, the other sums [k - 1] detached) over chunks of the positions of hidden [N, D].
 
-    parts: the chunks, which cover all positions in order; `terms` may change the logits that it is handed. The
-    teacher's log-probabilities are at `temperature`. in_blocks: whether `terms` may be asked for a part of a chunk.
+    chunks: cover all positions in order. chunk_loss: may overwrite the logits that it gets. The teacher's
+    log-probabilities are at `temperature`. in_blocks: whether `chunk_loss` may be called with a part of a chunk.
     Gradients flow to hidden, weight and bias of the head.
     """
-    work = Work(head, parts, terms, vocabulary, teacher, temperature, torch.is_grad_enabled(), in_blocks)
-    return ChunkedLoss.apply(hidden, head.weight, head.bias, work)
-
-
-class Work(NamedTuple):
-    """What `ChunkedLoss` does; all but the tensors that gradients flow to."""
-
-    head: OutputHead
-    parts: list[slice]
-    terms: ChunkTerms
-    size: int
-    teacher: TeacherHidden | TeacherTopK | None
-    temperature: float
-    with_gradients: bool
-    in_blocks: bool
+    args = ChunkArgs(head, chunks, chunk_loss, vocabulary, teacher, temperature, in_blocks, torch.is_grad_enabled())
+    return ChunkedLoss.apply(hidden, head.weight, head.bias, args)
 
 
 class ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: Work):
-        wanted = [work.with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        product_type = autocast_type(hidden)
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: ChunkArgs):
+        needs_grad = [args.grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
+        product_type, precision = autocast_type(hidden), torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            sums, gradients = all_chunks(hidden, weight, bias, work, wanted, product_type)
-        ctx.gradients = gradients
+            head, teacher = in_type(args.head, args.vocabulary, product_type), args.teacher
+            if isinstance(teacher, TeacherHidden):
+                teacher = TeacherHidden(teacher.hidden.to(product_type),
+                                        in_type(teacher.head, args.vocabulary, product_type))
+            states = hidden.to(product_type)
+            grads = [torch.empty_like(tensor) if needed else None
+                     for tensor, needed in zip((hidden, weight, bias), needs_grad, strict=True)]
+            for grad in grads[1:]:
+                if grad is not None:
+                    grad[args.vocabulary if len(hidden) else 0 :].zero_()  # the first chunk writes the other rows
+            sums = None
+            for chunk in args.chunks or [slice(0, 0)]:  # an empty chunk tells how many sums there are
+                logits, slope = head_logits(states[chunk], head, precision, any(needs_grad))
+                chunk_sums = loss_of_chunk(logits, chunk, teacher, args, any(needs_grad))
+                sums = chunk_sums if sums is None else sums + chunk_sums
+                if any(needs_grad) and len(logits):
+                    grad_logits = logits if slope is None else logits.mul_(slope)
+                    accumulate(grads, grad_logits, chunk, states, head.weight)
+        ctx.grads = grads
         loss, others = sums[0].clone(), sums[1:]
         ctx.mark_non_differentiable(others)
         return loss, others
@@ -156,118 +166,114 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *unused):
-        # Handed out, not kept: so a head's gradient, as large as its weight, is scaled and accumulated in its place.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("a second backward pass through a chunked loss: its gradients are handed out once")
-        # As a rule it is 1, which on a CPU costs nothing to ask; on another device asking would mean waiting.
+        # Drop our reference, so that autograd can accumulate the head's gradient in place.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("a second backward pass through a chunked loss: its gradients can be used only once")
+        # It is nearly always 1. On a CPU comparing costs nothing; on another device it would mean waiting.
         if grad_loss.device.type != "cpu" or grad_loss != 1:
-            for each in gradients:
-                if each is not None:
-                    each.mul_(grad_loss)
-        return *gradients, None
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return *grads, None
 
 
-def all_chunks(hidden, weight, bias, work: Work, wanted: list[bool], product_type: torch.dtype):
-    """(sums of the terms, gradients of hidden, weight and bias where wanted)."""
-    precision = torch.promote_types(hidden.dtype, torch.float32)
-    student_head = cut_head(work.head, work.size)
-    student_head = student_head._replace(weight=student_head.weight.to(product_type))
-    states = hidden.to(product_type)
-    teacher = work.teacher
-    if isinstance(teacher, TeacherHidden):
-        teacher_head = cut_head(teacher.head, work.size)
-        teacher_head = teacher_head._replace(weight=teacher_head.weight.to(product_type))
-        teacher = TeacherHidden(teacher.hidden.to(product_type), teacher_head)
-    gradients = [torch.empty_like(each) if want else None
-                 for each, want in zip((hidden, weight, bias), wanted, strict=True)]
-    for each in gradients[1:]:
-        if each is not None:
-            each[work.size if len(hidden) else 0 :].zero_()  # the rest is written by the first chunk
-    # No position is one empty chunk, which says how many terms there are.
-    sums = None
-    for part in work.parts or [slice(0, 0)]:
-        logits, slope = head_logits(states[part], student_head, precision, any(wanted))
-        of_teacher = None if teacher is None else chunk_of_teacher(teacher, part, precision)
-        values = chunk_terms(logits, of_teacher, part, work, any(wanted))
-        sums = values if sums is None else sums + values
-        if any(wanted) and len(logits):
-            gradient = logits if slope is None else logits.mul_(slope)
-            add_products(gradients, gradient, part, states, student_head.weight, product_type)
-    return sums, gradients
+def in_type(head: OutputHead, vocabulary: int, dtype: torch.dtype) -> OutputHead:
+    head = cut_head(head, vocabulary)
+    return head._replace(weight=head.weight.to(dtype))
 
 
-def chunk_terms(logits: Tensor, of_teacher, part: slice, work: Work, with_gradient: bool) -> Tensor:
-    """Sums of the terms of one chunk; logits [n, V] become the gradient where it is wanted.
+def loss_of_chunk(logits: Tensor, chunk: slice, teacher, args: ChunkArgs, needs_grad: bool) -> Tensor:
+    """Sums of one chunk; its logits [n, V] are overwritten by their gradient if that is needed.
 
-    of_teacher: the teacher's logits [n, V], its top-k entries or None. On a CPU the terms are formed in blocks of a few
-    positions, where that is allowed: their many temporaries are then small, and stay in its cache.
+    On a CPU the losses are computed in blocks of a few positions, if allowed: their many temporaries are then small
+    and stay in its cache.
     """
-    rows = BLOCK if work.in_blocks and logits.device.type == "cpu" else max(1, len(logits))
+    top_k = isinstance(teacher, TeacherTopK)
+    if isinstance(teacher, TeacherHidden):
+        teacher_logits = head_logits(teacher.hidden[chunk], teacher.head, logits.dtype, with_slope=False)[0]
+    rows = BLOCK if args.in_blocks and logits.device.type == "cpu" else max(1, len(logits))
     sums = None
     for start in range(0, max(1, len(logits)), rows):
         block = slice(start, min(start + rows, len(logits)))
-        if isinstance(of_teacher, TeacherTopK):
-            log_p = TeacherTopK(*(each[block] for each in of_teacher))
+        positions = slice(chunk.start + block.start, chunk.start + block.stop)
+        if teacher is None:
+            log_p = None
+        elif top_k:
+            ids, *logs = (values[positions] for values in teacher)
+            log_p = TeacherTopK(ids, *(values.to(logits.dtype) for values in logs))
         else:
-            log_p = None if of_teacher is None else teacher_log_probs(of_teacher[block], work.temperature)
-        positions = slice(part.start + block.start, part.start + block.stop)
-        values, gradient = work.terms(logits[block], positions, log_p, with_gradient)
-        sums = values if sums is None else sums + values
-        if gradient is not None:
-            logits[block] = gradient
+            own = teacher_logits[block]
+            log_p = torch.log_softmax(own if args.temperature == 1.0 else own.div_(args.temperature), -1)
+        block_sums, grad = args.chunk_loss(logits[block], positions, log_p, needs_grad)
+        sums = block_sums if sums is None else sums + block_sums
+        if grad is not None:
+            logits[block] = grad
     return sums
 
 
-def chunk_of_teacher(teacher: TeacherHidden | TeacherTopK, part: slice, precision: torch.dtype):
-    """Logits [n, V] of one chunk, or its top-k entries."""
-    if isinstance(teacher, TeacherTopK):
-        ids, log_probs, log_rest = (each[part] for each in teacher)
-        return TeacherTopK(ids, log_probs.to(precision), log_rest.to(precision))
-    return head_logits(teacher.hidden[part], teacher.head, precision, with_slope=False)[0]
+def accumulate(grads: list[Tensor | None], grad_logits: Tensor, chunk: slice, states: Tensor, rows: Tensor) -> None:
+    """Adds one chunk's share to the gradients of hidden states, head weight and bias; the first chunk overwrites.
+
+    rows [V, D]: of the head, in the type of the products.
+    """
+    grad_hidden, grad_weight, grad_bias = grads
+    first = chunk.start == 0
+    if grad_bias is not None:
+        grad_bias = grad_bias[: len(rows)]
+        torch.sum(grad_logits, 0, out=grad_bias) if first else grad_bias.add_(grad_logits.sum(0))
+    if rows.dtype != grad_logits.dtype:
+        grad_logits = aligned_empty(*grad_logits.shape, like=rows).copy_(grad_logits)
+    if grad_hidden is not None:
+        grad_hidden[chunk] = grad_logits @ rows
+    if grad_weight is not None:
+        grad_weight = grad_weight[: len(rows)]
+        if rows.dtype != grad_weight.dtype:  # autocast: summed in the weight's own type
+            share = grad_logits.T @ states[chunk]
+            grad_weight.copy_(share) if first else grad_weight.add_(share)
+        elif first:
+            torch.mm(grad_logits.T, states[chunk], out=grad_weight)
+        else:
+            grad_weight.addmm_(grad_logits.T, states[chunk])
 
 
-def teacher_log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), -1)
-
-
-def label_terms(
-    logits: Tensor, part: slice, of_teacher, with_gradient: bool, *, targets: Tensor, divergence: Divergence | None,
-    temperature: float, kd_weight: float, factor: float,
-):
-    """(sums [3] of loss, cross-entropy and divergence, gradient [n, V] of the loss by the student's logits or None)."""
-    targets, label_share, kd_share = targets[part], factor * (1 - kd_weight), factor * kd_weight
+def label_loss(
+    logits: Tensor, positions: slice, teacher: Tensor | TeacherTopK | None, needs_grad: bool, *, targets: Tensor,
+    divergence: Divergence | None, temperature: float, kd_weight: float, scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """(sums [3] of loss, cross-entropy and divergence; gradient [n, V] of the loss by the student's logits or None)."""
+    targets, label_share, kd_share = targets[positions], scale * (1 - kd_weight), scale * kd_weight
     log_q = torch.log_softmax(logits, -1)
     cross_entropy = -log_q.gather(1, targets[:, None]).sum()
-    if of_teacher is None:
-        values, gradient, q = logits.new_zeros(()), None, log_q.exp() if with_gradient else None
+    if teacher is None:
+        values, grad, q = logits.new_zeros(()), None, log_q.exp() if needs_grad else None
     else:
         soft = log_q if temperature == 1.0 else torch.log_softmax(logits.div_(temperature), -1)
         soft_q = soft.exp()
-        if isinstance(of_teacher, TeacherTopK):
-            values, gradient = top_k_terms(of_teacher, soft, divergence)
+        if isinstance(teacher, TeacherTopK):
+            values, grad = top_k_terms(teacher, soft, divergence)
         else:
-            values, gradient = divergence(of_teacher, soft, soft_q)
+            values, grad = divergence(teacher, soft, soft_q)
         values = values.sum()
-        if with_gradient:
-            gradient *= kd_share * temperature  # temperature^2, and 1 / temperature of the softmax
+        if needs_grad:
+            grad *= kd_share * temperature  # temperature^2, and 1 / temperature of the softmax
             q = soft_q if temperature == 1.0 else log_q.exp_()
     loss = label_share * cross_entropy + kd_share * temperature**2 * values
     sums = torch.stack([loss, cross_entropy, values])
-    if not with_gradient:
+    if not needs_grad:
         return sums, None
-    if gradient is None:
-        gradient = q if label_share == 1 else q.mul_(label_share)
+    if grad is None:
+        grad = q if label_share == 1 else q.mul_(label_share)
     else:
-        gradient.add_(q, alpha=label_share)
-    gradient[torch.arange(len(targets), device=targets.device), targets] -= label_share
-    return sums, gradient
+        grad.add_(q, alpha=label_share)
+    grad[torch.arange(len(targets), device=targets.device), targets] -= label_share
+    return sums, grad
 
 
 def top_k_terms(top: TeacherTopK, log_q: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-    """Divergence [n] and gradient [n, V] where the tokens that are not among the top k count as one.
+    """Divergence [n] and gradient [n, V], the tokens that are not among the top k counted as one.
 
-    For a token of the rest the gradient is that of the rest, in the token's share of it.
+    The gradient of that one is divided among its tokens by their shares of it.
     """
     rest = log_q.scatter(1, top.ids, -torch.inf).logsumexp(-1, keepdim=True)
     log_q_k = torch.cat([log_q.gather(1, top.ids), rest], 1).clamp(min=FLOOR)
@@ -278,28 +284,6 @@ def top_k_terms(top: TeacherTopK, log_q: Tensor, divergence: Divergence) -> tupl
 
 
 def top_k_of(log_p: Tensor, k: int) -> TeacherTopK:
-    """The k best of log-probabilities [N, V] and the log of the remaining mass (k is cut to V)."""
+    """The k best of log-probabilities [N, V] and the log of the remaining mass (at most V)."""
     best = log_p.topk(min(k, log_p.shape[1]), -1)
     return TeacherTopK(best.indices, best.values, log_p.scatter(1, best.indices, -torch.inf).logsumexp(-1))
-
-
-def add_products(gradients: list, gradient: Tensor, part: slice, states: Tensor, rows: Tensor, product_type) -> None:
-    """One chunk's share of the gradients of hidden states, head weight and bias; the first chunk's overwrites."""
-    of_hidden, of_weight, of_bias = gradients
-    first = part.start == 0
-    if of_bias is not None:
-        of_bias = of_bias[: len(rows)]
-        torch.sum(gradient, 0, out=of_bias) if first else of_bias.add_(gradient.sum(0))
-    if product_type != gradient.dtype:
-        gradient = aligned_empty(*gradient.shape, like=rows).copy_(gradient)
-    if of_hidden is not None:
-        of_hidden[part] = gradient @ rows
-    if of_weight is not None:
-        of_weight = of_weight[: len(rows)]
-        if product_type != of_weight.dtype:  # autocast: summed in the weight's own type
-            share = gradient.T @ states[part]
-            of_weight.copy_(share) if first else of_weight.add_(share)
-        elif first:
-            torch.mm(gradient.T, states[part], out=of_weight)
-        else:
-            of_weight.addmm_(gradient.T, states[part])

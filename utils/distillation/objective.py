@@ -1,8 +1,8 @@
 """The objective of config_kd.json's `distillation_kwargs`, and what of it a checkpoint belongs to."""
 
 from model import policy_gradient, teacher_student
-from model.decoding.rollout_buffer import RolloutBuffer
-from model.decoding.rollouts import RolloutOptions
+from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
+from model.decoding.rollouts import RolloutConfig
 from model.language_model import LanguageModel
 from model.losses.registry import DIVERGENCES
 from model.teacher import Teacher
@@ -32,30 +32,30 @@ def make_objective(
     if draws(kwargs):
         prompt_format.prediction_prompts([], most)
 
-    def shorten(prompt: list[int]) -> list[int]:
-        return prompt_format.shorten(prompt, most)
-
-    seed = config.trainer_kwargs.seed
+    source = kwargs.rollout if kwargs.method == "policy_gradient" else "student"
+    rollout = RolloutConfig(
+        source, kwargs.alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, most, slots,
+        kwargs.rollout_epochs, config.trainer_kwargs.seed,
+    )
+    options = {
+        "truncate_prompt": lambda prompt: prompt_format.shorten(prompt, most), "autocast": context.autocast,
+        "all_reduce": context.all_reduce, "log": log.info,
+    }
     if kwargs.method == "policy_gradient":
         return policy_gradient.TeacherStudent(
-            student, teacher, kwargs.penalty, temperature=kwargs.temperature, rollout=kwargs.rollout,
-            alpha=kwargs.alpha, rollout_temperature=kwargs.rollout_temperature, rollout_top_k=kwargs.rollout_top_k,
-            rollout_top_p=kwargs.rollout_top_p, rollout_batch_size=slots, rollout_epochs=kwargs.rollout_epochs,
-            max_generation_length=most, importance_weight=kwargs.importance_weight, whiten=kwargs.whiten,
-            lm_weight=kwargs.lm_weight, clip_epsilon=kwargs.clip_epsilon, frequency_weight=kwargs.frequency_weight,
-            diversity_weight=kwargs.diversity_weight, entropy_weight=kwargs.entropy_weight,
-            entropy_floor=kwargs.entropy_floor, chunk_size=kwargs.chunk_size, vocabulary=vocabulary, seed=seed,
-            shorten=shorten, autocast=context.autocast, all_reduce=context.all_reduce, say=log.info,
+            student, teacher, kwargs.penalty, rollout=rollout,
+            rewards=RewardConfig(kwargs.temperature, kwargs.importance_weight, whiten=kwargs.whiten),
+            policy=policy_gradient.PolicyConfig(
+                kwargs.lm_weight, kwargs.clip_epsilon, kwargs.frequency_weight, kwargs.diversity_weight,
+                kwargs.entropy_weight, kwargs.entropy_floor, kwargs.chunk_size,
+            ),
+            vocabulary=vocabulary, **options,
         )
     rollouts = None
     if kwargs.on_policy_fraction:
-        options = RolloutOptions(
-            "student", 0.0, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, most, slots, seed
-        )
         rollouts = RolloutBuffer(
-            student, teacher, options, vocabulary, temperature=kwargs.temperature, chunk_size=kwargs.chunk_size,
-            shorten=shorten, autocast=context.autocast, all_reduce=context.all_reduce, say=log.info,
-            advice="lower distillation_kwargs.on_policy_fraction or kd_weight",
+            student, teacher, rollout, vocabulary, RewardConfig(kwargs.temperature), chunk_size=kwargs.chunk_size,
+            hint="lower distillation_kwargs.on_policy_fraction or kd_weight", **options,
         )
     parameters = {key: getattr(kwargs, key) for key in DIVERGENCES[kwargs.kl_div].parameters}
     return teacher_student.TeacherStudent(

@@ -18,6 +18,7 @@ from model.loading import (
     model_config,
 )
 from model.teacher import Teacher
+from model.verify import verify_model
 from model.vocabulary import shared_vocabulary
 from utils.config.distill import DistillConfig
 from utils.config.load import ConfigError
@@ -70,7 +71,7 @@ class TeacherSource:
     def load(self) -> LanguageModel:
         try:
             language_model = load_language_model(self.name, tokenizer=self.tokenizer_name, weights=self.weights)
-            language_model.check_family()
+            verify_model(language_model)
             return language_model
         except ModelError as error:
             raise ModelError(f"{self.key}: {error}") from error
@@ -144,7 +145,7 @@ def check_student(
     """
     try:
         vocabulary = shared_vocabulary(source.tokenizer, student.tokenizer)
-        student.leave_out_ids_from(vocabulary)
+        student.limit_vocabulary(vocabulary)
         check_same_reading(source.tokenizer, prompt_format, [*VARIED, *texts])
         context = getattr(source.config, "max_position_embeddings", None)
         if context is not None and context < prompt_format.max_length:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from model.fine_tuning import FineTuning
-from model.language_model import real_tokens
+from model.vocabulary import real_tokens
 from utils.config.distill import DistillConfig
 from utils.config.fine_tune import FineTuneConfig
 from utils.distillation.cached_teacher import CachedTeacher

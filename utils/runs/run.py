@@ -9,6 +9,7 @@ from torch import nn
 from data.prompts import PromptFormat
 from data.tokenized import TokenizedDataset
 from model.language_model import LanguageModel
+from model.verify import verify_model
 from utils.cli import quiet_libraries
 from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
@@ -84,7 +85,7 @@ def set_up_model(
                 "(generation_config)")
     language_model.to(context.device)
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
-    language_model.check_family()
+    verify_model(language_model)
     if config.trainer_kwargs.compile:
         language_model.compile_forward()
     return language_model

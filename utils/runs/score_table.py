@@ -7,6 +7,7 @@ from data.articles import Article, BadRow, describe_bad_rows, read_articles
 from data.prompts import DEFAULT_TEMPLATE, PromptFormat
 from model.language_model import LanguageModel
 from model.loading import check_same_architecture, has_tokenizer, load_language_model
+from model.verify import verify_model
 from utils.cli import quiet_libraries
 from utils.config.validate_options import DEFAULT_LENGTH, LEAD_3, ValidateOptions
 from utils.evaluation.evaluate import Generation, predict, score_lines, scored_predictions
@@ -69,8 +70,8 @@ def model_predictions(
         log.info(line)
     path = Path(options.model_path).resolve()  # a training may point the link to other weights meanwhile
     language_model = load_model(options).to(context.device)
-    language_model.check_family()
-    template = options.prompt_template if options.prompt_template is not None else language_model.prompt_template
+    verify_model(language_model)
+    template = language_model.prompt_template if options.prompt_template is None else options.prompt_template
     if template is None:
         template = DEFAULT_TEMPLATE
         log.info(f"the model does not say which prompt it was trained on: using --prompt_template {template!r}")
