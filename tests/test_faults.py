@@ -143,7 +143,8 @@ def test_two_runs_at_once_in_one_folder(run, cases, name):
     case.prepare(run)
     case.restart()
     outcome = case.run(run, beside=case.arguments)
-    assert outcome.code == 2 and ending_problems(case.script, outcome) == []
+    assert outcome.code == 2 and "Traceback" not in outcome.errors
+    assert outcome.errors.count(f"{case.script}: error: ") == 1
     assert differences(case.expected, read_results(case.place / "run")) == []
 
 
@@ -164,7 +165,8 @@ def test_bad_endings_are_found(code, errors, words):
 
 def test_good_endings_pass():
     """Fault: the judge complains of what is allowed."""
-    for code, errors in ((0, "finished\n"), (2, "train.py: error: a: is one\ntrain.py: error: b: is two\n"),
+    for code, errors in ((0, "finished\n"),
+                         (2, "train.py: error: c.json: a is wrong\ntrain.py: error: c.json: b is wrong\n"),
                          (1, "epoch 1:  50%|#####  | 1/2\rtrain.py: error: step 2: the loss is nan\n")):
         assert ending_problems("train.py", Outcome(code, 0.0, False, [], "", errors)) == []
 

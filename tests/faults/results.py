@@ -12,7 +12,7 @@ from safetensors.torch import load
 from tests.faults.runs import Outcome
 
 # What no two runs share, or what a disturbed run may leave: curves, caches, locks, earlier runs.
-PASSING = re.compile(r"^(tensorboard|[^/]*cache|earlier-run-\d+)(/|$)|\block\b")
+PASSING = re.compile(r"^(tensorboard|[^/]*cache)(/|$)|(^|/)earlier-run-\d+(/|$)|\block\b")
 OWN_VALUES = re.compile(r"run_id|sha256|bytes|_at$|time|second|environment|pid|host|memory", re.IGNORECASE)
 TRACES = re.compile(
     r"Traceback \(most|Exception ignored|Fatal Python error|error: (unexpected )?\w+(Error|Exception)\b"
