@@ -5,7 +5,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.prompts import DEFAULT_TEMPLATE
 from tests.conftest import tiny_gpt2, write_rows
 from tests.faults.results import Results, differences, read_results
 from tests.faults.runs import Outcome, Run
@@ -133,7 +132,7 @@ def validation(folder: Path) -> Case:
     """Predictions over those of an earlier run with other settings."""
     start = folder / "validate"
     start.mkdir(parents=True)
-    save_model(start / "model", tiny_gpt2(seed=3, std=0.3, positions=320), DEFAULT_TEMPLATE)
+    save_model(start / "model", tiny_gpt2(seed=3, std=0.3, positions=320), "{article}\nTL;DR:")
     write_rows(start / "news.csv", make_rows(8))
     return in_folder(folder, "validate", "validate_model.py", None, (*VALIDATE, "8"), [*VALIDATE, "3"])
 

@@ -24,15 +24,15 @@ AGAIN = 0.2  # share of the runs killed at a random moment that are killed once 
 
 
 def file_operations(run: Run, case: Case) -> list[tuple[int, str]]:
-    """(number, operation) of those of an undisturbed run in its run folder, without curves and of several writes to
-    one file in a row only the first and the last."""
+    """(number, operation) of those of an undisturbed run in its run folder, of several writes to one file in a row
+    only the first and the last."""
     case.restart()
     log = case.place.with_suffix(".log")
     case.run(run, fault=Fault(str(case.place / "run"), log=str(log)))
     lines = log.read_text(encoding="utf-8").splitlines()
     around = zip(["", *lines], lines, [*lines[1:], ""], strict=False)
     return [(number, line) for number, (before, line, after) in enumerate(around, 1)
-            if "tensorboard/" not in line and not before == line == after]
+            if not before == line == after]
 
 
 def at_operations(run: Run, case: Case, chosen: Sequence[tuple[int, str]]) -> list[str]:

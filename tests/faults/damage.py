@@ -77,7 +77,7 @@ def resumptions(run: Run, case: Case, tries: int, rng: random.Random) -> Iterato
         copied(start, case.place)
         harm(case.place / "run" / name)
         outcome = case.run(run)
-        found = ending_problems(case.script, outcome, (name.name, name.parent.name))
+        found = ending_problems(case.script, outcome, (name.name, name.parent.name or name.name))
         if outcome.code == 0:
             results = read_results(case.place / "run")
             found += [line for line in differences(case.expected, results)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from data.prompts import DEFAULT_TEMPLATE
 from tests.conftest import ROOT, tiny_gpt2, write_rows
 from tests.small_kd_runs import save_model
 from tests.small_runs import WORDS, changed
@@ -47,7 +46,7 @@ def write_project(folder: Path) -> None:
     """Models and tables that every run uses."""
     for name, seed, width, layers in (("model", 1, 8, 1), ("student", 2, 8, 1), ("teacher", 3, 16, 2)):
         network = tiny_gpt2(seed=seed, width=width, layers=layers, positions=320, std=0.2)
-        save_model(folder / name, network, None if name == "student" else DEFAULT_TEMPLATE)
+        save_model(folder / name, network)
     torch.save({f"module.{key}": value for key, value in network.state_dict().items()}, folder / "legacy.pt")
     (folder / "data").mkdir()
     for name, count in (("train", 4), ("validation", 2), ("test", 2)):
