@@ -1,85 +1,132 @@
-"""Kills runs of the three scripts, runs them again and compares with uninterrupted ones, bit for bit.
+"""SIGKILL at file operations and at random moments; the same command again then ends as if nothing had happened.
 
-    python -m tests.faults.crash                    200 random moments
-    python -m tests.faults.crash --operations       every file operation of each kind of write too
-    python -m tests.faults.crash --moments 0 --operations
+    python -m tests.faults.crash                                      every file operation of every case
+    python -m tests.faults.crash --operations 100 --cases train       100 of those of one case
+    python -m tests.faults.crash --operations 0 --moments 200         200 random moments
 
-Compared are all tensors, the state, metrics.jsonl (without speeds), predictions, scores and the list of files. Prints
-what was done; exit code 1 where a difference was found.
+Compared bit for bit with an undisturbed run: weights, optimizer and random states, metrics.jsonl without speeds,
+predictions, scores, the list of files. Right after the kill no result may be half written, and the newest checkpoint
+must be the one that the next run resumes from. Exit code 1 if anything was wrong.
 """
 
 import argparse
+import random
 import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
-from tests.faults import operations
-from tests.faults.crash_cases import Case, make_cases
-from tests.faults.crash_moments import at_random_moments, measure
-from tests.faults.crash_operations import WRITES, Tally, at_every_operation
-from tests.faults.runs import Run, fork_server, scratch
+from tests.faults.cases import Case, make_cases
+from tests.faults.results import newest_step, resumed_step, torn_files
+from tests.faults.runs import Fault, NoFaultsHere, Run, fork_server, scratch
+
+AGAIN = 0.2  # share of the runs killed at a random moment that are killed once more while they resume
+
+
+def file_operations(run: Run, case: Case) -> list[tuple[int, str]]:
+    """(number, operation) of those of an undisturbed run in its run folder, of several writes to one file in a row
+    only the first and the last."""
+    case.restart()
+    log = case.place.with_suffix(".log")
+    case.run(run, fault=Fault(str(case.place / "run"), log=str(log)))
+    lines = log.read_text(encoding="utf-8").splitlines()
+    around = zip(["", *lines], lines, [*lines[1:], ""], strict=False)
+    return [(number, line) for number, (before, line, after) in enumerate(around, 1)
+            if not before == line == after]
+
+
+def at_operations(run: Run, case: Case, chosen: Sequence[tuple[int, str]]) -> list[str]:
+    """Kills a run just before each of these operations, and runs the same command again."""
+    found = []
+    for number, operation in chosen:
+        case.restart()
+        outcome = case.run(run, fault=Fault(str(case.place / "run"), number))
+        where = f"{case.name}, killed at {number} ({operation})"
+        found += [f"{where}: {line}" for line in [
+            *([] if outcome.code == -9 else [f"exit code {outcome.code}, not killed"]), *after_kill(run, case)]]
+    return found
+
+
+def at_moments(run: Run, case: Case, moments: Sequence[float], rng: random.Random) -> list[str]:
+    """Kills a run after each of these shares of an undisturbed run's time."""
+    found = []
+    for moment in moments:
+        case.restart()
+        while True:
+            case.run(run, kill_after=moment * case.seconds)
+            where = f"{case.name}, killed after {moment:.3f} of its time"
+            found += [f"{where}: {line}" for line in torn_files(case.place / "run")]
+            if rng.random() > AGAIN:
+                break
+            moment = rng.random()
+        found += [f"{where}: {line}" for line in after_kill(run, case)]
+    return found
+
+
+def after_kill(run: Run, case: Case) -> list[str]:
+    """What is wrong with the files that a killed run left, and with what the same command then makes of them."""
+    folder = case.place / "run"
+    found, step = torn_files(folder), newest_step(folder)
+    outcome = case.run(run)
+    if case.earlier is None and resumed_step(outcome) < step:
+        found.append(f"step {step} was in place, resumed from {resumed_step(outcome)}")
+    found += case.problems(outcome)
+    if case.earlier is not None and case.script != "validate_model.py":
+        weights = (case.start / "run/model_checkpoints/best/model.safetensors").read_bytes()
+        if not any(path.read_bytes() == weights for path in folder.rglob("earlier-run-*/**/model.safetensors")):
+            found.append("the earlier run's weights are gone")
+    return found
+
+
+def spread(items: list, count: int | None, offset: int = 0) -> list:
+    """`count` of the items, evenly spread; all for None."""
+    if count is None or count >= len(items):
+        return items
+    return [items[(index * len(items) + offset) // count % len(items)] for index in range(count)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tests.faults.crash", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moments", type=int, default=200, help="random moments (default: %(default)s)")
+    parser.add_argument("--operations", type=int, metavar="N", help="file operations per case (default: all)")
+    parser.add_argument("--moments", type=int, default=0, metavar="N", help="random moments, over all cases")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
-    parser.add_argument("--operations", nargs="*", choices=list(WRITES), metavar="WRITE",
-                        help=f"kill at every file operation too, of all writes or of some: {', '.join(WRITES)}")
+    parser.add_argument("--cases", nargs="+", help="some of the cases (default: all)")
     options = parser.parse_args(arguments)
-    started = time.monotonic()
+    rng = random.Random(options.seed)
     with scratch() as folder, fork_server() as run:
-        cases = make_cases(folder / "cases")
-        names = list(WRITES) if options.operations == [] else options.operations or []
-        faults = kill_at_operations(run, cases, folder, names) if names else []
-        faults += kill_at_moments(run, cases, folder, options.moments, options.seed) if options.moments else []
-    for line in faults:
-        print(f"difference: {line}")
-    print(f"{len(faults)} differences found, in {time.monotonic() - started:.0f} s")
-    return 1 if faults else 0
+        cases = make_cases(folder)
+        names = options.cases or list(cases)
+        found: list[str] = []
+        for index, case in enumerate(cases[name] for name in names):
+            case.prepare(run)
+            if options.operations != 0:
+                operations = file_operations(run, case)
+                chosen = spread(operations, options.operations)
+                found += report(f"{case.name}: {len(chosen)} of {len(operations)} file operations", chosen,
+                                lambda each, case=case: at_operations(run, case, [each]))
+            moments = [rng.random() for _ in range(options.moments // len(names)
+                                                   + (index < options.moments % len(names)))]
+            if moments:
+                found += report(f"{case.name}: {len(moments)} random moments", moments,
+                                lambda each, case=case: at_moments(run, case, [each], rng))
+    print(f"{len(found)} wrong")
+    return 1 if found else 0
 
 
-def kill_at_operations(run: Run, cases: dict[str, Case], folder: Path, names: list[str]) -> list[str]:
-    try:
-        library = operations.build(folder)
-    except operations.NoFaultsHere as reason:
-        raise SystemExit(f"--operations: {reason}") from reason
-    total = Tally()
-    for number, name in enumerate(names):
-        write = WRITES[name]
-        place = folder / f"write-{number}"
-        place.mkdir()
-        tally = at_every_operation(run, library, cases[write.case], write, place, bar(name))
-        tell(name, tally)
-        total += tally
-    tell("all writes", total)
-    return total.faults
-
-
-def tell(name: str, tally: Tally) -> None:
-    print(f"{name}: {tally.operations} operations, killed at {tally.kills} moments, {tally.resumed} runs resumed, "
-          f"{len(tally.faults)} differences", flush=True)
-
-
-def kill_at_moments(run: Run, cases: dict[str, Case], folder: Path, count: int, seed: int) -> list[str]:
-    place = folder / "moments"
-    place.mkdir()
-    known = [measure(run, case, place) for case in cases.values()]
-    lengths = ", ".join(f"{each.case.name} {each.seconds:.2f} s" for each in known)
-    print(f"uninterrupted: {lengths}", flush=True)
-    done = at_random_moments(run, known, count, seed, place, bar("random moments"))
-    print(f"{done.moments} random moments ({done.late} of them after the end of the run): {done.kills} kills, "
-          f"{done.resumed} runs started again, {done.anew} runs that had no checkpoint when they were killed, "
-          f"{len(done.faults)} differences")
-    return done.faults
-
-
-def bar(name: str):
-    return lambda moments: tqdm(moments, desc=name, unit="kill", dynamic_ncols=True, mininterval=2)
+def report(title: str, items: list, attempt: Callable[[object], list[str]]) -> list[str]:
+    """Tries the items one after the other and prints what is wrong, as soon as it is found."""
+    found = []
+    for item in tqdm(items, desc=title, disable=None, dynamic_ncols=True):
+        for line in attempt(item):
+            found.append(line)
+            print(f"wrong: {line}", flush=True)
+    print(f"{title}: {len(found)} wrong", flush=True)
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except NoFaultsHere as reason:
+        sys.exit(f"tests.faults.crash: {reason}")
