@@ -209,16 +209,3 @@ def test_row_twice(tmp_path, capsys):
     plain, kl = (write_evaluation(tmp_path / name, [0.5, 0.5]) for name in ("plain", "kl"))
     (kl / "predictions.json").write_text(json.dumps(records([0.5, 0.5], id="same")))
     assert "row 2 lacks an id of its own" in refusal(capsys, plain, kl, "--baseline", "plain")
-
-
-def test_results_whose_writing_was_cut_off(tmp_path, capsys):
-    """Fault: after a kill between two files, new predictions are compared under the old scores, or not at all."""
-    folder = write_evaluation(tmp_path / "a", [0.1, 0.2, 0.3])
-    new = write_evaluation(tmp_path / "new", [0.7, 0.8, 0.9])
-    (new / "predictions.json").replace(folder / "predictions.json")
-    whole = folder / ".tmp-whole-abcd1234"
-    whole.mkdir()
-    (new / "scores.json").replace(whole / "scores.json")
-    assert main([str(folder)]) == 0
-    assert "80.0 [20.0" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["predictions.json", "scores.json"]
