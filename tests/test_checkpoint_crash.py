@@ -123,7 +123,8 @@ def test_no_room_for_another(root, monkeypatch):
 KILLED = """
 import json, os, random, signal, sys
 import utils.runs.build, utils.runs.find_batch_size, utils.runs.run  # once, before the forks
-import train, torch.utils.tensorboard
+import nltk, torch.utils.tensorboard, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 config, run, log = sys.argv[1:]
 

@@ -210,7 +210,7 @@ def test_full_disk_leaves_no_false_scores(tmp_path, folder, earlier, monkeypatch
     monkeypatch.undo()
     run(tmp_path, folder, tmp_path / "news.csv", out="other")
     capsys.readouterr()
-    assert utils.compare.main([str(tmp_path / "other"), str(tmp_path / "out")]) == 2
+    assert utils.compare.main([str(tmp_path / "other"), str(tmp_path / "out"), "--baseline", "other"]) == 2
     assert "is not the file behind the scores.json" in capsys.readouterr().err
 
 

@@ -109,8 +109,8 @@ def train_objective(
         meanings(config, validation),
     )
     if start.folder is not None:
-        check_resume_compatible(fingerprint, start.state)
         with restoring(start.folder):
+            check_resume_compatible(fingerprint, start.state)
             for line in trainer.restore(start.state, start.tensors):
                 log.info(line)
     if context.is_main:
