@@ -57,28 +57,24 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
         CompareError: scores.json is missing, or is something else.
     """
     path = folder / "scores.json"
-    of_training = (folder / "model_checkpoints").is_dir()
-    remedy = f"validate_model.py --output_dir {folder / 'evaluation' if of_training else folder}"
+    in_training = (folder / "model_checkpoints").is_dir()  # whose scores validate_model.py does not overwrite
+    remedy = f"validate_model.py --output_dir {folder / 'evaluation' if in_training else folder}"
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-        settings = content.get("settings") or {}
         if "step" in content:  # of a training
-            set_name, model = "test" if "test" in content else "validation", f"model_checkpoints/step-{content['step']}"
-            scores, model = content[set_name], folder / model
-            predictions, metrics = f"predictions/{set_name}-step-{content['step']}.json", folder / "metrics.jsonl"
+            checkpoint, set_name = f"step-{content['step']}", "test" if "test" in content else "validation"
+            scores, predictions = content[set_name], f"predictions/{set_name}-{checkpoint}.json"
+            model, metrics = folder / "model_checkpoints" / checkpoint, folder / "metrics.jsonl"
         else:
-            set_name, model = Path(settings.get("csv_path", "")).stem, Path(settings.get("model_path") or "")
-            scores, predictions = content, "predictions.json"
+            settings = content.get("settings") or {}
+            scores, predictions, set_name = content, "predictions.json", Path(settings.get("csv_path", "")).stem
+            model = Path(settings.get("model_path") or "")
             metrics = model.parent.parent / "metrics.jsonl" if model.parent.name == "model_checkpoints" else None
         missing = missing_weights(name, content.get("weights") or {}, model, remedy)
-        row = {"method": name, "set": printable(set_name) or None}
-        for metric in METRICS:
-            low, high = map(float, scores["confidence_intervals"][metric])
-            row |= {metric: float(scores[metric]), f"{metric}_low": low, f"{metric}_high": high}
-        for key, number in (("facts", float), ("rows", int), ("parameters", int)):
-            row[key] = None if scores.get(key) is None and key != "rows" else number(scores[key])
-        # Without the weights, metrics.jsonl may be that of another training.
-        row["tokens_per_second"] = training_speed(metrics) if metrics and (of_training or not missing) else None
+        if missing and "step" not in content:
+            metrics = None  # may be that of another training
+        row = {"method": name, "set": printable(set_name) or None, **table_row(scores),
+               "tokens_per_second": training_speed(metrics)}
         predictions_sha256 = content.get("predictions_sha256", {}).get(predictions)
         return Evaluation(row, folder / predictions, predictions_sha256, origin_of(scores), remedy, missing)
     except OSError as error:
@@ -86,6 +82,19 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompareError(f"{path} is not a scores.json of validate_model.py or of a training script: write it again "
                            f"with {remedy}") from error
+
+
+def table_row(scores: dict) -> dict:
+    """Numbers of a scores.json, fractions of 1. Raises KeyError, TypeError or ValueError if they are something else."""
+    row = {}
+    for metric in METRICS:
+        low, high = map(float, scores["confidence_intervals"][metric])
+        row |= {metric: float(scores[metric]), f"{metric}_low": low, f"{metric}_high": high}
+    facts, parameters = scores.get("facts"), scores.get("parameters")
+    if int(scores["rows"]) < 1:
+        raise ValueError("no rows")
+    return {**row, "facts": None if facts is None else float(facts), "rows": int(scores["rows"]),
+            "parameters": None if parameters is None else int(parameters)}
 
 
 def missing_weights(name: str, weights: dict, model: Path, remedy: str) -> str | None:
@@ -107,9 +116,9 @@ def origin_of(scores: dict) -> dict:
     return {key: found.get(key) for key in (*keys, ARTICLES)}
 
 
-def training_speed(metrics: Path) -> float | None:
+def training_speed(metrics: Path | None) -> float | None:
     """Median tokens per second of a training; the first value includes the warm-up and counts only if alone."""
-    if not metrics.is_file():
+    if metrics is None or not metrics.is_file():
         return None
     speeds = []
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
