@@ -178,6 +178,8 @@ class Runner:
                     self.say(f"done   {name} ({time.monotonic() - started:.0f} s): {result}")
             return 0
         finally:
+            if self.running:
+                self.say(f"stopping {', '.join(self.running)}")
             for process, _ in self.running.values():
                 process.terminate()  # a training writes a checkpoint first
             for process, _ in self.running.values():
