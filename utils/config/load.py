@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from utils.config.distill import STUDENT_KEYS, DistillConfig
 from utils.config.fine_tune import FineTuneConfig
+from utils.errors import UserError
 from utils.files import json_text
 from utils.text import shorten
 
@@ -22,10 +23,8 @@ MESSAGES = {"dict_type": AN_OBJECT, "model_type": AN_OBJECT}
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used; one line for each mistake."""
-
-    exit_code = 2
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

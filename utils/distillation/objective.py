@@ -9,7 +9,6 @@ from model.teacher import Teacher
 from utils.config.checks import PENALTY_KEYS, POLICY_KEYS, SAMPLING_KEYS
 from utils.config.distill import DistillationKwargs, DistillConfig
 from utils.distillation.cached_teacher import CachedTeacher
-from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
 
 
@@ -20,7 +19,7 @@ def draws(kwargs: DistillationKwargs) -> bool:
 
 def make_objective(
     config: DistillConfig, student: LanguageModel, teacher: Teacher | CachedTeacher, vocabulary: int,
-    context: DistributedContext, prompt_format, log: RunLog,
+    context: DistributedContext, prompt_format, log,
 ) -> teacher_student.TeacherStudent | policy_gradient.TeacherStudent:
     """prompt_format: a `PromptFormat`, for the prompts of rollouts.
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.evaluation.rouge import METRICS
 from utils.evaluation.statistics import holm, paired_bootstrap
 from utils.evaluation.weights import weights_of
@@ -20,10 +21,8 @@ ARTICLES = "articles_sha256"
 DIFFERENCE_KEYS = ("difference", "difference_low", "difference_high", "p_value", "p_value_holm", "significant")
 
 
-class CompareError(ValueError):
-    """Folders that cannot be compared: one line that names file, row and remedy."""
-
-    exit_code = 2
+class CompareError(UserError):
+    """Folders that cannot be compared; the message names file, row and remedy."""
 
 
 @dataclass(frozen=True)

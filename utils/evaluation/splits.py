@@ -15,7 +15,6 @@ from utils.evaluation.evaluate import Generation
 from utils.evaluation.validation import EvaluationSet, Validation
 from utils.files import write_json
 from utils.progress import progress_bar
-from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
 
 GET_DATA = "python -m data.cnn_dailymail downloads CNN/DailyMail there; ./demo.sh shows everything without it"
@@ -39,7 +38,7 @@ def make_prompt_format(config: FineTuneConfig, language_model: LanguageModel) ->
 class Tables:
     """Opens the token tables of a run, each CSV once, and keeps count of the rows that were left out."""
 
-    def __init__(self, config: FineTuneConfig, prompt_format: PromptFormat, context: DistributedContext, log: RunLog):
+    def __init__(self, config: FineTuneConfig, prompt_format: PromptFormat, context: DistributedContext, log):
         self.data, self.prompt_format, self.context, self.log = config.dataset_kwargs, prompt_format, context, log
         self.cache_dir = self.data.cache_dir or str(Path(config.trainer_kwargs.output_dir) / "token_cache")
         self.skipped: dict[str, list[dict]] = {}
@@ -130,7 +129,7 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
 
 def make_validation(
     config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: Tables,
-    context: DistributedContext, log: RunLog,
+    context: DistributedContext, log,
 ) -> Validation:
     """What is measured after each epoch. Raises DataError where max_generation_length leaves no room for an article."""
     decoding, options = config.model_arch.generation_kwargs, config.trainer_kwargs

@@ -14,7 +14,6 @@ from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss,
 from utils.evaluation.rouge import METRICS
 from utils.evaluation.weights import json_object, weights_of
 from utils.files import json_text, sha256_text, write_text
-from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
 
 
@@ -43,7 +42,7 @@ class Validation:
     sets: list[EvaluationSet]
     generation: Generation
     context: DistributedContext
-    log: RunLog
+    log: object
     output_dir: Path
     save_predictions: bool = False
     on_bad_row: str = "error"

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from data.tokenized import TokenizedDataset
 from utils.config.fine_tune import FineTuneConfig
-from utils.config.load import ConfigError, config_json
+from utils.config.load import config_json
 from utils.errors import UserError, describe
 from utils.files import sync, write_text
 from utils.manifest import CheckpointError, complete_beside, step_folders, verify
@@ -159,7 +159,7 @@ def restoring(folder: Path) -> Iterator[None]:
     """Errors while a checkpoint's state is restored become a CheckpointError."""
     try:
         yield
-    except (UserError, ConfigError):
+    except UserError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed, nn
 
+from utils.errors import UserError
+
 BUCKET = 1 << 24  # gradient values sent together: 64 MiB
 
 
-class DeviceError(ValueError):
-    """A device that does not exist: one line for the user."""
-
-    exit_code = 2
+class DeviceError(UserError):
+    """A device that does not exist."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.config.fine_tune import FineTuneConfig
+from utils.errors import TrainingError
 
 BATCH, ACCUMULATION = "dataset_kwargs.train_batch_size", "trainer_kwargs.gradient_accumulation_steps"
 TOKENS, BOUND = "dataset_kwargs.tokens_per_batch", "trainer_kwargs.ckpt_training_batch"
@@ -19,10 +20,8 @@ FULL = re.compile("^(OutOfMemory|OutOfMemoryError|MemoryError): |"
 SHORTER = "lower dataset_kwargs.max_length, or take a smaller model"
 
 
-class OutOfMemory(RuntimeError):
-    """One line for the user."""
-
-    exit_code = 1
+class OutOfMemory(TrainingError):
+    """Memory is full; the message says what to set."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
