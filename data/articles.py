@@ -103,7 +103,7 @@ def read_articles(
     for row in iterate_articles(path, columns, need_highlights):
         (articles if isinstance(row, Article) else bad_rows).append(row)
     if bad_rows and (on_bad_row == "error" or not articles):
-        remedy = 'correct them, or go on without them with on_bad_row "skip" (in dataset_kwargs, or --on_bad_row skip)'
+        remedy = 'correct them, or skip them with on_bad_row "skip" (in dataset_kwargs, or --on_bad_row skip)'
         if not articles:
             remedy = "no usable row is left: correct them"
         raise DataError(f"{describe_bad_rows(path, bad_rows, len(articles) + len(bad_rows))}: {remedy}")

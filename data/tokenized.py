@@ -160,7 +160,7 @@ def write_table(path: Path, csv_path, prompt_format, columns, on_bad_row, progre
 
 def check_bad_rows(csv_path, bad: list[BadRow], good: int, on_bad_row: str) -> None:
     if bad and (on_bad_row == "error" or not good):
-        remedy = 'correct them, or go on without them with dataset_kwargs.on_bad_row "skip"'
+        remedy = 'correct them, or skip them with dataset_kwargs.on_bad_row "skip"'
         if not good:
             remedy = "no usable row is left: correct them"
         raise DataError(f"{describe_bad_rows(csv_path, bad, good + len(bad))}: {remedy}")

@@ -37,7 +37,7 @@ def test_results_that_cannot_be_written_cost_no_training(tmp_path, monkeypatch, 
         assert run(tmp_path, config) == 1
     line = error_line(capsys)
     assert f"run/{target}: No space left on device: free space" in line
-    assert "stopped at optimizer step 2, checkpoint written; the same command goes on from there" in line
+    assert "stopped at optimizer step 2, checkpoint written; run the same command to resume" in line
     verify(tmp_path / "run/model_checkpoints/last")
     assert run(tmp_path, config) == 0
     assert "resuming from" in capsys.readouterr().err

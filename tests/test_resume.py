@@ -293,7 +293,7 @@ def test_signals_end_with_a_checkpoint_and_say_how_to_go_on(tmp_path, number, co
     process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == code, errors
-    assert "checkpoint written; the same command goes on from there" in errors
+    assert "checkpoint written; run the same command to resume" in errors
     assert "Traceback" not in errors
     state = json.loads((tmp_path / "run/model_checkpoints/last/trainer_state/state.json").read_text())
     assert state["step"] == metrics(tmp_path / "run")[-1]["step"]

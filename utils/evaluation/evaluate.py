@@ -59,7 +59,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         yield
 
 
-apart = evaluation_mode
 
 
 def measure_loss(

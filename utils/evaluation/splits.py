@@ -1,4 +1,4 @@
-"""A config's CSVs as token tables and evaluation sets."""
+"""The tokenised splits of a config, and what is evaluated on them."""
 
 from dataclasses import asdict
 from itertools import islice
@@ -21,22 +21,22 @@ GET_DATA = "python -m data.cnn_dailymail downloads CNN/DailyMail there; ./demo.s
 
 
 def make_prompt_format(config: FineTuneConfig, language_model: LanguageModel) -> PromptFormat:
-    """Template, tokenizer and row length of a config; recorded with the model, so that they travel with its weights.
+    """Template, tokenizer and row length of a config; also stored in the model's own config, for later predictions.
 
     Raises:
-        DataError: max_length over the model's context, or no room for an article.
+        DataError: max_length exceeds the model's context, or leaves no room for an article.
     """
     data, context = config.dataset_kwargs, language_model.context
     if data.max_length is not None and data.max_length > context:
         raise DataError(f"dataset_kwargs.max_length is {data.max_length}: the model's context is {context} tokens")
     prompt_format = PromptFormat(language_model.tokenizer, data.prompt_template, data.max_length or context)
-    most = config.model_arch.generation_kwargs.max_generation_length
-    language_model.record_training(prompt_format.template, prompt_format.max_length, most)
+    max_new_tokens = config.model_arch.generation_kwargs.max_generation_length
+    language_model.record_training(prompt_format.template, prompt_format.max_length, max_new_tokens)
     return prompt_format
 
 
-class Tables:
-    """Opens the token tables of a run, each CSV once, and keeps count of the rows that were left out."""
+class TokenizedSplits:
+    """Opens the tokenised tables of a run, every file once, and collects the rows that were skipped."""
 
     def __init__(self, config: FineTuneConfig, prompt_format: PromptFormat, context: DistributedContext, log):
         self.data, self.prompt_format, self.context, self.log = config.dataset_kwargs, prompt_format, context, log
@@ -45,14 +45,14 @@ class Tables:
         self.opened: dict[str, TokenizedDataset] = {}
 
     def path(self, name: str) -> Path:
-        """The CSV of a config's file name. Raises DataError where it is not there, naming the way to get it."""
+        """The path of a file of the config. Raises DataError if it does not exist, with the way to get it."""
         path = Path(self.data.data_dir) / name
         if not path.exists():
             raise DataError(f"{path} does not exist (dataset_kwargs.data_dir and the file names in it): {GET_DATA}")
         return path
 
     def open(self, name: str) -> TokenizedDataset:
-        """The table of one CSV; tokenised by the main process, the others wait."""
+        """The rows of one file, tokenised by the main process while the others wait."""
         if name in self.opened:
             return self.opened[name]
         path = self.path(name)
@@ -78,20 +78,20 @@ class Tables:
         return [text[:characters] for row in articles for text in (row.article, row.highlights)]
 
     def articles(self, name: str) -> list[Article]:
-        """The rows of a CSV for predictions."""
+        """The rows of a file as text, for predictions."""
         path = self.path(name)
         articles, bad_rows = read_articles(path, self.data.columns, self.data.on_bad_row)
         self.note_skipped(path, bad_rows, len(articles))
         return articles
 
     def note_skipped(self, path: Path, bad_rows: list[BadRow], good: int) -> None:
-        """Tell of the rows that were left out, once a file."""
+        """Log the skipped rows, once per file."""
         if bad_rows and str(path) not in self.skipped:
             self.log.info(f"skipped: {describe_bad_rows(path, bad_rows, good + len(bad_rows))}")
             self.skipped[str(path)] = [asdict(row) for row in bad_rows]
 
     def write_skipped(self, output_dir: Path) -> None:
-        """`skipped_rows.json`: every row left out, with its reason."""
+        """`skipped_rows.json`: every skipped row, with the reason."""
         if self.skipped and self.context.is_main:
             write_json(output_dir / "skipped_rows.json", self.skipped)
 
@@ -110,7 +110,7 @@ def scales_by_perplexity(config: FineTuneConfig) -> bool:
     return config.trainer_kwargs.adaptive_loss_scaling and config.trainer_kwargs.scaling_metric == "perplexity"
 
 
-def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSet]:
+def evaluation_sets(config: FineTuneConfig, tables: TokenizedSplits) -> list[EvaluationSet]:
     """What is measured after each epoch, by `monitor_val` and `monitor_test`."""
     data, options = config.dataset_kwargs, config.trainer_kwargs
     rouge = "rouge" in options.metrics
@@ -119,8 +119,8 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
         subset = data.validation_subset or data.validation_dataset
         table = tables.open(data.validation_dataset)
         articles = tables.articles(subset) if rouge else []
-        of_scaling = tables.open(subset) if scales_by_perplexity(config) else None
-        sets.append(EvaluationSet("validation", table, articles, of_scaling))
+        scaling_table = tables.open(subset) if scales_by_perplexity(config) else None
+        sets.append(EvaluationSet("validation", table, articles, scaling_table))
     if options.monitor_test and data.test_dataset:
         table = tables.open(data.test_dataset)
         sets.append(EvaluationSet("test", table, tables.articles(data.test_dataset) if rouge else []))
@@ -128,17 +128,17 @@ def evaluation_sets(config: FineTuneConfig, tables: Tables) -> list[EvaluationSe
 
 
 def make_validation(
-    config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: Tables,
+    config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: TokenizedSplits,
     context: DistributedContext, log,
 ) -> Validation:
-    """What is measured after each epoch. Raises DataError where max_generation_length leaves no room for an article."""
+    """What is measured after each epoch. Raises DataError if max_generation_length leaves no room for an article."""
     decoding, options = config.model_arch.generation_kwargs, config.trainer_kwargs
     sets = evaluation_sets(config, tables)
     generation = Generation(
         decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
         config.dataset_kwargs.val_batch_size,
     )
-    if any(each.articles for each in sets):
+    if any(split.articles for split in sets):
         prompt_format.prediction_prompts([], generation.max_new_tokens)
     return Validation(
         objective, prompt_format, sets, generation, context, log, Path(options.output_dir), options.save_predictions,

@@ -1,4 +1,4 @@
-"""What a run of train.py and one of train_kd.py are built of, from the config to the objective."""
+"""The components of a run of train.py and of train_kd.py, built from its config."""
 
 from pathlib import Path
 
@@ -10,24 +10,24 @@ from utils.distillation.cached_teacher import CachedTeacher
 from utils.distillation.objective import identity_of, make_objective
 from utils.distillation.student import load_student
 from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
-from utils.evaluation.splits import Tables, make_prompt_format, measured_datasets
+from utils.evaluation.splits import TokenizedSplits, make_prompt_format, measured_datasets
 from utils.progress import progress_bar
-from utils.runs.run import RunComponents, set_up_model
+from utils.runs.run import RunComponents
 from utils.runs.run_folder import ResumePoint
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
-from utils.training.load_model import load_model
+from utils.training.load_model import load_model, prepare_model
 
 
 def build_fine_tuning(
     context: DistributedContext, config: FineTuneConfig, log: RunLog, start: ResumePoint, keep: bool = True
 ) -> RunComponents:
-    """The parts of a run. keep: nothing is kept here but tokenised rows, so it changes nothing."""
-    language_model = set_up_model(load_model(config, start.folder), config, context, log, start)
+    """The components of a fine-tuning run; `keep` has no effect, since only tokenised rows are written."""
+    language_model = prepare_model(load_model(config, start.folder), config, context, log, start.folder is not None)
     parameters = language_model.parameter_count() / 1e6
     log.info(f"model: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
     prompt_format = make_prompt_format(config, language_model)
-    tables = Tables(config, prompt_format, context, log)
+    tables = TokenizedSplits(config, prompt_format, context, log)
     train_table = tables.open(config.dataset_kwargs.train_dataset)
     return RunComponents(FineTuning(language_model), prompt_format, tables, train_table, {})
 
@@ -35,13 +35,14 @@ def build_fine_tuning(
 def build_distillation(
     context: DistributedContext, config: DistillConfig, log: RunLog, start: ResumePoint, keep: bool = True
 ) -> RunComponents:
-    """The parts of a run. keep: whether the teacher's outputs may be kept on the disk, where the config says so."""
+    """The components of a distillation run. keep: whether the teacher cache may be written, if the config has one."""
     kwargs = config.distillation_kwargs
     source, notices = find_teacher(config)
     device, device_notices = teacher_device(config, context)
-    student = set_up_model(load_student(config, start.folder, source), config, context, log, start)
+    student = load_student(config, start.folder, source)
+    prepare_model(student, config, context, log, start.folder is not None)
     prompt_format = make_prompt_format(config, student)
-    tables = Tables(config, prompt_format, context, log)
+    tables = TokenizedSplits(config, prompt_format, context, log)
     texts = tables.first_texts(config.dataset_kwargs.train_dataset)
     vocabulary, size_notices = check_student(source, student, prompt_format, texts)
     for line in (*notices, *device_notices, *size_notices):
@@ -52,7 +53,7 @@ def build_distillation(
     train_table = tables.open(config.dataset_kwargs.train_dataset)
 
     fingerprint = source.fingerprint()
-    # A cache of a version that took the gaps between ids for tokens is another one.
+    # Earlier versions cached outputs for the gaps between ids too.
     gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
     teacher = None
     if kwargs.teacher_cache is not None:

@@ -1,4 +1,4 @@
-"""What the training scripts share: the run folder around a run, and the parts from the objective to the loop."""
+"""A run of a training script: its folder, its components, the loop."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,10 @@ from torch import nn
 
 from data.prompts import PromptFormat
 from data.tokenized import TokenizedDataset
-from model.language_model import LanguageModel
-from model.verify import verify_model
 from utils.cli import quiet_libraries
 from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
-from utils.evaluation.splits import Tables, make_validation
+from utils.evaluation.splits import TokenizedSplits, make_validation
 from utils.evaluation.validation import meanings
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.run_folder import (
@@ -37,22 +35,21 @@ from utils.training.trainer import Trainer
 
 
 class RunComponents(NamedTuple):
-    """What a script makes for a run. identity: what of the objective must not change for a checkpoint to be gone on
-    from."""
+    """What a script builds for a run. objective_id: settings of the objective that a resumed run must share."""
 
     objective: nn.Module
     prompt_format: PromptFormat
-    tables: Tables
+    tables: TokenizedSplits
     train_table: TokenizedDataset
-    identity: dict
+    objective_id: dict
 
 
-# build(place, config, log, start, keep=True); keep=False: nothing is kept on the disk but tokenised rows.
+# build(context, config, log, start, keep=True); keep=False: write nothing but tokenised rows.
 Build = Callable[..., RunComponents]
 
 
 def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
-    """Trains what `build` gives while this process holds the run folder; seeded, notices told. The exit code."""
+    """Lock the run folder, resume or start, build the components and train them. Returns the exit code."""
     quiet_libraries()
     arch, options = config.model_arch, config.trainer_kwargs
     launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
@@ -67,43 +64,22 @@ def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devic
         for line in (*warnings_of(config), *context.notices, context.describe(), *start.notices):
             log.info(line)
         seed_everything(options.seed)
-        return train_objective(build(context, config, log, start), config, context, stop, log, start)
+        return train(build(context, config, log, start), config, context, stop, log, start)
 
 
-def set_up_model(
-    language_model: LanguageModel, config: FineTuneConfig, context: DistributedContext, log: RunLog, start: ResumePoint
-) -> LanguageModel:
-    """The model that is trained: on its device, checked, with the switches of its forward pass."""
-    arch = config.model_arch
-    # A checkpoint keeps its rows, of which its optimizer state is, and a user those that model_arch asks for.
-    keeps_rows = start.folder is not None or "vocab_size" in arch.architecture
-    if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
-        log.info(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
-    if len(language_model.end_ids) > 1:
-        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
-        log.info(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
-                "(generation_config)")
-    language_model.to(context.device)
-    language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
-    verify_model(language_model)
-    if config.trainer_kwargs.compile:
-        language_model.compile_forward()
-    return language_model
-
-
-def train_objective(
-    parts: RunComponents, config: FineTuneConfig, context: DistributedContext, stop: StopRequest, log: RunLog,
+def train(
+    components: RunComponents, config: FineTuneConfig, context: DistributedContext, stop: StopRequest, log: RunLog,
     start: ResumePoint,
 ) -> int:
-    """Optimizer, validation, checkpoints and loop around an objective, until the run is finished. The exit code."""
-    objective, prompt_format, tables, train_table, of_objective = parts
+    """Optimizer, validation, checkpoints and loop around an objective. Returns the exit code."""
+    objective, prompt_format, tables, train_table, objective_id = components
     output_dir, optimizer_kwargs = Path(config.trainer_kwargs.output_dir), config.optimizer_kwargs
     optimizer = build_optimizer(
         objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
     )
     validation = make_validation(config, objective, prompt_format, tables, context, log)
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
-    fingerprint = resume_fingerprint(config, train_table, of_objective)
+    fingerprint = resume_fingerprint(config, train_table, objective_id)
     trainer = Trainer(
         objective, optimizer, config, train_table, validation, context, log, checkpoints, stop, fingerprint,
         meanings(config, validation),
@@ -116,8 +92,8 @@ def train_objective(
     if context.is_main:
         repair_links(checkpoints, start, trainer.state.best_step)
     if ended_by := trainer.ended_by():
-        log.info(f"already finished at step {trainer.state.step}: {output_dir}; to go on, raise {ended_by}; to start "
-                "anew, set trainer_kwargs.load_from_checkpoint to false")
+        log.info(f"already finished at step {trainer.state.step}: {output_dir}; to continue, raise {ended_by}; to "
+                 "start again, set trainer_kwargs.load_from_checkpoint to false")
         return 0
     if context.is_main:
         for line in prepare_run_folder(config, start):
@@ -131,6 +107,6 @@ def train_objective(
     finally:
         log.close()
     skipped = trainer.state.skipped_steps
-    left_out = f" ({skipped} of its steps left out, they were not finite)" if skipped else ""
-    log.info(f"finished at step {trainer.state.step}{left_out}: {output_dir / 'model_checkpoints' / 'last'}")
+    note = f" ({skipped} of its steps skipped: not finite)" if skipped else ""
+    log.info(f"finished at step {trainer.state.step}{note}: {output_dir / 'model_checkpoints' / 'last'}")
     return 0

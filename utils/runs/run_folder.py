@@ -101,8 +101,8 @@ def resume_hint(config: FineTuneConfig) -> str:
     """How to continue a run that a signal has stopped."""
     options = config.trainer_kwargs
     if options.load_from_checkpoint and options.resume_from is None:
-        return "the same command goes on from there"
-    return "to go on from there, set trainer_kwargs.load_from_checkpoint to true and resume_from to null"
+        return "run the same command to resume"
+    return "to resume, set trainer_kwargs.load_from_checkpoint to true and resume_from to null"
 
 
 # -- may this config continue that checkpoint? -------------------------------------------------------------------

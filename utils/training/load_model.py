@@ -4,8 +4,10 @@ from pathlib import Path
 
 from model.language_model import LanguageModel, ModelError
 from model.loading import load_language_model
+from model.verify import verify_model
 from utils.config.fine_tune import FineTuneConfig
 from utils.manifest import check_model_folder
+from utils.training.distributed import DistributedContext
 
 
 def model_key(config: FineTuneConfig) -> str:
@@ -33,3 +35,24 @@ def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel
     except ModelError as error:
         keys = [model_key(config), *(["model_arch.tokenizer"] if arch.tokenizer else [])]
         raise ModelError(f"{' and '.join(keys)}: {error}") from error
+
+
+def prepare_model(
+    language_model: LanguageModel, config: FineTuneConfig, context: DistributedContext, log, resumed: bool
+) -> LanguageModel:
+    """The model on its device, verified, with the options of its forward pass; log: a `RunLog`."""
+    arch = config.model_arch
+    # A checkpoint keeps its rows, for its optimizer state, and model_arch.architecture the rows that it asks for.
+    keeps_rows = resumed or "vocab_size" in arch.architecture
+    if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
+        log.info(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
+    if len(language_model.end_ids) > 1:
+        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
+        log.info(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
+                "(generation_config)")
+    language_model.to(context.device)
+    language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
+    verify_model(language_model)
+    if config.trainer_kwargs.compile:
+        language_model.compile_forward()
+    return language_model

@@ -33,29 +33,29 @@ def random_state() -> dict[str, object]:
 
 
 def set_random_state(state: dict[str, object]) -> list[str]:
-    """Put back what `random_state` gave; returns notices (one line each) where the GPUs are not those of then.
+    """Put back what `random_state` gave; returns notices (one line each) if the number of GPUs has changed.
 
-    With another number of GPUs those present on both sides are restored and the others keep their own state.
-    Raises ValueError if `state` has not that shape; then nothing has changed.
+    Generators of GPUs present on both sides are restored; the others keep their own state.
+    Raises ValueError, without having changed anything, if `state` is something else.
     """
     before = random_state()
     try:
         _set(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         _set(before)
-        raise ValueError(f"random state not restored, not one of random_state() ({error!r}): start anew") from error
+        raise ValueError(f"random state not restored, not of random_state() ({error!r}): start a new run") from error
     saved, present = len(state["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if saved == present:
         return []
     return [
         f"random state: saved with {saved} GPU(s), {present} here: {min(saved, present)} restored; "
-        "the run goes on, but not number for number as it would have"
+        "the run continues, but dropout will differ"
     ]
 
 
 @contextlib.contextmanager
 def forked_random_state() -> Iterator[None]:
-    """Whatever is drawn or seeded inside, the global generators (GPUs too) go on afterwards as if it had not been."""
+    """Whatever is drawn or seeded inside, the global generators (GPUs too) are afterwards as before."""
     before = random_state()
     try:
         yield
