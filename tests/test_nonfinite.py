@@ -258,7 +258,7 @@ def test_skipped_steps_change_nothing_and_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize(("script", "options"), [
     (run, {}), (run_kd, {"teacher_cache": {"kind": "hidden"}}), (run_kd, {"on_policy_fraction": 0.5}),
-], ids=str)
+], ids=["fine-tuning", "cached teacher", "on-policy"])
 def test_resuming_repeats_a_run_with_skipped_steps(tmp_path, script, options):
     """Fault: a resumed run forgets how many steps were skipped, or continues with other rows, dropout or rollouts."""
     if script is run:
