@@ -126,8 +126,8 @@ def test_bfloat16_is_near(tmp_path, project, run, dtype, size):
 ])
 def test_all_tokens_are_nearly_exact(tmp_path, project, precision, temperature, key, tolerance):
     """Fault: log-probabilities at another temperature or of other ids; a rest that is not the rest."""
-    project = changed(project, trainer_kwargs={"precision": precision},
-                      distillation_kwargs={"temperature": temperature})
+    kwargs = {"temperature": temperature}
+    project = changed(project, trainer_kwargs={"precision": precision}, distillation_kwargs=kwargs)
     plain = distil(project, "plain")
     for k in (256, 5000):  # the vocabulary has 257 tokens
         top = distil(project, f"top-{k}", {"kind": "top_k", "top_k": k})
