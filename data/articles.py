@@ -60,13 +60,13 @@ class BadRow:
 def iterate_articles(
     path: str | PathLike, columns: dict[str, str | None] | None = None, need_highlights: bool = True
 ) -> Iterator[Article | BadRow]:
-    """The file's rows in order, read as they are asked for; of earlier rows only the ids are kept.
+    """The file's rows in order, read on demand; of earlier rows only the ids are kept.
 
     columns: {"id", "article" or "highlights": the file's name for it}, the rest as in DEFAULT_COLUMNS; with "id" None
     the ids are the row numbers. need_highlights False: highlights may be empty or their column missing (then "").
     Bad rows: a wrong number of fields (`,,` is a row, a blank line is none), an empty id, article or needed
     highlights, and an id that an earlier good row has.
-    Raises DataError, when iterated, where the file as a whole cannot be trusted: missing, empty, no rows, no such
+    Raises DataError, when iterated, if the file as a whole cannot be trusted: missing, empty, no rows, no such
     column, two columns of one name, wrong quoting, NUL bytes, or bytes that are not UTF-8.
     """
     names = complete_columns(columns)  # before the file: a wrong setting is wrong for any file

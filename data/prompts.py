@@ -5,15 +5,15 @@ A training row is
     [start] prefix article suffix highlights end
 
 where prefix and suffix are the template's text around `{article}`, and [start] is what the tokenizer puts before a
-text of its own accord, such as a begin-of-text. In the template special tokens are tokens; in articles and highlights
-their text is ordinary text. The prompt is what the tokenizer makes of the whole text. Highlights are tokenised apart,
+text by itself, such as a begin-of-text. In the template special tokens are tokens; in articles and highlights their
+text is ordinary text. The prompt is what the tokenizer makes of the whole text. Highlights are tokenised separately,
 so that the prompt of a prediction is exactly the beginning of its training row; a tokenizer that begins every text with
 a space ("▁The") does not do so within a row.
 If the template ends in white space or in a special token, the highlights follow directly; otherwise they begin with one
 space ("TL;DR:" + " The cat"), as GPT-2's words do.
 
-Of an article that is too long the END is cut: never its beginning, the suffix, the highlights or the end-of-text. The
-suffix is then tokenised apart.
+An article that is too long is truncated at its END: never its beginning, the suffix, the highlights or the end-of-text.
+The suffix is then tokenised separately.
 """
 
 import hashlib
@@ -26,17 +26,17 @@ from tokenizers import Tokenizer
 from data.articles import DataError
 
 DEFAULT_TEMPLATE = "{article}\nTL;DR:"
-# Beginnings and ends of articles: what the text around them may be read together with.
+# Beginnings and ends of articles, with which the text around them may form tokens.
 ENDS = ("a", "The", "9", ".", '."', "?", "”", ")", " b ", "c\n", "\n\nd", "\n \ne")
-GROUP = 2_000_000  # characters tokenised at a time: a token in the making takes a hundred bytes
+GROUP = 2_000_000  # characters tokenised at a time: the tokenizer takes a hundred bytes for each token
 
 
 class RowTooLong(Exception):
-    """Highlights that leave no room for a single article token; the message says the sizes."""
+    """The highlights leave no room for a single article token; the message has the sizes."""
 
 
 class PromptFormat:
-    """A template, a tokenizer and the most tokens a row may have.
+    """A template, a tokenizer and the maximum length of a row in tokens.
 
     tokenizer: a fast tokenizer of `transformers`. Text such as "<|endoftext|>" inside an article or highlights is
     encoded as ordinary text: it never becomes a special token.
@@ -103,9 +103,9 @@ class PromptFormat:
         return ids_of([self.highlight_start + text.strip() for text in highlights], self._highlights)
 
     def training_rows(self, articles: list[str], highlights: list[str]) -> list[tuple[list[int], int] | RowTooLong]:
-        """(ids, boundary) of each row: ids[:boundary] is the prompt, ids[boundary:] are labels.
+        """(ids, prompt length) of each row: the prompt's ids, then the labels.
 
-        len(ids) <= max_length. In place of a row whose highlights do not fit stands what is wrong with it.
+        len(ids) <= max_length. A row whose highlights do not fit is replaced by the error.
         """
         rows, whole = [], iter(articles)
         for beginnings, summaries in groups(self._beginnings(articles), highlights):
@@ -122,14 +122,14 @@ class PromptFormat:
         return [*prompt, *summary, self.end_id], len(prompt)
 
     def _prompt(self, article: list[int], room: int) -> list[int]:
-        """article: of `_encode`. room: tokens that the article alone may have."""
+        """article: from `_encode`. room: maximum tokens of the article alone."""
         kept = self._before_length + room
         if len(article) <= kept + len(self.suffix_ids) - len(self._rest_ids):
             return self.prefix_ids + article + self._rest_ids
         return self.prefix_ids + article[:kept] + self.suffix_ids
 
     def has_room(self, max_new_tokens: int) -> bool:
-        """Whether a prompt and so many new tokens leave room for an article."""
+        """Whether a prompt and `max_new_tokens` leave room for an article."""
         return self._fixed + max_new_tokens < self.max_length
 
     def prediction_prompts(self, articles: list[str], max_new_tokens: int) -> list[list[int]]:
@@ -166,14 +166,14 @@ class PromptFormat:
         return ids
 
     def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
-        """A training row's prompt, its article's end cut so that len(prompt) + max_new_tokens <= max_length."""
+        """A training row's prompt, its article truncated so that len(prompt) + max_new_tokens <= max_length."""
         excess = len(prompt) + max_new_tokens - self.max_length
         if excess <= 0:
             return prompt
         return prompt[: len(prompt) - len(self.suffix_ids) - excess] + self.suffix_ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of generated ids: special tokens left out, spaces as generated, outer white space stripped."""
+        """The text of generated ids: without special tokens, spaces as generated, outer white space stripped."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def fingerprint(self) -> str:
@@ -187,14 +187,14 @@ def ids_of(texts: list[str], backend: Tokenizer) -> list[list[int]]:
 
 
 def token_places(encoding, text: str, backend: Tokenizer) -> list[int]:
-    """Places of special tokens that a text writes out; an unknown character may have the id of one without that."""
+    """Indices of special tokens that a text spells out; an unknown character may have the id of one without that."""
     special = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
     return [place for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True))
             if token in special and special[token] in text[start:end]]
 
 
 def start_ids(backend: Tokenizer) -> list[int]:
-    """What the tokenizer puts before a text of its own accord, such as a begin-of-text."""
+    """What the tokenizer puts before a text by itself, such as a begin-of-text."""
     known = next((text for text in ENDS if backend.encode(text, add_special_tokens=False).ids), "")
     alone, framed = (backend.encode(known, add_special_tokens=frame).ids for frame in (False, True))
     starts = [start for start in range(len(framed)) if framed[start : start + len(alone)] == alone]
@@ -237,7 +237,7 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
 
 
 def groups(*columns: list[str]) -> Iterator[list[list[str]]]:
-    """The columns in pieces, of the same rows in each, of about GROUP characters together."""
+    """The columns in pieces with the same rows, of about GROUP characters together."""
     start = size = 0
     for row, texts in enumerate(zip(*columns, strict=True), 1):
         size += sum(map(len, texts))
