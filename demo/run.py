@@ -81,21 +81,21 @@ class Plan:
             self.train(folder + name, config, f"student{ending}", (student,) if alone else (student, "teacher"),
                        {start: self.last(student), **settings})
 
-        penalty = "distillation_kwargs.penalty"
-        if labels == "noisy":  # the longest first
-            method("PG + penalties", "policy_gradient_penalties", "policy_gradient", {penalty: True})
         method("fine-tuning", "fine_tuning", "continue_student", {})
         for kl_div, kd_weight in KL_DIVS.items() if self.full else [("JS", KL_DIVS["JS"])]:
             method(kl_div if kl_div == "JS" else f"{kl_div} KL", kl_div, "distil_student",
                    {"distillation_kwargs.kl_div": kl_div, "distillation_kwargs.kd_weight": kd_weight})
         if self.full and labels == "noisy":
-            method("policy gradient", "policy_gradient", "policy_gradient", {penalty: False})
             method("on-policy JS", "on_policy", "on_policy", {})
+            method("policy gradient", "policy_gradient", "policy_gradient", {"distillation_kwargs.penalty": False})
+        if labels == "noisy":
+            method("PG + penalties", "policy_gradient_penalties", "policy_gradient", {})
+        if self.full and labels == "noisy":
             method("longer tuning", "fine_tuning_longer", "continue_student",
                    {"trainer_kwargs.epochs": 20, "trainer_kwargs.max_steps": EQUAL_TIME_STEPS})
         for name in rows.values():
             self.predict(name)
-        rows = {"lead-3": "lead-3", "teacher": "teacher", "fine-tuning": rows.pop("fine-tuning"), **rows}
+        rows = {"lead-3": "lead-3", "teacher": "teacher", **rows}
         self.tables.append((
             f"students trained on {labels} highlights (the teacher on clean ones)",
             ["-m", "utils.compare", "--teacher", "teacher", "--baseline", "fine-tuning",

@@ -13,7 +13,7 @@ import pytest
 from demo.run import Plan
 from tests.conftest import ROOT
 
-ROWS = ["lead-3", "teacher", "fine-tuning", "PG + penalties", "JS"]
+ROWS = ["lead-3", "teacher", "fine-tuning", "JS", "PG + penalties"]
 PROGRAM = """
 import signal, sys
 from pathlib import Path
