@@ -178,7 +178,7 @@ def test_differences_and_growth_are_found():
     assert [line[0] for line in differences(expected, {("a", ""): 2, ("c", ""): 3})] == ["a", "b", "c"]
     flat = [(10**8, 12, 3)] * 90
     assert soak.growth(flat, 1000) == []
-    leaks = ([(10**8 + 10**6 * index, 12, 3) for index in range(90)], [*flat[:-1], (10**8, 13, 3)],
+    leaks = ([(10**8 + 10**7 * index, 12, 3) for index in range(90)], [*flat[:-1], (10**8, 13, 3)],
              [*flat[:-1], (10**8, 12, 4)])
     assert [len(soak.growth(leak, 1000)) for leak in leaks] == [1, 1, 1]
 

@@ -142,7 +142,8 @@ def tools(folder: Path) -> dict[str, Case]:
     folder = folder.resolve()
     for name in ("demo", "tables", "comparison"):
         (folder / name).mkdir(parents=True)
-    rows = [part for name in ("train", "validation", "test") for part in (f"--{name}_rows", "4")]
+    splits = ("teacher_short", "teacher", "student_short", "student", "validation", "test")
+    rows = [part for name in splits for part in (f"--{name}_rows", "4")]
     write_rows(folder / "tables/news.csv", make_rows(12))
     for name, scores in (("one", [0.1, 0.2, 0.3]), ("two", [0.2, 0.3, 0.5])):
         write_evaluation(folder / "comparison" / name, scores)

@@ -69,8 +69,8 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in found if not re.search("tensorboard|lock|tmp", str(path)))
 
 
-def resumptions(run: Run, case: Case, tries: int, rng: random.Random) -> Iterator[Attempt]:
-    """The damaged files of an interrupted run, which is then started again."""
+def resumptions(run: Run, case: Case, tries: int, rng: random.Random, part: str = "") -> Iterator[Attempt]:
+    """The damaged files of an interrupted run (`part`: those in folders of that name), which is then started again."""
     start = interrupt(run, case)
 
     def attempt(name: Path, harm: Callable) -> list[str]:
@@ -78,13 +78,14 @@ def resumptions(run: Run, case: Case, tries: int, rng: random.Random) -> Iterato
         harm(case.place / "run" / name)
         outcome = case.run(run)
         found = ending_problems(case.script, outcome, (name.name, name.parent.name or name.name))
-        if outcome.code == 0:
+        if outcome.code == 0:  # a damaged checkpoint may stay, beside those of the undisturbed run
             results = read_results(case.place / "run")
             found += [line for line in differences(case.expected, results)
-                      if not line.startswith(name.as_posix()) and not re.match(r"[\w.-]*(damaged|broken)", line)]
+                      if not line.startswith(name.as_posix())
+                      and not (line.startswith("/".join(name.parts[:2])) and line.endswith("undisturbed run")) and not re.match(r"[\w.-]*(damaged|broken)", line)]
         return found
 
-    for name in files(start / "run"):
+    for name in (name for name in files(start / "run") if part in name.parts[0]):
         for what, harm in harms((start / "run" / name).stat().st_size, tries, rng, "cache" not in name.parts[0]):
             yield f"{case.name}: {name}: {what}", lambda name=name, harm=harm: attempt(name, harm)
 
@@ -141,8 +142,9 @@ def comparisons(run: Run, case: Case, tries: int, rng: random.Random) -> Iterato
 
 def attempts(run: Run, folder: Path, tries: int, seed: int = 1) -> list[Attempt]:
     rng, cases = random.Random(seed), make_cases(folder)
-    return [*(each for name in ("train", "hidden cache", "top-k cache")
-              for each in resumptions(run, cases[name], tries, rng)),
+    return [*resumptions(run, cases["train"], tries, rng),
+            *(each for name in ("hidden cache", "top-k cache")
+              for each in resumptions(run, cases[name], tries, rng, "teacher_cache")),
             *evaluations(run, cases["train"], tries, rng), *comparisons(run, cases["validate"], tries, rng)]
 
 
