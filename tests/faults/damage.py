@@ -82,7 +82,8 @@ def resumptions(run: Run, case: Case, tries: int, rng: random.Random, part: str 
             results = read_results(case.place / "run")
             found += [line for line in differences(case.expected, results)
                       if not line.startswith(name.as_posix())
-                      and not (line.startswith("/".join(name.parts[:2])) and line.endswith("undisturbed run")) and not re.match(r"[\w.-]*(damaged|broken)", line)]
+                      and not (line.startswith("/".join(name.parts[:2])) and line.endswith("undisturbed run"))
+                      and not re.match(r"[\w.-]*(damaged|broken)", line)]
         return found
 
     for name in (name for name in files(start / "run") if part in name.parts[0]):

@@ -57,14 +57,15 @@ def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devic
         options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
     )
     output_dir = Path(options.output_dir)
-    stop_request, remedy = StopRequest(resume_hint(config)), out_of_memory_remedy(training_remedy(config))
-    with remedy, lock_run_folder(output_dir, context.is_main), stop_request as stop:
+    with out_of_memory_remedy(training_remedy(config)), lock_run_folder(output_dir, context.is_main):
         log = RunLog(output_dir, context.is_main)
         start = context.broadcast_object(find_checkpoint(config) if context.is_main else None)
         for line in (*warnings_of(config), *context.notices, context.describe(), *start.notices):
             log.info(line)
         seed_everything(options.seed)
-        return train(build(context, config, log, start), config, context, stop, log, start)
+        components = build(context, config, log, start)
+        with StopRequest(resume_hint(config)) as stop:  # from here on a signal stops with a checkpoint
+            return train(components, config, context, stop, log, start)
 
 
 def train(
