@@ -80,9 +80,9 @@ def resumptions(run: Run, case: Case, tries: int, rng: random.Random, part: str 
         found = ending_problems(case.script, outcome, (name.name, name.parent.name or name.name))
         if outcome.code == 0:  # a damaged checkpoint may stay, beside those of the undisturbed run
             results = read_results(case.place / "run")
-            found += [line for line in differences(case.expected, results)
-                      if not line.startswith(name.as_posix())
-                      and not (line.startswith("/".join(name.parts[:2])) and line.endswith("undisturbed run"))
+            checkpoint = "/".join(name.parts[:2])
+            found += [line for line in differences(case.expected, results) if not line.startswith(name.as_posix())
+                      and not (line.startswith(checkpoint) and line.endswith("undisturbed run"))
                       and not re.match(r"[\w.-]*(damaged|broken)", line)]
         return found
 
