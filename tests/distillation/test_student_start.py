@@ -1,0 +1,273 @@
+"""Where a student's weights come from: model/student_init.py and utils/distillation/student.py."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from data.prompts import DEFAULT_TEMPLATE
+from model.language_model import LanguageModel, ModelError
+from model.student_init import copy_teacher_layers, spread_layers
+from tests.conftest import END, byte_tokenizer, tiny_gpt2
+from tests.runs.test_train_script import last_error
+from tests.small_kd_runs import POSITIONS, make_kd_project, random_rows, randomised, run_kd, save_model, tiny_teacher
+from tests.small_runs import assert_equal_weights, changed, largest_difference, metrics, weights
+
+INIT, LAYERS = "distillation_kwargs.student_init", "distillation_kwargs.student_layers"
+KEY = "trainer_kwargs.student_ckpt_path"
+
+
+def wrapped(network) -> LanguageModel:
+    return LanguageModel(network, byte_tokenizer())
+
+
+def teacher_network(layers: int = 4, **shape):
+    return randomised(tiny_teacher(layers=layers, **shape))
+
+
+def student_network(layers: int = 2, **shape):
+    return tiny_gpt2(**{"seed": 7, "width": 32, "layers": layers, "positions": POSITIONS, **shape})
+
+
+def assert_made_of(student, teacher, layers: list[int]) -> None:
+    """Each block is that block of the teacher; all else is the teacher's."""
+    assert len(student.transformer.h) == len(layers)
+    for block, number in zip(student.transformer.h, layers, strict=True):
+        assert_equal_weights(block.state_dict(), teacher.transformer.h[number].state_dict())
+    assert_equal_weights(student.transformer.ln_f.state_dict(), teacher.transformer.ln_f.state_dict())
+    for name in ("wte", "wpe"):
+        own, theirs = (getattr(network.transformer, name).weight for network in (student, teacher))
+        assert torch.equal(own, theirs[: len(own)])
+
+
+# -- blocks of the teacher ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("of_teacher", "of_student", "expected"), [
+    (12, 2, [0, 11]), (12, 3, [0, 6, 11]), (12, 4, [0, 4, 7, 11]), (12, 6, [0, 2, 4, 7, 9, 11]), (5, 3, [0, 2, 4]),
+    (24, 12, [0, 2, 4, 6, 8, 10, 13, 15, 17, 19, 21, 23]), (12, 12, list(range(12))), (12, 1, [0]), (1, 1, [0]),
+    (2, 2, [0, 1]), (3, 2, [0, 2]),
+])
+def test_even_spread_by_hand(of_teacher, of_student, expected):
+    """Fault: the first or the last block is left out, or the blocks stand close together."""
+    assert spread_layers(of_teacher, of_student) == expected
+
+
+def test_even_spread_repeats_no_block():
+    """Fault: rounding gives a block twice, or out of order."""
+    for of_teacher in range(1, 49):
+        for of_student in range(1, of_teacher + 1):
+            layers = spread_layers(of_teacher, of_student)
+            assert layers == sorted(set(layers)) and len(layers) == of_student
+            assert layers[0] == 0 and (of_student == 1 or layers[-1] == of_teacher - 1)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(None, [0, 3]), ([1, 2], [1, 2]), ([3, 0], [3, 0])])
+def test_copied_weights_are_the_teacher_s(layers, expected):
+    """Fault: a tensor that stays random, a block at another place, or a teacher that is changed or shared."""
+    teacher, student = teacher_network(), student_network()
+    before = copy.deepcopy(teacher)
+    assert copy_teacher_layers(wrapped(teacher), wrapped(student), layers) == expected
+    assert_made_of(student, teacher, expected)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 1.0
+    assert_equal_weights(teacher.state_dict(), before.state_dict())
+
+
+def test_as_many_blocks_as_the_teacher():
+    """Fault: a whole copy computes something else than the teacher."""
+    teacher, student = teacher_network(), student_network(layers=4)
+    assert copy_teacher_layers(wrapped(teacher), wrapped(student)) == [0, 1, 2, 3]
+    ids = random_rows([(20, [])])[0]
+    assert torch.equal(student.eval()(ids).logits, teacher.eval()(ids).logits)
+
+
+def test_head_stays_tied():
+    """Fault: the head is a copy of the embedding afterwards, at once or after an optimizer step (case A22)."""
+    student = student_network()
+    copy_teacher_layers(wrapped(teacher_network()), wrapped(student))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    for _ in range(2):
+        head, embedding = student.lm_head.weight, student.transformer.wte.weight
+        assert head is embedding and head.data_ptr() == embedding.data_ptr()
+        student(random_rows([(6, [])])[0]).logits.sum().backward()
+        optimizer.step()
+
+
+def test_longer_context_and_padded_embedding_are_cut():
+    """Fault: a teacher with more positions, or rows that pad its embedding, cannot start a student (case A7)."""
+    teacher, student = teacher_network(positions=POSITIONS), student_network(positions=64)
+    teacher.resize_token_embeddings(260, mean_resizing=False)
+    assert copy_teacher_layers(wrapped(teacher), wrapped(student)) == [0, 3]
+    assert_made_of(student, teacher, [0, 3])
+    assert student.transformer.wpe.weight.shape == (64, 32) and student.lm_head.weight.shape == (257, 32)
+
+
+def test_another_family():
+    """Fault: only GPT-2's names of blocks are known, or a head that is not tied stays random."""
+    sizes = {"vocab_size": 257, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32,
+             "max_position_embeddings": 64, "bos_token_id": END, "eos_token_id": END, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    teacher, student = (AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=layers, **sizes),
+                                                         dtype=torch.float32) for layers in (3, 2))
+    assert copy_teacher_layers(wrapped(teacher), wrapped(student)) == [0, 2]
+    for block, number in zip(student.model.layers, (0, 2), strict=True):
+        assert_equal_weights(block.state_dict(), teacher.model.layers[number].state_dict())
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(student.state_dict()[name], teacher.state_dict()[name])
+
+
+@pytest.mark.parametrize(("shape", "layers", "start", "part"), [
+    ({"width": 16}, None, INIT, "hidden_size of the teacher is 32 and of the student 16"),
+    ({"layers": 5}, None, INIT, "the number of blocks of the teacher is 4 and of the student 5"),
+    ({}, [0, 4], LAYERS, "[0, 4]: expected 2 numbers from 0 to 3"),
+    ({}, [0], LAYERS, "[0]: expected 2 numbers from 0 to 3"),
+    ({}, [0, 1, 2], LAYERS, "[0, 1, 2]: expected 2 numbers from 0 to 3"),
+    ({"positions": 400}, None, INIT, "transformer.wpe.weight"),
+    ({"n_head": 4}, None, INIT, "num_attention_heads of the teacher is 2 and of the student 4"),
+    ({"n_inner": 48}, None, INIT, "n_inner of the teacher is None and of the student 48"),
+])
+def test_what_does_not_fit_is_refused(shape, layers, start, part):
+    """Fault: a student is filled in part, computes something else, or ends in a library's error about shapes."""
+    named = {key: value for key, value in shape.items() if not key.startswith("n_")}
+    config = student_network(**named).config
+    config.update({key: value for key, value in shape.items() if key.startswith("n_")})
+    student = AutoModelForCausalLM.from_config(config)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ModelError) as caught:
+        copy_teacher_layers(wrapped(teacher_network()), wrapped(student), layers)
+    message = str(caught.value)
+    assert message.startswith(start) and len(message.splitlines()) == 1 and part in message
+    assert_equal_weights(student.state_dict(), before)
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tmp_path) -> dict:
+    """A teacher of 4 blocks, a student of 2 of the same width, and a run that changes no weight."""
+    config = changed(make_kd_project(tmp_path, rows=4), optimizer_kwargs={"lm_lr": 1e-12})
+    save_model(tmp_path / "teacher", teacher_network(), DEFAULT_TEMPLATE)
+    save_model(tmp_path / "student", student_network())
+    return config
+
+
+def started(folder: Path, config: dict, **sections: dict) -> dict[str, torch.Tensor]:
+    """The student's weights."""
+    assert run_kd(folder, changed(config, **sections)) == 0
+    return weights(folder / "run/model_checkpoints/last")
+
+
+def refusal(folder: Path, config: dict, capsys, **sections: dict) -> str:
+    assert run_kd(folder, changed(config, **sections)) == 2
+    assert not (folder / "run/model_checkpoints").exists()
+    return last_error(capsys).removeprefix("train_kd.py: error: ")
+
+
+def from_there(path: Path, named: str | None = None) -> dict:
+    return {"trainer_kwargs": {"student_ckpt_path": str(path)},
+            "model_arch": {} if named is None else {"student_lang_model": named}}
+
+
+def from_layers(*layers: int) -> dict:
+    return {"distillation_kwargs": {"student_init": "teacher_layers", "student_layers": list(layers) or None}}
+
+
+@pytest.mark.parametrize(("layers", "expected"), [((), (0, 3)), ((1, 2), (1, 2))])
+def test_run_from_teacher_layers(tmp_path, project, layers, expected):
+    """Fault: student_init or student_layers is not used, or the student is the teacher itself."""
+    found, teacher = started(tmp_path, project, **from_layers(*layers)), weights(tmp_path / "teacher")
+    assert found.keys() == weights(tmp_path / "student").keys()
+    for name, value in found.items():
+        if name.startswith("transformer.h."):
+            _, _, number, part = name.split(".", 3)
+            name = f"transformer.h.{expected[int(number)]}.{part}"
+        assert (value - teacher[name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize(("layers", "sections", "start"), [
+    ((0, 4), {}, LAYERS), ((0,), {}, LAYERS), ((), {"architecture": {"n_layer": 5}}, INIT),
+    ((), {"architecture": {"n_embd": 16}}, INIT),
+])
+def test_run_from_layers_that_do_not_fit(tmp_path, project, capsys, layers, sections, start):
+    """Fault: a traceback, or a line that does not name the key."""
+    message = refusal(tmp_path, project, capsys, **from_layers(*layers), model_arch=sections)
+    assert message.startswith(start)
+
+
+def test_layers_of_a_smaller_shape(tmp_path, project):
+    """Fault: model_arch.architecture cannot make the student smaller than the model that it names."""
+    found = started(tmp_path, project, **from_layers(), model_arch={"architecture": {"n_layer": 1}})
+    assert not any(name.startswith("transformer.h.1.") for name in found)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert (found[name] - weights(tmp_path / "teacher")[name]).abs().max() < 1e-6
+
+
+def test_resuming_takes_the_checkpoint(tmp_path, project):
+    """Fault: a resumed run starts from the teacher's blocks again (case A20)."""
+    config = changed(changed(project, **from_layers()), optimizer_kwargs={"lm_lr": 0.01},
+                     model_arch={"dropout": 0.1}, lr_scheduler_kwargs={"num_training_steps": 2})
+    outputs = {name: str(tmp_path / name) for name in ("whole", "parts")}
+    for name, stops in (("whole", [2]), ("parts", [1, 2])):
+        for stop in stops:
+            stopped = changed(config, trainer_kwargs={"output_dir": outputs[name], "max_steps": stop})
+            assert run_kd(tmp_path, stopped) == 0
+    assert_equal_weights(*(weights(tmp_path / name / "model_checkpoints/last") for name in outputs))
+    assert len(metrics(tmp_path / "parts")) == 2
+
+
+def test_run_from_a_checkpoint(tmp_path, project):
+    """Fault: student_ckpt_path is ignored, and the weights of student_lang_model are distilled."""
+    save_model(tmp_path / "earlier", student_network(seed=21))
+    found = started(tmp_path, project, **from_there(tmp_path / "earlier"))
+    assert largest_difference(found, weights(tmp_path / "earlier")) < 1e-6
+    assert largest_difference(found, weights(tmp_path / "student")) > 1e-3
+
+
+def test_run_from_a_checkpoint_without_tokenizer(tmp_path, project):
+    """Fault: weights that lie without a tokenizer do not get that of student_lang_model."""
+    network = student_network(seed=21)
+    network.save_pretrained(tmp_path / "earlier")
+    found = started(tmp_path, project, **from_there(tmp_path / "earlier"))
+    assert largest_difference(found, weights(tmp_path / "earlier")) < 1e-6
+    assert (tmp_path / "run/model_checkpoints/last/tokenizer.json").is_file()
+
+
+def test_run_from_a_legacy_file(tmp_path, project):
+    """Fault: a .pt with `module.` prefixes is not loaded, or loaded in part (case A22)."""
+    network = student_network(seed=21)
+    torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "old.pt")
+    found = started(tmp_path, project, **from_there(tmp_path / "old.pt"))
+    assert largest_difference(found, {**network.state_dict()}) < 1e-6
+
+
+def test_absent_checkpoint(tmp_path, project, capsys):
+    """Fault: a wrong path of the student is silently the hub's model, or a traceback."""
+    for name in ("nowhere", "nowhere.pt"):
+        message = refusal(tmp_path, project, capsys, **from_there(tmp_path / name))
+        assert message.startswith(f"{KEY}: {tmp_path / name} does not exist: expected a checkpoint folder")
+
+
+def test_checkpoint_that_is_no_model(tmp_path, project, capsys):
+    """Fault: the folder of a run, or a file of something else, ends in a library's message."""
+    (tmp_path / "earlier/model_checkpoints").mkdir(parents=True)
+    (tmp_path / "earlier/config.json").write_text("{}")
+    save_model(tmp_path / "earlier/model_checkpoints/last", student_network())
+    message = refusal(tmp_path, project, capsys, **from_there(tmp_path / "earlier"))
+    assert message.startswith(f"{KEY}: ")
+    assert message.endswith(f"did you mean {tmp_path / 'earlier/model_checkpoints/last'}?")
+    (tmp_path / "old.pt").write_bytes(b"no tensors")
+    assert refusal(tmp_path, project, capsys, **from_there(tmp_path / "old.pt")).startswith(f"{KEY}: {tmp_path}/old.pt")
+
+
+@pytest.mark.parametrize("named", [None, "gpt2", "demo-student"])
+def test_checkpoint_of_another_architecture(tmp_path, project, capsys, named):
+    """Fault: the checkpoint of another student than the one that the config names is used in silence."""
+    save_model(tmp_path / "earlier", student_network(layers=3))
+    message = refusal(tmp_path, project, capsys, **from_there(tmp_path / "earlier", named))
+    assert message.startswith(f"{KEY}: the checkpoint is not a '{named or tmp_path / 'student'}': its ")
+    assert "num_hidden_layers is 3" in message

@@ -1,0 +1,177 @@
+"""Batched greedy decoding and beam search against single-prompt `generate`: model/decoding/loop.py."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.prompts import PromptFormat
+from model.decoding.loop import batches_by_length, beam_search, greedy_decode
+from model.language_model import LanguageModel, ModelError
+from model.loading import load_tokenizer
+from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
+from tests.model.test_fine_tuning import gpt2_with_constant_logits
+
+
+def generated(model: LanguageModel, prompt: list[int], max_new_tokens: int, **settings) -> list[int]:
+    """New ids of the library's `generate` for one prompt, without end-of-text."""
+    ids = torch.tensor([prompt], device=model.device)
+    network = model.model.eval()
+    output = network.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=END,
+        pad_token_id=END, **settings,
+    )[0, len(prompt) :].tolist()
+    return output[: output.index(END)] if END in output else output
+
+
+def ending_model(seed: int = 1) -> LanguageModel:
+    """A random GPT-2 that emits end-of-text now and then: its logit varies more than the others'."""
+    network = tiny_gpt2(seed=seed, width=32, layers=2, std=0.4)
+    with torch.no_grad():
+        network.transformer.wte.weight[END] *= 1.5
+    return LanguageModel(network, byte_tokenizer())
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def test_batch_equals_generate():
+    """A left-padded batch of very different lengths decodes other tokens than each prompt alone (A14)."""
+    model = ending_model()
+    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33])
+    expected = [generated(model, prompt, 20) for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 3, "the rows should end at different times"
+    for batch_size in (1, 3, 10):
+        assert greedy_decode(model, prompts, 20, batch_size) == expected
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    batch_size=st.integers(1, 8),
+    new=st.integers(1, 10),
+    seed=st.integers(0, 50),
+)
+def test_any_batch_equals_generate(lengths, batch_size, new, seed):
+    """Some mixture of lengths, batch size and moments of ending decodes other tokens than `generate`."""
+    model = ending_model(seed)
+    prompts = random_prompts(lengths, seed)
+    assert greedy_decode(model, prompts, new, batch_size) == [generated(model, prompt, new) for prompt in prompts]
+
+
+def test_prompt_that_fills_the_context():
+    """Prompt + new tokens = context is refused, or a position past the last one is read."""
+    model = tiny_language_model(positions=32, width=32, std=0.4)
+    prompts = random_prompts([22, 3])
+    assert greedy_decode(model, prompts, 10) == [generated(model, prompt, 10) for prompt in prompts]
+
+
+def test_constant_logits_of_a13():
+    """Decoding emits only padding where real logits lie far below 0 (A13)."""
+    model = LanguageModel(gpt2_with_constant_logits({0: -35, 1: -33, 2: -36}), byte_tokenizer())
+    assert greedy_decode(model, [[72, 105], [72]], 4) == [[1] * 4, [1] * 4]
+    with torch.no_grad():
+        logits = model.lm_head(model.hidden_states(torch.tensor([[72]]))[0, -1:])
+    assert logits.shape == (1, 257)
+    assert logits.double().softmax(-1)[0, 1].item() == pytest.approx(0.843794734, abs=1e-9)
+
+
+def test_end_at_once_and_no_end_in_the_output():
+    """The end-of-text is in the output, or a row that ends at its first token is not empty (A24)."""
+    model = LanguageModel(gpt2_with_constant_logits({END: 1, 5: 0}), byte_tokenizer())
+    for decode in (greedy_decode, lambda *arguments: beam_search(*arguments, num_beams=2, early_stopping=True)):
+        assert [END not in ids for ids in decode(model, [[1, 2], [3]], 6)] == [True, True]
+    assert greedy_decode(model, [[1, 2], [3]], 6) == [[], []]
+    model = ending_model()
+    assert not any(END in ids for ids in greedy_decode(model, random_prompts([4] * 12), 30))
+
+
+def test_end_in_the_prompt_ends_nothing():
+    """An end-of-text inside a prompt is taken for padding or for the end of the row (A12)."""
+    model = ending_model(2)
+    prompts = [[97, END, 98], [END], [END, END, 99, 100, 101]]
+    assert greedy_decode(model, prompts, 12) == [generated(model, prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("decode", [greedy_decode, lambda *args, **kw: beam_search(*args, num_beams=2, **kw)])
+def test_train_mode_comes_back(decode):
+    """Decoding leaves the student in eval mode, also where it fails, or lets dropout change the text (A19)."""
+    model = tiny_language_model(dropout=0.5, std=0.4).train()
+    model.model.transformer.h[0].mlp.eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    prompts = random_prompts([5, 9])
+    assert decode(model, prompts, 8) == decode(model, prompts, 8)
+    assert {name: part.training for name, part in model.named_modules()} == before
+
+    def interrupt(rows, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, prompts, 8, progress=interrupt)
+    assert {name: part.training for name, part in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_progress_adds_up():
+    """Rows or tokens are reported twice or not at all."""
+    model, reports = ending_model(), []
+    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33, 5])
+    results = greedy_decode(model, prompts, 30, batch_size=4, progress=lambda *report: reports.append(report))
+    ended = sum(len(ids) < 30 for ids in results)
+    assert sum(rows for rows, _ in reports) == len(prompts)
+    assert sum(tokens for _, tokens in reports) == sum(map(len, results)) + ended
+    reports.clear()
+    results = beam_search(model, prompts, 10, 2, batch_size=4, progress=lambda *report: reports.append(report))
+    assert sum(rows for rows, _ in reports) == len(prompts)
+    assert sum(tokens for _, tokens in reports) == sum(map(len, results))
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_beam_search_equals_generate(early_stopping):
+    """Batched beam search differs from the library's for one prompt, or mixes up the rows."""
+    model = ending_model(4)
+    prompts = random_prompts([3, 40, 1, 17, 9])
+    options = {"num_beams": 3, "early_stopping": early_stopping}
+    expected = [generated(model, prompt, 12, **options) for prompt in prompts]
+    assert beam_search(model, prompts, 12, batch_size=2, **options) == expected
+
+
+def test_longest_prompts_come_first():
+    """Memory runs out late, in the last batch; or a row is lost or doubled by the order."""
+    prompts = random_prompts([3, 9, 1, 9, 5])
+    assert list(batches_by_length(prompts, 2)) == [[1, 3], [4, 0], [2]]
+    assert greedy_decode(tiny_language_model(), [], 5) == []
+
+
+@pytest.mark.parametrize("decode", [greedy_decode, lambda *args: beam_search(*args, num_beams=2)])
+def test_prompts_that_cannot_be_decoded(decode):
+    """An empty or too long prompt raises IndexError deep in the library (A15)."""
+    model = tiny_language_model(positions=32)
+    for prompts, new, message in (
+        ([[1], []], 4, "prompt 1 is empty"),
+        ([[1], [2] * 29], 4, "prompt 1 has 29 tokens: with 4 new ones it exceeds the model's 32"),
+        ([[1]], 32, "max_generation_length is 32: expected less than the model's 32"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            decode(model, prompts, new)
+        assert "\n" not in str(caught.value)
+
+
+def test_text_of_gpt2_ids(shared):
+    """Clean-up joins " ?" to the word, bytes are decoded one by one, or the leading space stays (A16, A24)."""
+    decode = PromptFormat(load_tokenizer(str(shared / "data/gpt2-tokenizer"))).decode
+    assert decode([88, 318, 5633]) == "y is ?"
+    assert decode([47249, 222]) == "😀"
+    assert decode([383, 3797, 3332, 13]) == "The cat sat."
+    assert decode([464, 3797, 3332, 50256]) == "The cat sat"
+
+
+def test_text_outside_ascii():
+    """Letters outside ASCII, or an end-of-text, do not come back as they were (A24)."""
+    prompt_format = PromptFormat(byte_tokenizer(), max_length=128)
+    for text in ("Премьер ушёл в отставку", "the café in Zürich", "two\nlines ?"):
+        assert prompt_format.decode([*text.encode(), END]) == text

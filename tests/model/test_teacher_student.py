@@ -1,0 +1,267 @@
+"""Divergence distillation against its formula in float64: model/teacher_student.py. The teacher: test_teacher.py."""
+
+import copy
+
+import pytest
+import torch
+
+from data.prompts import DEFAULT_TEMPLATE
+from model.language_model import LanguageModel
+from model.loading import load_language_model
+from model.losses.vocabulary_loss import TeacherTopK
+from model.teacher import Teacher
+from model.teacher_student import TeacherStudent
+from tests.conftest import byte_tokenizer, tiny_gpt2
+from tests.model.test_fine_tuning import gpt2_with_constant_logits
+from tests.small_kd_runs import predicted_from, random_rows, randomised, save_model, tiny_teacher
+
+ROWS = [(12, [8, 9, 10, 11]), (5, [4]), (9, [3, 4, 7])]
+KINDS = ["forward", "reverse", "JS"]
+
+
+def student_network(**shape):
+    return randomised(tiny_gpt2(**{"seed": 3, "std": 0.2, "layers": 2, **shape}))
+
+
+def teacher_network(**shape):
+    return randomised(tiny_teacher(**shape))
+
+
+def objective_of(student, teacher, **options) -> TeacherStudent:
+    models = [LanguageModel(network, byte_tokenizer()) for network in (student, teacher)]
+    return TeacherStudent(models[0], Teacher(models[1]), **options)
+
+
+def divergence_by_formula(kl_div: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    def kl(left, right):
+        return (left * (left.log() - right.log())).sum()
+
+    middle = (p + q) / 2
+    return {"forward": lambda: kl(p, q), "reverse": lambda: kl(q, p),
+            "JS": lambda: (kl(p, middle) + kl(q, middle)) / 2}[kl_div]()
+
+
+def formula(teacher, student, batch, kl_div: str, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of cross-entropy and divergence over label tokens, from both models' own full logits in float64."""
+    input_ids, mask, labels = batch
+    with torch.no_grad():
+        teacher_logits = teacher(input_ids, attention_mask=mask).logits
+    student_logits = student(input_ids, attention_mask=mask).logits
+    cross_entropy = divergence = 0
+    for row, column in predicted_from(labels):
+        z_t, z_s = teacher_logits[row, column], student_logits[row, column]
+        cross_entropy = cross_entropy - torch.log(torch.softmax(z_s, 0)[labels[row, column + 1]])
+        p, q = torch.softmax(z_t / temperature, 0), torch.softmax(z_s / temperature, 0)
+        divergence = divergence + divergence_by_formula(kl_div, p, q)
+    return cross_entropy, divergence
+
+
+def gradients(module) -> dict[str, torch.Tensor]:
+    return {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
+
+
+def assert_near(ours: dict, theirs: dict, tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        error = (value.double() - theirs[name].double()).abs().max() / theirs[name].abs().max()
+        assert error <= tolerance, name
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])  # 8 label tokens
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kl_div", KINDS)
+def test_loss_and_gradients_equal_the_formula(kl_div, temperature, chunk_size):
+    """Fault: a swapped direction, a missing temperature^2, another weight, or a wrong gradient (cases A1, A2, A10)."""
+    student, teacher = student_network(), teacher_network()
+    batch = random_rows(ROWS, columns=2)
+    reference = copy.deepcopy(student).double()
+    cross_entropy, divergence = formula(copy.deepcopy(teacher).double(), reference, batch, kl_div, temperature)
+    expected = 0.7 * cross_entropy + 0.3 * temperature**2 * divergence
+    expected.backward()
+    objective = objective_of(student, teacher, kl_div=kl_div, temperature=temperature, kd_weight=0.3,
+                             chunk_size=chunk_size)
+    terms = objective(*batch)
+    terms.loss_sum.backward()
+    assert terms.token_count == 8
+    assert terms.loss_sum.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert terms.parts["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert terms.parts["divergence"].item() == pytest.approx(divergence.item(), rel=1e-5)
+    assert terms.parts.keys() == {"cross_entropy", "divergence"}
+    assert not any(part.requires_grad for part in terms.parts.values())
+    assert_near(gradients(student), gradients(reference), 1e-5)
+
+
+@pytest.mark.parametrize(("kd_weight", "part"), [(0.0, "cross_entropy"), (1.0, "divergence")])
+def test_the_ends_of_kd_weight(kd_weight, part):
+    """Fault: kd_weight weighs the other term."""
+    objective = objective_of(student_network(), teacher_network(), kd_weight=kd_weight)
+    terms = objective(*random_rows(ROWS))
+    assert terms.loss_sum.item() == terms.parts[part].item() > 0.1
+
+
+def with_states(network, states, monkeypatch) -> LanguageModel:
+    """A language model whose hidden states are `states` [B, T, D], whatever it reads."""
+    model = LanguageModel(network, byte_tokenizer())
+    model.pack_rows = model.prune_last_block = False
+    monkeypatch.setattr(model, "hidden_states", lambda ids, mask: states)
+    return model
+
+
+A8_LABELS = torch.tensor([[-100, -100, 2, 1], [-100, 0, -100, -100]])
+
+
+def a8_models(changed, monkeypatch):
+    """Student and teacher over 3 tokens: logits ln(.1, .3, .6), of the teacher ln(.7, .2, .1) at one position."""
+    usual, other = (torch.tensor(values, dtype=torch.float64).log() for values in ([0.1, 0.3, 0.6], [0.7, 0.2, 0.1]))
+    models = []
+    for places in ([], [changed]):
+        network = gpt2_with_constant_logits({}).double()
+        with torch.no_grad():
+            network.transformer.wte.weight[:3, :2] = torch.stack([usual, other], dim=1)
+        states = torch.zeros(2, 4, 16, dtype=torch.float64)
+        states[..., 0] = 1
+        for place in places:
+            states[place][:2] = torch.tensor([0.0, 1.0])
+        models.append(with_states(network, states.requires_grad_(not places), monkeypatch))
+    return models[0], models[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "right"),
+    [((0, 0), 0), ((0, 1), 0.367289379), ((0, 2), 0.367289379), ((0, 3), 0), ((1, 0), 0.367289379), ((1, 1), 0)],
+)
+def test_table_of_a8(changed, right, monkeypatch):
+    """Fault: padding or prompt inside the divergence, or a mask that is off by one (case A8)."""
+    student, teacher = a8_models(changed, monkeypatch)
+    objective = TeacherStudent(student, Teacher(teacher), kd_weight=1.0, vocabulary=3)
+    terms = objective(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4), A8_LABELS)
+    assert terms.token_count == 3
+    assert terms.loss_sum.item() / 3 == pytest.approx(right, abs=1e-9)
+
+
+@pytest.mark.parametrize("kl_div", KINDS)
+def test_no_label_is_exactly_zero(kl_div):
+    """Fault: NaN, or a constant without a graph, where a batch has no label (case A11)."""
+    student = student_network()
+    terms = objective_of(student, teacher_network(), kl_div=kl_div)(*random_rows([(3, []), (5, [0])]))
+    assert (terms.loss_sum.item(), terms.token_count) == (0.0, 0)
+    assert [part.item() for part in terms.parts.values()] == [0.0, 0.0]
+    terms.loss_sum.backward()
+    assert all(each.grad is None or not each.grad.any() for each in student.parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kl_div", KINDS)
+def test_teacher_equal_to_student(kl_div, temperature):
+    """Fault: a divergence that is not zero, or pushes, where there is nothing to learn (cases A3, A4)."""
+    student = student_network()
+    objective = objective_of(student, copy.deepcopy(student), kl_div=kl_div, temperature=temperature, kd_weight=1.0)
+    terms = objective(*random_rows(ROWS))
+    assert terms.parts["divergence"].item() == pytest.approx(0, abs=1e-6)
+    terms.loss_sum.backward()
+    assert max(value.abs().max().item() for value in gradients(student).values()) < 1e-5
+
+
+@pytest.mark.parametrize("kl_div", KINDS)
+def test_training_comes_nearer_to_the_teacher(kl_div):
+    """Fault: gradients that point away from the teacher, or do not reach the student."""
+    objective = objective_of(student_network(), teacher_network(), kl_div=kl_div, kd_weight=1.0)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    batch, losses = random_rows(ROWS), []
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = objective(*batch).loss_sum
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+def test_bfloat16_is_near():
+    """Fault: softmax or sums in bfloat16, or a teacher that does not compute in the precision of the run (A24)."""
+    batch = random_rows(ROWS)
+    networks = tiny_gpt2(seed=3, std=0.1), tiny_gpt2(seed=4, std=0.1, width=32, layers=2)
+    entered = []
+
+    def autocast():
+        entered.append(1)
+        return torch.autocast("cpu", torch.bfloat16)
+
+    exact = objective_of(*networks)(*batch).loss_sum.item()
+    models = [LanguageModel(network, byte_tokenizer()) for network in networks]
+    objective = TeacherStudent(models[0], Teacher(models[1], autocast=autocast))
+    with torch.autocast("cpu", torch.bfloat16):
+        entered.clear()
+        loss = objective(*batch).loss_sum
+    loss.backward()
+    assert entered == [1]
+    assert loss.dtype == torch.float32 and loss.item() != exact
+    assert loss.item() == pytest.approx(exact, rel=1e-2)
+    assert {each.grad.dtype for each in objective.parameters()} == {torch.float32}
+
+
+def test_stored_top_k_outputs_are_taken():
+    """Fault: outputs that come from disk are ignored, or read at another temperature."""
+    student, teacher = student_network(), teacher_network()
+    batch = random_rows(ROWS)
+    objective = objective_of(student, teacher, temperature=2.0)
+    expected = objective(*batch).loss_sum
+    with torch.no_grad():
+        logits = teacher(batch[0], attention_mask=batch[1]).logits
+    log_p = torch.stack([torch.log_softmax(logits[place] / 2.0, 0) for place in predicted_from(batch[2])])
+    ids = log_p.argsort(-1, descending=True)[:, :256]
+    top = log_p.gather(1, ids)
+    stored = TeacherTopK(ids, top, torch.log1p(-top.double().exp().sum(-1)).float())
+    assert objective(*batch, stored).loss_sum.item() == pytest.approx(expected.item(), rel=1e-4)
+    shorter = TeacherTopK(ids[:, :5], top[:, :5], torch.log1p(-top[:, :5].double().exp().sum(-1)).float())
+    found = objective(*batch, shorter).parts["divergence"].item()
+    assert 0 < found < objective(*batch).parts["divergence"].item()
+
+
+# -- use from Python ---------------------------------------------------------------------------------------------
+
+
+def test_from_folders(tmp_path):
+    """Fault: the pieces do not fit together without a config: a wider and deeper teacher, a student's step."""
+    save_model(tmp_path / "teacher", tiny_teacher(), DEFAULT_TEMPLATE)
+    save_model(tmp_path / "student", tiny_gpt2(seed=6))
+    teacher, student = (load_language_model(str(tmp_path / name)) for name in ("teacher", "student"))
+    objective = TeacherStudent(student, Teacher(teacher), kl_div="JS", temperature=2.0)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
+    batch, losses = random_rows(ROWS), []
+    for _ in range(3):
+        terms = objective(*batch)
+        (terms.loss_sum / terms.token_count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(terms.loss_sum.item())
+    assert losses[2] < losses[0]
+    student.save(tmp_path / "distilled")
+    assert load_language_model(str(tmp_path / "distilled")).parameter_count() == student.parameter_count()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"kl_div": "foward"}, "kl_div is 'foward'"), ({"bata": 0.5}, "bata is no parameter"),
+    ({"beta": 1.0, "kl_div": "generalized_js"}, "beta is 1.0"), ({"lambda_": 0.0}, "lambda is 0.0"),
+])
+def test_parameters_that_cannot_be(options, message):
+    """Fault: a typo, or a parameter out of range, trains on another loss (case A10)."""
+    with pytest.raises(ValueError, match="expected") as caught:
+        objective_of(student_network(), teacher_network(), **options)
+    assert message in str(caught.value)
+
+
+def test_numbers_reach_the_divergence():
+    """Fault: beta, lambda or mu of the config is not that of the loss."""
+    batch = random_rows(ROWS)
+    for kl_div, key, values in (("generalized_js", "beta", (0.2, 0.7)), ("skew_forward", "lambda_", (0.1, 0.6)),
+                                ("symmetric", "mu", (0.1, 0.8))):
+        found = [objective_of(student_network(), teacher_network(), kl_div=kl_div, **{key: value})(*batch)
+                 .parts["divergence"].item() for value in values]
+        assert abs(found[0] - found[1]) > 0.05, kl_div
+    ends = [objective_of(student_network(), teacher_network(), **options)(*batch).parts["divergence"].item()
+            for options in ({"kl_div": "symmetric", "mu": 1.0}, {"kl_div": "forward"})]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
