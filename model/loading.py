@@ -1,6 +1,7 @@
 """Loads a `LanguageModel` from the hub, a local folder, a built-in demo size, random weights or a legacy `.pt` file."""
 
 import difflib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,8 @@ def pretrained_model(name: str, config):
     Raises:
         ModelError: no weights, or weights that cannot be read or do not fit the config.
     """
+    with one_line_errors(f"{name} cannot be loaded"):
+        check_weight_index(Path(name))
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
@@ -218,6 +221,14 @@ def from_source(library_class, name: str, file: str, **arguments):
         return library_class.from_pretrained(
             name, trust_remote_code=False, local_files_only=local or not hub_reachable(name, file), **arguments
         )
+
+
+def check_weight_index(folder: Path) -> None:
+    """Raises ModelError if an index names weights outside of the folder: the library would follow such a path."""
+    for index in folder.rglob("*.index.json"):
+        for file in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
+            if Path(file).name != file:
+                raise ModelError(f"{index} names {file!r}: expected a file in the same folder")
 
 
 def hub_reachable(name: str, file: str) -> bool:

@@ -70,23 +70,24 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         if code > 128:
             print(f"{name}: {error}", file=sys.stderr)
             return code
-        return fail(name, message_of(error), code, debug)
+        lines = str(error).split("\n") if getattr(error, "one_line_each", False) else [message_of(error)]
+        return fail(name, lines, code, debug)
     finally:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def fail(name: str, message: str, code: int, debug: bool) -> int:
+def fail(name: str, lines: list[str], code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    for line in message.split("\n"):  # a config has a line for each mistake
+    for line in lines:
         print(f"{name}: error: {one_line(line)}", file=sys.stderr)
     return code
 
 
 def message_of(error: Exception) -> str:
-    """The message for the user; in one line, unless the error is one of ours."""
+    """The message for the user."""
     if isinstance(error, OSError):
         return describe(error)
     message = str(error)

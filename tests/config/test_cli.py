@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from data.articles import DataError
 from utils.cli import INTERRUPTED, run_command, training_parser
 from utils.config.load import ConfigError
 from utils.training.signals import Stopped
@@ -22,7 +23,7 @@ def run(error: BaseException, debug: bool = False) -> int:
     (KeyError("a"), 1, ["train.py: error: unexpected KeyError: 'a'"]),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1,
      ["train.py: error: unexpected RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."]),
-    (ConfigError("Caught ConfigError in worker 0.\nOriginal Traceback (most recent call last):\n x\nConfigError: a: b"),
+    (DataError("Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n x\nDataError: a: b"),
      2, ["train.py: error: a: b"]),
     (Stopped(signal.SIGTERM, 3, "go on"), 143, ["train.py: stopped at optimizer step 3 by SIGTERM"]),
     (KeyboardInterrupt(), INTERRUPTED, ["train.py: interrupted"]),

@@ -158,6 +158,7 @@ for number in sorted(random.Random(0).sample(range(1, total + 1), 4)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_killed_runs_end_with_the_same_weights(tmp_path):
     """Fault: SIGKILL at some operation on files loses what a checkpoint held, or the resumed run ends otherwise."""

@@ -18,7 +18,7 @@ def failing(error: OSError, target: str) -> Callable:
 
     def write(path: Path, text: str) -> None:
         if target in str(path):
-            raise error
+            raise OSError(error.errno, error.strerror, str(path))
         real(path, text)
 
     return write

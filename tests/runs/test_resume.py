@@ -144,7 +144,7 @@ def test_another_metric_is_judged_anew(tmp_path, capsys):
     again = changed(config, trainer_kwargs={"epochs": 2, "metrics": ["rouge"]},
                     callbacks_kwargs={"kwargs": {"mode": "max"}})
     assert run(tmp_path, again) == 0
-    assert "judged anew" in capsys.readouterr().err
+    assert "best score is reset" in capsys.readouterr().err
     assert (tmp_path / "run/model_checkpoints/best").resolve().name == "step-6"
 
 
@@ -165,11 +165,11 @@ def test_another_validation_set_is_judged_anew(tmp_path, capsys, metric):
     again = changed(config, trainer_kwargs={"epochs": 3})
     write_rows(tmp_path / "validation.csv", [{"id": "q", "article": "zzzz", "highlights": "XYZW@@ 9999 KKKK"}])
     assert run(tmp_path, again) == 0
-    assert capsys.readouterr().err.count("judged anew") == 1
+    assert capsys.readouterr().err.count("best score is reset") == 1
     score, best = judged(tmp_path)
     assert best == "step-9" and score == metrics(tmp_path / "run", "validation")[-1][metric]
     assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
-    assert "judged anew" not in capsys.readouterr().err
+    assert "best score is reset" not in capsys.readouterr().err
     scores = [line[metric] for line in metrics(tmp_path / "run", "validation")][2:]
     assert judged(tmp_path)[0] == (min if metric == "loss" else max)(scores)
 
@@ -182,7 +182,7 @@ def test_an_epoch_that_is_not_judged_keeps_the_best(tmp_path, capsys):
     assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 3, "monitor_val": False})) == 0
     assert judged(tmp_path) == before
     assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
-    assert "judged anew" not in capsys.readouterr().err
+    assert "best score is reset" not in capsys.readouterr().err
     assert judged(tmp_path)[0] == min(line["loss"] for line in metrics(tmp_path / "run", "validation"))
 
 
@@ -215,7 +215,7 @@ def test_another_subset_begins_the_baseline_of_loss_scaling_anew(tmp_path, capsy
     assert run(tmp_path, longer) == 0
     assert json.loads(state.read_text())["baseline"] == 0.3
     told = capsys.readouterr().err
-    assert told.count("baseline anew") == 1 and "max_generation_length 8" in told and "judged anew" not in told
+    assert told.count("baseline reset") == 1 and "max_generation_length 8" in told and "best score is reset" not in told
 
 
 def test_best_is_mended_after_a_kill_between_the_links(tmp_path):

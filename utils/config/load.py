@@ -26,6 +26,8 @@ NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
 class ConfigError(UserError):
     """A config that cannot be used; one line for each mistake."""
 
+    one_line_each = True
+
 
 # -- reading -----------------------------------------------------------------------------------------------------
 

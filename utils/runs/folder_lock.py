@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -34,11 +35,15 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        lock = FileLock(folder / "run.lock")
-        lock.acquire(timeout=0 if is_running(read_holder(holder)) else WORKER_SECONDS)
-    except Timeout as error:
-        raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; wait for "
-                        "it or stop it, or choose another folder") from error
+        lock, deadline = FileLock(folder / "run.lock"), time.monotonic() + WORKER_SECONDS
+        while not lock.is_locked:
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                break
+            if is_running(read_holder(holder)) or time.monotonic() > deadline:
+                raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "
+                                "wait for it or stop it, or choose another folder")
+            time.sleep(0.1)
     except OSError as error:
         raise UserError(f"{key}: {describe(error, folder)}") from error
     try:

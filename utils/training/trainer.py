@@ -12,7 +12,7 @@ from data.batches import Step, load_batches, plan_epoch
 from data.tokenized import TokenizedDataset
 from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
-from utils.errors import TrainingError
+from utils.errors import TrainingError, describe
 from utils.evaluation.evaluate import Interrupted, NotFinite, never
 from utils.evaluation.validation import Validation
 from utils.progress import progress_bar
@@ -35,17 +35,8 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        config: FineTuneConfig,
-        table: TokenizedDataset,
-        validation: Validation,
-        context: DistributedContext,
-        log,
-        checkpoints,
-        stop: StopRequest,
-        fingerprint: dict,
+        self, objective: Objective, optimizer: torch.optim.Optimizer, config: FineTuneConfig, table: TokenizedDataset,
+        validation: Validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
         score_ids: dict[str, str | None],
     ):
         self.objective, self.language_model, self.optimizer = objective, objective.language_model, optimizer
@@ -291,10 +282,17 @@ class Trainer:
         except Interrupted:
             self.save()
             self.stop.leave(self.state.step)
-        except (OutOfMemory, OSError):
+        except OutOfMemory:
             if alone:
                 self.save()
             raise
+        except OSError as error:
+            if alone:
+                self.save()
+            raise TrainingError(f"{describe(error)}; {self.where_stopped()}") from error
+
+    def where_stopped(self) -> str:
+        return f"stopped at optimizer step {self.state.step}, checkpoint written; {self.stop.resume_hint}"
 
     def rescale_loss(self) -> None:
         """Adaptive loss scaling: measure the score if one is due. A run that is stopped in it will do it again."""
@@ -338,8 +336,7 @@ class Trainer:
                        "objective": list(extra_states)}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
             if problem:
-                raise TrainingError(f"{problem}; stopped at optimizer step {self.state.step}, checkpoint written; "
-                                    f"{self.stop.resume_hint}")
+                raise TrainingError(f"{problem}; {self.where_stopped()}")
         self.saved = state
         self.context.barrier()
 
