@@ -79,7 +79,7 @@ class CachedTeacher:
         """Open the caches of all tables that will be read, after computing the rows that are missing.
 
         Every process of a group calls it. The teacher is loaded if a row is missing, and freed at the end; the global
-        random generators are as before. progress_bar: `utils.runs.run_log.progress_bar`.
+        random generators are as before. progress_bar: `utils.progress.progress_bar`.
 
         Raises:
             DataError: the cache cannot be written, or is damaged.

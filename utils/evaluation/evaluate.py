@@ -59,8 +59,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         yield
 
 
-
-
 def measure_loss(
     objective: nn.Module,
     table: TokenizedDataset,
