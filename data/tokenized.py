@@ -93,7 +93,7 @@ def open_token_table(
                 if not is_complete(path):  # unless another process wrote it meanwhile
                     write_table(path, csv_path, prompt_format, columns, on_bad_row, progress)
     except OSError as error:
-        raise DataError(f"dataset_kwargs.cache_dir: {path}: {error.strerror or error}: free space there, or name "
+        raise DataError(f"dataset_kwargs.cache_dir: {path}: {error.strerror or error}: free up space there, or name "
                         "another folder") from error
     return TokenizedDataset(path)
 

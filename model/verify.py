@@ -35,7 +35,7 @@ def verify_model(language_model: LanguageModel) -> None:
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:150]
-            raise ModelError(f"{name}: its config.json describes what cannot be computed ({reason}): take another "
+            raise ModelError(f"{name}: its config.json cannot run a forward pass ({reason}): take another "
                              "checkpoint") from error
         if not expected.isfinite().all():
             raise ModelError(f"{name}: its weights are finite but its outputs are not: take another checkpoint, or set "

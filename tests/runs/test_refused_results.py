@@ -52,7 +52,7 @@ def test_a_log_that_cannot_be_written_stops_the_run_at_its_next_checkpoint(tmp_p
     assert run(tmp_path, config) == 0
     (tmp_path / "run").rename(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "settle", lambda log: f"{log.path}: No space left on device: free space")
+        patch.setattr(RunLog, "flush", lambda log: f"{log.path}: No space left on device: free space")
         assert run(tmp_path, config) == 1
     reported = capsys.readouterr().err
     assert f"train.py: error: {tmp_path / 'run/metrics.jsonl'}: No space left on device: free space" in reported

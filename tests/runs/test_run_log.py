@@ -13,7 +13,7 @@ def write_log(folder: Path, resume_step: int, steps: range, factor: float = 1.0)
     log.open(resume_step)
     for step in steps:
         log.record("train", step, loss=factor * step, epoch=0, note=None)
-    assert log.settle() is None
+    assert log.flush() is None
     log.close()
 
 
@@ -89,7 +89,7 @@ def test_a_full_disk_is_reported_and_stops_no_step(tmp_path, capsys):
     try:
         for step in range(1, 9):
             log.record("train", step, loss=1.0)
-        failure = log.settle()
+        failure = log.flush()
         log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -115,6 +115,6 @@ def test_other_processes_write_nothing(tmp_path):
     log = RunLog(tmp_path, is_main=False)
     log.open()
     log.record("train", 1, loss=1.0)
-    assert log.settle() is None
+    assert log.flush() is None
     log.close()
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ class CachedTeacher:
     """What `TeacherStudent` asks of a teacher, read from disk once `prepare` has been called.
 
     load: returns the teacher; called only if rows are missing. fingerprint: of its weights. width: of its hidden
-    states. vocabulary: number of real tokens. cache_dir: holds a folder for each table. say: takes lines for the user.
+    states. vocabulary: number of real tokens. cache_dir: holds a folder for each table. log: takes lines for the user.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class CachedTeacher:
         options: DistillationKwargs,
         cache_dir: str | Path,
         context: DistributedContext,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ):
         cache = options.teacher_cache
         self.load, self.vocabulary, self.temperature = load, vocabulary, options.temperature
-        self.chunk_size, self.context, self.say = options.chunk_size, context, say
+        self.chunk_size, self.context, self.log = options.chunk_size, context, log
         self.cache_dir, self.kind = Path(cache_dir), cache.kind
         self.name = f"the teacher's outputs, kept in {cache_dir} (delete that folder to compute them again)"
         self.key = [fingerprint, cache.kind, context.precision, vocabulary]
@@ -94,9 +94,9 @@ class CachedTeacher:
                         self._fill(cache, table, teacher, batch_size, tokens_per_batch, pad_id, progress_bar)
                     cache.open()
                 except OSError as error:
-                    raise DataError(f"{KEY}: {cache.folder}: {error.strerror or error}: free space there, or name "
+                    raise DataError(f"{KEY}: {cache.folder}: {error.strerror or error}: free up space there, or name "
                                     "another folder") from error
-                self.say(f"teacher cache: all {len(table):,} rows of {table.name} ({cache.nbytes / 1e9:.3f} GB) are in "
+                self.log(f"teacher cache: all {len(table):,} rows of {table.name} ({cache.nbytes / 1e9:.3f} GB) are in "
                          f"{cache.folder}")
                 if self.kind == "hidden" and self.head is None:
                     self.head = self._read_head(cache.folder / HEAD)
@@ -107,7 +107,7 @@ class CachedTeacher:
         cache.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.folder / ".lock") if context.is_main else nullcontext():
             done = context.broadcast_object(cache.rows_done)
-            self.say(f"teacher cache: computing {len(table) - done:,} of {len(table):,} rows of {table.name}")
+            self.log(f"teacher cache: computing {len(table) - done:,} of {len(table):,} rows of {table.name}")
             if context.is_main and not done:
                 cache.create()
                 if self.kind == "hidden":

@@ -12,7 +12,7 @@ from utils.distillation.cached_teacher import CachedTeacher
 from utils.training.distributed import DistributedContext
 
 
-def draws(kwargs: DistillationKwargs) -> bool:
+def samples_rollouts(kwargs: DistillationKwargs) -> bool:
     """Whether sequences are drawn in training."""
     return kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0
 
@@ -28,7 +28,7 @@ def make_objective(
     """
     kwargs, most = config.distillation_kwargs, config.model_arch.generation_kwargs.max_generation_length
     slots = kwargs.rollout_batch_size or config.dataset_kwargs.val_batch_size
-    if draws(kwargs):
+    if samples_rollouts(kwargs):
         prompt_format.prediction_prompts([], most)
 
     source = kwargs.rollout if kwargs.method == "policy_gradient" else "student"
@@ -64,7 +64,8 @@ def make_objective(
 
 
 def identity_of(config: DistillConfig, fingerprint: str) -> dict:
-    """What decides start and loss, so must be the same for a checkpoint to be continued; an exact cache does not."""
+    """Settings that fix the initial weights and the loss, so that a resumed run must share them. The kind of teacher
+    cache is one only if it is not exact."""
     kwargs = config.distillation_kwargs
     cache = kwargs.teacher_cache
     keys = ["student_init", "student_layers", "method"]
@@ -84,7 +85,7 @@ def identity_of(config: DistillConfig, fingerprint: str) -> dict:
         "the teacher's weights": fingerprint,
         "trainer_kwargs.student_ckpt_path": config.trainer_kwargs.student_ckpt_path,
         **{f"distillation_kwargs.{key.rstrip('_')}": getattr(kwargs, key) for key in keys},
-        **(length if draws(kwargs) else {}),
+        **(length if samples_rollouts(kwargs) else {}),
         "distillation_kwargs.teacher_cache.top_k": cache.top_k if cache and cache.kind == "top_k" else None,
         "distillation_kwargs.teacher_cache.dtype":
             cache.dtype if cache and cache.kind == "hidden" and cache.dtype == "bfloat16" else None,

@@ -117,7 +117,7 @@ class Validation:
                 return self.predict_and_score(each, interrupted)[1][metric]
         return None
 
-    def meaning(self, metric: str) -> str | None:
+    def score_identity(self, metric: str) -> str | None:
         """What a score of the validation set is of, in words: of other rows, or decoded otherwise, it is another one.
 
         None where it is not measured.
@@ -133,9 +133,9 @@ class Validation:
         return None
 
 
-def meanings(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
+def score_identities(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
     """What the scores that a checkpoint remembers are of; None if they are not measured."""
     options = config.trainer_kwargs
-    judged_by = validation.meaning(config.monitored_metric)
-    scaled_by = validation.meaning(options.scaling_metric) if options.adaptive_loss_scaling else None
+    judged_by = validation.score_identity(config.monitored_metric)
+    scaled_by = validation.score_identity(options.scaling_metric) if options.adaptive_loss_scaling else None
     return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}

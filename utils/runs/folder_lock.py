@@ -62,7 +62,7 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
 def lock_result_folder(folder: Path, key: str) -> Iterator[None]:
     """`lock_folder` for an evaluation, which must not replace the scores of a training."""
     if (folder / CHECKPOINTS).exists() or is_run_config(folder / "config.json"):
-        raise UserError(f"{key}: {folder} is the folder of a training, which has scores of its own: name another "
+        raise UserError(f"{key}: {folder} is a training run's folder, which has scores of its own: name another "
                         f"folder, such as {folder / 'evaluation'}")
     with lock_folder(folder, key):
         yield
@@ -75,7 +75,7 @@ def check_outside_checkpoints(folder: Path, key: str) -> None:
     is_inside = any((path / TRAINER_STATE).is_dir() for path in (real, *real.parents))
     holds_some = any(IN_CHECKPOINTS.fullmatch(path.parent.name) for path in real.glob(f"*/{TRAINER_STATE}"))
     if real.name == CHECKPOINTS or is_one or is_inside or holds_some:
-        raise UserError(f"{key}: {folder} is a place for the checkpoints of a training: name another folder")
+        raise UserError(f"{key}: {folder} is reserved for checkpoints of a training run: name another folder")
 
 
 def is_run_config(path: Path) -> bool:

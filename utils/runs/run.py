@@ -12,7 +12,7 @@ from utils.cli import quiet_libraries
 from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.splits import TokenizedSplits, make_validation
-from utils.evaluation.validation import meanings
+from utils.evaluation.validation import score_identities
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.run_folder import (
     ResumePoint,
@@ -83,7 +83,7 @@ def train(
     fingerprint = resume_fingerprint(config, train_table, objective_id)
     trainer = Trainer(
         objective, optimizer, config, train_table, validation, context, log, checkpoints, stop, fingerprint,
-        meanings(config, validation),
+        score_identities(config, validation),
     )
     if start.folder is not None:
         with restoring(start.folder):

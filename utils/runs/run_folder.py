@@ -94,7 +94,7 @@ def check_is_run_folder(output_dir: Path) -> list[str]:
         return []
     if step_folders(output_dir / CHECKPOINTS):
         return [f"{path} is damaged: it is not needed, and will be written again"]
-    raise UserError(f"{KEY}: {path} is not of a run, and would be moved: choose another folder")
+    raise UserError(f"{KEY}: {path} was not written by a run, and a run here would move it: choose another folder")
 
 
 def resume_hint(config: FineTuneConfig) -> str:
@@ -180,7 +180,7 @@ def prepare_run_folder(config: FineTuneConfig, start: ResumePoint) -> Iterator[s
         yield f"checkpoints after step {start.state['step']}: moved to {archive}"
     if not is_own and (best := start.state.get("best_step")) is not None:
         yield (f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; {root / 'best'} "
-               "will be the next that is better")
+               "will point to the next better one")
     write_text(output_dir / "config.json", with_environment(config))
 
 

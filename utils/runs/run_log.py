@@ -18,7 +18,7 @@ EVALUATION_SPLITS = ("validation", "test", "train_epoch")
 class RunLog:
     """Writes `metrics.jsonl` and `tensorboard/` in output_dir. Processes other than the main one write nothing.
 
-    When a file cannot be written, a full disk for example, the user is warned once and no step is lost: `settle`
+    When a file cannot be written, a full disk for example, the user is warned once and no step is lost: `flush`
     returns the reason at the next checkpoint. The curves are a second copy, without which a run simply continues.
     """
 
@@ -78,7 +78,7 @@ class RunLog:
         if self.is_main:
             tqdm.write(one_line(text), file=sys.stderr)
 
-    def settle(self) -> str | None:
+    def flush(self) -> str | None:
         """Flush everything to the disk. Returns the reason if lines of `metrics.jsonl` could not be written."""
         if self._file is not None and self._failure is None:
             try:
@@ -98,7 +98,7 @@ class RunLog:
             try:
                 if file is not None:
                     file.close()
-            except (OSError, ValueError) as error:  # `settle` has reported what matters
+            except (OSError, ValueError) as error:  # `flush` has reported what matters
                 self.info(f"{self.path}: {error}")
 
     def _drop_curves(self, error: Exception) -> None:

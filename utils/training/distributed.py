@@ -172,7 +172,7 @@ def init_distributed(
 
 
 def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
-    """GPUs for data parallel: those named, else all."""
+    """GPUs for data parallelism: those named, else all."""
     present = torch.cuda.device_count()
     gpus = list(multi_gpu_ids) or list(range(present))
     for gpu in gpus:
@@ -182,7 +182,7 @@ def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
 
 
 def launch_group(device: str, multi_gpu: bool, multi_gpu_ids: tuple | list) -> None:
-    """If data parallel is wanted and possible and no launcher started this process: restart it through torch's
+    """If data parallelism is wanted and possible and no launcher started this process: restart it through torch's
     launcher, without returning."""
     if not multi_gpu or "WORLD_SIZE" in os.environ or device == "cpu" or not torch.cuda.is_available():
         return

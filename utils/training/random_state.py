@@ -43,7 +43,7 @@ def set_random_state(state: dict[str, object]) -> list[str]:
         _set(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         _set(before)
-        raise ValueError(f"random state not restored, not of random_state() ({error!r}): start a new run") from error
+        raise ValueError(f"random state not restored, unrecognised format ({error!r}): start a new run") from error
     saved, present = len(state["cuda"]), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if saved == present:
         return []

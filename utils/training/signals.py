@@ -54,6 +54,6 @@ class StopRequest:
             print(f"\n{signal.Signals(number).name}: stopping at the next step; once more to stop at once",
                   file=sys.stderr)
 
-    def leave(self, step: int) -> None:
+    def raise_stopped(self, step: int) -> None:
         """Raises Stopped."""
         raise Stopped(self.number or signal.SIGTERM, step, self.resume_hint)

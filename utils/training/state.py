@@ -81,14 +81,14 @@ class TrainState:
             notices.append(f"the loss was scaled by {before['scaled_by']}, now by {now['scaled_by']}: baseline reset")
         return notices
 
-    def on_plateau(self, patience: int | None, increase_batch_size: bool, max_accumulation: int) -> str | None:
+    def early_stopping_action(self, patience: int | None, may_increase: bool, max_accumulation: int) -> str | None:
         """What to do when `patience` evaluations brought no gain: "stop", "increase" (accumulation doubled) or None.
 
         max_accumulation: micro-batches in an epoch; with that many a step doubling is no use, and the run stops.
         """
         if patience is None or self.num_bad_evals < max(1, patience):
             return None
-        if increase_batch_size and self.accumulation < max_accumulation:
+        if may_increase and self.accumulation < max_accumulation:
             self.accumulation *= 2
             self.num_bad_evals = 0
             return "increase"

@@ -30,19 +30,19 @@ class Trainer:
     """Trains an objective's language model.
 
     It knows nothing of teachers; objectives know nothing of optimizers. log, checkpoints: a `RunLog` and the
-    `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one. score_ids: what the
-    scores that a checkpoint remembers are of ("judged_by", "scaled_by"); None if they are not measured.
+    `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one. score_identities: the
+    metric and data of the stored scores ("judged_by", "scaled_by"); None if they are not measured.
     """
 
     def __init__(
         self, objective: Objective, optimizer: torch.optim.Optimizer, config: FineTuneConfig, table: TokenizedDataset,
         validation: Validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
-        score_ids: dict[str, str | None],
+        score_identities: dict[str, str | None],
     ):
         self.objective, self.language_model, self.optimizer = objective, objective.language_model, optimizer
         self.config, self.table, self.validation, self.context = config, table, validation, context
         self.log, self.checkpoints, self.stop = log, checkpoints, stop
-        self.fingerprint, self.score_ids = fingerprint, score_ids
+        self.fingerprint, self.score_identities = fingerprint, score_identities
         self.options = config.trainer_kwargs
         self.state = TrainState(accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline)
         self.saved: dict | None = None  # the state in the newest checkpoint
@@ -60,16 +60,16 @@ class Trainer:
         batch_size = self.config.dataset_kwargs.train_batch_size
         self.state.accumulation = self.state.accumulation * state["identity"].get(BATCH, batch_size) // batch_size
         before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
-        self.score_ids = {key: name or before[key] for key, name in self.score_ids.items()}
+        self.score_identities = {key: name or before[key] for key, name in self.score_identities.items()}
         self.saved = self.checkpoint_state()
-        notices = self.state.reset_best(before, self.score_ids, self.options.scaling_baseline)
+        notices = self.state.reset_best(before, self.score_identities, self.options.scaling_baseline)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
         notices += self.learning_rate_notices()
         generators = tensors["random"]
         same_size = len(generators) == self.context.world_size
-        if extra_states := tensors.get("objective"):  # what is not of one process alone is the same in all
+        if extra_states := tensors.get("objective"):  # if the number has changed, rank 0's
             self.objective.set_extra_state(extra_states[self.context.rank if same_size else 0])
         self.note_weights()  # a kill may have come before it
         if not same_size:
@@ -132,15 +132,15 @@ class Trainer:
                     bar.set_postfix_str(f"loss {metrics.losses['loss']:.3f}, lr {metrics.learning_rate:.2e}, "
                                         f"{tokens / (now - start):,.0f} tokens/s", refresh=False)
                     start, tokens = now, 0
-                if options.adaptive_loss_scaling and self.passed(options.loss_scaling_interval, len(step)):
+                if options.adaptive_loss_scaling and self.crossed_multiple(options.loss_scaling_interval, len(step)):
                     state.scaling_pending = True
                     self.rescale_loss()
                 if last:
                     break  # finish_epoch saves, and stops if asked to
-                if metrics.stop_requested or self.passed(options.checkpoint_every, len(step)):
+                if metrics.stop_requested or self.crossed_multiple(options.checkpoint_every, len(step)):
                     self.save()
                 if metrics.stop_requested:
-                    self.stop.leave(state.step)
+                    self.stop.raise_stopped(state.step)
         if state.step_in_epoch == len(plan):
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
         state.evaluation_pending = True
@@ -193,7 +193,7 @@ class Trainer:
             self.save(best)
             self.note_weights()
         if self.context.any(self.stop.requested) and not self.ended_by():
-            self.stop.leave(state.step)
+            self.stop.raise_stopped(state.step)
 
     # -- the plan of an epoch ------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Trainer:
             **extra,
         )
 
-    def passed(self, every: int | None, micro_batches: int) -> bool:
+    def crossed_multiple(self, every: int | None, micro_batches: int) -> bool:
         """Whether the last step, of `micro_batches` micro-batches, passed a multiple of `every` micro-batches."""
         done = self.state.micro_batches
         return every is not None and done // every > (done - micro_batches) // every
@@ -281,7 +281,7 @@ class Trainer:
             self.nonfinite.stop(error, self.state.step)
         except Interrupted:
             self.save()
-            self.stop.leave(self.state.step)
+            self.stop.raise_stopped(self.state.step)
         except OutOfMemory:
             if alone:
                 self.save()
@@ -309,7 +309,7 @@ class Trainer:
             return
         max_accumulation = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
         increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
-        decision = self.state.on_plateau(callbacks.patience, increase, max_accumulation)
+        decision = self.state.early_stopping_action(callbacks.patience, increase, max_accumulation)
         if decision == "increase":
             self.log.info(f"no gain in {callbacks.patience} evaluations: accumulation is now {self.state.accumulation}")
         elif decision == "stop":
@@ -319,7 +319,7 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.fingerprint, **self.score_ids}
+        return {**self.state.to_json(), "identity": self.fingerprint, **self.score_identities}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless this state is saved already."""
@@ -331,7 +331,7 @@ class Trainer:
             *self.context.all_gather_object((random_state(), self.objective.get_extra_state())), strict=True
         )
         if self.context.is_main:
-            problem = self.log.settle()  # first: no checkpoint is newer than its log
+            problem = self.log.flush()  # first: no checkpoint is newer than its log
             tensors = {"optimizer": self.optimizer.state_dict(), "random": list(generators),
                        "objective": list(extra_states)}
             self.checkpoints.save(self.state.step, self.language_model.save, state, tensors, best)
