@@ -77,9 +77,11 @@ class Plan:
         def method(title: str, name: str, config: str, settings: dict) -> None:
             rows[title] = folder + name
             alone = config == "continue_student"
-            start = "model_arch.lang_model" if alone else "trainer_kwargs.student_ckpt_path"
+            models = {"model_arch.lang_model": self.last(student)} if alone else {
+                "trainer_kwargs.student_ckpt_path": self.last(student),
+                "trainer_kwargs.teacher_ckpt_path": self.last("teacher")}
             self.train(folder + name, config, f"student{ending}", (student,) if alone else (student, "teacher"),
-                       {start: self.last(student), **settings})
+                       {**models, **settings})
 
         method("fine-tuning", "fine_tuning", "continue_student", {})
         for kl_div, kd_weight in KL_DIVS.items() if self.full else [("JS", KL_DIVS["JS"])]:

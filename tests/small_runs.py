@@ -60,12 +60,37 @@ def run(folder: Path, config: dict) -> int:
     return train.main(["--config", str(write_config(folder, config))])
 
 
-def launch(script: str, folder: Path, config: dict, processes: int) -> str:
-    """A training script in a group of processes (gloo) of torch's launcher; what it says on stderr."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+RANKS = """
+import os, runpy, socket, sys
+import utils.runs.build, utils.runs.run  # once, before the processes are forked
+
+script, config, processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+sys.argv = [script, "--config", config]
+children = []
+for rank in range(processes):
+    children.append(os.fork())
+    if not children[-1]:
+        os.environ.update(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        runpy.run_path(script, run_name="__main__")
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def launch(script: str, folder: Path, config: dict, processes: int, torchrun: bool = False) -> str:
+    """A training script in a group of processes (gloo); what it prints on stderr.
+
+    torchrun: started by torch's launcher, which imports the libraries once per process and takes as much longer.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script, "--config"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, script, "--config", str(write_config(folder, config))]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    path = str(write_config(folder, config))
+    command = [*launcher, path] if torchrun else ["-c", RANKS, script, path, str(processes)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True,
+                          timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -24,7 +24,7 @@ def test_two_processes_equal_one(tmp_path):
     )
     for processes in (1, 2):
         own = changed(project, trainer_kwargs={"output_dir": str(tmp_path / str(processes))})
-        launch("train.py", tmp_path, own, processes)
+        launch("train.py", tmp_path, own, processes, torchrun=processes == 2)
     one, two = tmp_path / "1", tmp_path / "2"
     found = [weights(folder / "model_checkpoints/last") for folder in (one, two)]
     assert largest_difference(*found) < 1e-5
