@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.decoding.loop import make_decoder
-from model.decoding.rollouts import RolloutConfig, as_batch, draw_rollouts, split_rows, token_log_probs, token_mask
+from model.decoding.rollouts import as_batch, draw_rollouts, split_rows, token_log_probs
 from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import LanguageModel, ModelError
 from model.losses.output_head import OutputHead
@@ -95,16 +95,6 @@ def test_rollouts_equal_a_plain_sampler(student, teacher, options, temperature):
             right = torch.tensor(np.array(right))
             torch.testing.assert_close(ours[row, :count], right, rtol=0, atol=1e-10, msg=lambda text, n=name: n + text)
     assert not any(values.requires_grad for values in rollouts[1:])
-
-
-def test_without_a_teacher(student, teacher):
-    """Fault: a pure student rollout needs the teacher, or is another one without it."""
-    for options in (SamplingOptions(0.0), SamplingOptions(0.0, 0.7, 4, 0.9)):
-        along, alone = rolled(student, teacher, options), rolled(student, None, options)
-        assert alone.log_p is None and alone.hidden is None
-        assert alone.tokens == along.tokens
-        for name in ("log_q", "behavior_log_probs", "entropy"):
-            assert torch.equal(getattr(alone, name), getattr(along, name))
 
 
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[6]], ids=str)
@@ -205,14 +195,6 @@ def test_nothing_and_too_much(student):
         rolled(student, None, SamplingOptions(0.0), prompts=[[1], []], uniforms=UNIFORMS[:2])
 
 
-def test_options():
-    """Fault: a source's share of the teacher is another, or an unknown source is taken for one."""
-    assert [RolloutConfig(source, 0.3).sampling.alpha for source in ("mixed", "student", "teacher")] == [0.3, 0.0, 1.0]
-    assert RolloutConfig("mixed", 0.3, 0.7, 5, 0.9).sampling == (0.3, 0.7, 5, 0.9)
-    with pytest.raises(ValueError, match="rollout is 'beam'"):
-        RolloutConfig("beam")
-
-
 # Prompt "Q:" and highlights "ok" and "no!" by bytes, padded with the end-of-text (A12).
 IDS = [[81, 58, 111, 107, 256, 256], [81, 58, 110, 111, 33, 256]]
 ATTENDED = [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
@@ -237,12 +219,6 @@ def test_split_rows_by_hand():
     prompts, tokens = [[256, 1, 2], [3], [4, 256]], [[256], [256, 4, 256, 5, 6], [7, 8]]
     parts = dict(zip(("input_ids", "attention_mask", "labels"), as_batch(prompts, tokens, END), strict=True))
     assert split_rows(parts) == (prompts, tokens)
-
-
-def test_token_mask_by_hand():
-    """Fault: the end's own token is left out, or what follows it is let in (A18)."""
-    mask = token_mask([[7, 9, 256], [1], [1, 2, 3, 4, 5]], 5, torch.device("cpu"))
-    assert mask.tolist() == [[True] * 3 + [False] * 2, [True] + [False] * 4, [True] * 5]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 11, 128])

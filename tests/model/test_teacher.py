@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from functools import partial
-from itertools import chain
 
 import pytest
 import torch
@@ -113,33 +112,6 @@ def test_next_batch_is_started_before_this_one_is_handed_out():
 
 def dicts(batches) -> list[dict]:
     return [dict(zip(PARTS, batch, strict=True)) for batch in batches]
-
-
-def test_teacher_works_ahead_of_its_student(monkeypatch):
-    """Fault: the student's pass is not between two of the teacher's, so that two GPUs take turns."""
-    objective = objective_of(student_network(), teacher_network())
-    teacher, events = objective.teacher, []
-    hidden, to_student = teacher.hidden, teacher.to_student
-
-    def recorded(name, function):
-        def call(*arguments):
-            events.append(name)
-            return function(*arguments)
-        return call
-
-    monkeypatch.setattr(teacher, "hidden", recorded("hidden", hidden))
-    monkeypatch.setattr(teacher, "to_student", recorded("to_student", to_student))
-    batches = [random_rows(ROWS, seed=seed) for seed in range(3)]
-    expected = [objective(*batch).loss_sum.item() for batch in batches]
-    events.clear()
-    found = []
-    for arguments in chain(*objective.iter_steps(None, iter(dicts(batches)), [len(batches)])):
-        assert all(torch.equal(*pair) for pair in zip(arguments[:3], batches[len(found)], strict=True))
-        found.append(objective(*arguments).loss_sum.item())
-        events.append("student")
-    assert found == expected
-    assert events == ["hidden", "to_student", "hidden", "student", "to_student", "hidden", "student", "to_student",
-                      "student"]
 
 
 def test_outputs_go_to_the_student_s_device():
