@@ -5,10 +5,8 @@ import random
 import pytest
 import torch
 
-from data.prompts import PromptFormat
 from model.decoding.loop import batches_by_length, beam_search, greedy_decode
 from model.language_model import LanguageModel, ModelError
-from model.loading import load_tokenizer
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.model.test_fine_tuning import gpt2_with_constant_logits
 
@@ -133,12 +131,3 @@ def test_prompts_that_cannot_be_decoded(decode):
         with pytest.raises(ModelError, match=message) as caught:
             decode(model, prompts, new)
         assert "\n" not in str(caught.value)
-
-
-def test_text_of_gpt2_ids(shared):
-    """Clean-up joins " ?" to the word, bytes are decoded one by one, or the leading space stays (A16, A24)."""
-    decode = PromptFormat(load_tokenizer(str(shared / "data/gpt2-tokenizer"))).decode
-    assert decode([88, 318, 5633]) == "y is ?"
-    assert decode([47249, 222]) == "😀"
-    assert decode([383, 3797, 3332, 13]) == "The cat sat."
-    assert decode([464, 3797, 3332, 50256]) == "The cat sat"

@@ -1,6 +1,5 @@
 """Label positions, padding, hidden states and head: model/language_model.py."""
 
-
 import pytest
 import torch
 

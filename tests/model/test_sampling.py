@@ -9,8 +9,6 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from model.decoding.loop import make_decoder
-from model.decoding.rollouts import draw_rollouts
 from model.decoding.sampling import SamplingOptions, row_uniforms, sample, truncate
 from model.language_model import LanguageModel
 
@@ -93,35 +91,6 @@ def test_frequencies_of_single_draws(top_k, top_p, dtype):
         if top_k is None and top_p is None:  # so many draws tell such faults
             statistic, critical = chi_square(counts, wrong / wrong.sum())
             assert statistic > critical
-
-
-@pytest.mark.parametrize(("alpha", "top_k", "top_p"), [
-    (0.0, None, None), (0.3, None, None), (1.0, None, None), (0.3, 4, 0.9),
-])
-def test_frequencies_of_pairs(alpha, top_k, top_p):
-    """Fault: the second token is not drawn given the first, from the right cache, or with a number of its own."""
-    count, end = 8_000, 6
-    student, teacher = word_model(1, end + 1), word_model(2, end + 1, width=12, layers=1)
-    exact = np.zeros((end + 1, end + 1))
-
-    def next_token(ids):
-        both = [last_probabilities(model, ids, 0.7) for model in (student, teacher)]
-        return exact_mixture(*both, alpha, top_k, top_p)
-
-    first = next_token([5, 2])
-    for token in range(end):
-        exact[token] = first[token] * next_token([5, 2, token])
-    exact[end, end] = first[end]  # ended: one outcome
-    uniforms = row_uniforms(11, 0, list(range(count)), 2)
-    decoders = [make_decoder(model) for model in (student, teacher)]
-    options = SamplingOptions(alpha, 0.7, top_k, top_p)
-    rollouts = draw_rollouts(*decoders, [[5, 2]] * count, 2, count, options, uniforms)
-    counts = np.zeros_like(exact)
-    for tokens in rollouts.tokens:
-        assert len(tokens) == 2 or tokens == [end]
-        counts[tokens[0], tokens[-1]] += 1
-    statistic, critical = chi_square(counts.ravel(), exact.ravel())
-    assert statistic <= critical
 
 
 def test_inversion_by_hand():

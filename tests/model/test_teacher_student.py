@@ -5,14 +5,12 @@ import copy
 import pytest
 import torch
 
-from data.prompts import DEFAULT_TEMPLATE
 from model.language_model import LanguageModel
-from model.loading import load_language_model
 from model.losses.vocabulary_loss import TeacherTopK
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from tests.conftest import byte_tokenizer, tiny_gpt2
-from tests.small_kd_runs import predicted_from, random_rows, randomised, save_model, tiny_teacher
+from tests.small_kd_runs import predicted_from, random_rows, randomised, tiny_teacher
 
 ROWS = [(12, [8, 9, 10, 11]), (5, [4]), (9, [3, 4, 7])]
 KINDS = ["forward", "reverse", "JS"]
@@ -64,9 +62,6 @@ def assert_near(ours: dict, theirs: dict, tolerance: float) -> None:
     for name, value in ours.items():
         error = (value.double() - theirs[name].double()).abs().max() / theirs[name].abs().max()
         assert error <= tolerance, name
-
-
-# -- the loss ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])  # 8 label tokens
@@ -145,39 +140,6 @@ def test_stored_top_k_outputs_are_taken():
     shorter = TeacherTopK(ids[:, :5], top[:, :5], torch.log1p(-top[:, :5].double().exp().sum(-1)).float())
     found = objective(*batch, shorter).parts["divergence"].item()
     assert 0 < found < objective(*batch).parts["divergence"].item()
-
-
-# -- use from Python ---------------------------------------------------------------------------------------------
-
-
-def test_from_folders(tmp_path):
-    """Fault: the pieces do not fit together without a config: a wider and deeper teacher, a student's step."""
-    save_model(tmp_path / "teacher", tiny_teacher(), DEFAULT_TEMPLATE)
-    save_model(tmp_path / "student", tiny_gpt2(seed=6))
-    teacher, student = (load_language_model(str(tmp_path / name)) for name in ("teacher", "student"))
-    objective = TeacherStudent(student, Teacher(teacher), kl_div="JS", temperature=2.0)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
-    batch, losses = random_rows(ROWS), []
-    for _ in range(3):
-        terms = objective(*batch)
-        (terms.loss_sum / terms.token_count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(terms.loss_sum.item())
-    assert losses[2] < losses[0]
-    student.save(tmp_path / "distilled")
-    assert load_language_model(str(tmp_path / "distilled")).parameter_count() == student.parameter_count()
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"kl_div": "foward"}, "kl_div is 'foward'"), ({"bata": 0.5}, "bata is no parameter"),
-    ({"beta": 1.0, "kl_div": "generalized_js"}, "beta is 1.0"), ({"lambda_": 0.0}, "lambda is 0.0"),
-])
-def test_parameters_that_cannot_be(options, message):
-    """Fault: a typo, or a parameter out of range, trains on another loss (case A10)."""
-    with pytest.raises(ValueError, match="expected") as caught:
-        objective_of(student_network(), teacher_network(), **options)
-    assert message in str(caught.value)
 
 
 def test_numbers_reach_the_divergence():
