@@ -209,8 +209,6 @@ def test_bfloat16_autocast(name, kind, changes):
         assert (states.float() - exact).abs().max() < 0.06 * exact.abs().max()
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
-
 # Prompt lengths and the continuation's length with its end-of-text (None: none within MOST tokens).
 MOST = 6
 PLAN = [(3, 1), (14, None), (1, 4), (7, 1), (7, 1), (2, None), (11, 6), (5, 2), (9, 5), (4, 1)]

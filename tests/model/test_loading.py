@@ -177,9 +177,12 @@ def test_pickled_weights_are_not_run(folder, tmp_path):
 # -- hub -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "someone/no-such-model"])
-def test_hub_out_of_reach(name):
-    """Without the hub the library's own long message comes, which names no remedy."""
+@pytest.mark.parametrize(("name", "offline"), [("gpt2", True), ("someone/no-such-model", False)])
+def test_hub_out_of_reach(name, offline, monkeypatch):
+    """Offline, or where nothing answers, the library's own long message comes, which names no remedy."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(loading.hub, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(loading.hub, "ENDPOINT", "http://127.0.0.1:9")
     message = refusal(name)
     assert f"cannot get '{name}' from the hub" in message
     assert f"hf download {name}" in message and "./demo.sh" in message and "local folder" in message

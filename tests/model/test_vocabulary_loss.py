@@ -250,9 +250,6 @@ def test_refused_arguments(changed, message):
         vocabulary_loss(hidden, head, **given)
 
 
-# -- chunks -----------------------------------------------------------------------------------------------------
-
-
 def test_second_backward_is_refused():
     """Fault: gradients that autograd has modified in place are used again."""
     hidden, weight = torch.randn(3, 6, requires_grad=True), torch.randn(30, 6)
