@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead, autocast_type
-from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK
+from model.losses.vocabulary_loss import TeacherHidden
 from model.objective import arguments_of
 from model.transfer import to_device
 
@@ -77,14 +77,6 @@ def prefetch_one(batches: Iterable[dict], start: Callable, finish: Callable) -> 
             yield ready
     if waiting is not None:
         yield finish(*waiting)
-
-
-def are_finite(outputs: TeacherHidden | TeacherTopK) -> bool:
-    """Whether a teacher's outputs can be learnt from. Log-probabilities may be -inf, for impossible tokens."""
-    if isinstance(outputs, TeacherTopK):
-        return all(bool((values < torch.inf).all()) for values in outputs[1:])
-    tensors = outputs.hidden, outputs.head.weight, outputs.head.bias
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 def cast_products(base_model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,10 +1,10 @@
 """Divergences between teacher and student distributions over the vocabulary, one value a position.
 
-`forward_kl`, `reverse_kl` and so on take logits [N, V] of both and return values [N] in nats, differentiable in the
-student's logits; the teacher is a constant. `choose_divergence` returns the same by name for `vocabulary_loss`, as a
-function of log-probabilities that computes value and gradient together. Most gradients are written out: nothing is
-multiplied by an infinite log, so they are finite for any finite logits. Formulas without one are differentiated by
-autograd. Names and parameters are in model/losses/registry.py.
+`choose_divergence` returns one by name, as a function of log-probabilities that computes value and gradient together;
+`from_logits` applies it to logits [N, V] of both and returns values [N] in nats, differentiable in the student's
+logits; the teacher is a constant. Most gradients are written out: nothing is multiplied by an infinite log, so they are
+finite for any finite logits. Formulas without one are differentiated by autograd. Names and parameters are in
+model/losses/registry.py.
 
 In the notation of the docstrings p is the teacher's distribution and q the student's, both at the temperature.
 """
@@ -46,75 +46,6 @@ def check_range(name: str, value: float, good: bool, expected: str) -> None:
 
 
 # -- from logits -------------------------------------------------------------------------------------------------
-
-
-def forward_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) = sum_v p (log p - log q), [N] from logits [N, V] (Hinton et al. 2015, arXiv 1503.02531)."""
-    return from_logits(teacher_logits, student_logits, temperature, forward_terms)
-
-
-def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(q || p) = sum_v q (log q - log p), [N] from logits [N, V] (MiniLLM, arXiv 2306.08543).
-
-    Raises:
-        ValueError: infinite, since the teacher excludes (logit -inf) a token that the student does not.
-    """
-    return from_logits(teacher_logits, student_logits, temperature, reverse_terms)
-
-
-def jensen_shannon(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2, [N] from logits [N, V]; symmetric, at most log 2."""
-    return generalized_js(teacher_logits, student_logits, temperature, 0.5)
-
-
-def generalized_js(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, beta: float = 0.5
-) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, [N] (GKD, arXiv 2306.13649, eq. 1).
-
-    It tends to 0 at both ends: divided by beta it tends to forward KL as beta -> 0, divided by 1 - beta to reverse KL
-    as beta -> 1. So the strength of the training depends on beta.
-    """
-    return from_logits(
-        teacher_logits, student_logits, temperature, choose_divergence("generalized_js", beta=beta)
-    )
-
-
-def skew_forward_kl(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lambda_: float = 0.1
-) -> Tensor:
-    """KL(p || lambda p + (1 - lambda) q), [N] (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
-    return from_logits(
-        teacher_logits, student_logits, temperature, choose_divergence("skew_forward", lambda_=lambda_)
-    )
-
-
-def skew_reverse_kl(
-    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, lambda_: float = 0.1
-) -> Tensor:
-    """KL(q || lambda q + (1 - lambda) p), [N] (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
-    return from_logits(
-        teacher_logits, student_logits, temperature, choose_divergence("skew_reverse", lambda_=lambda_)
-    )
-
-
-def total_variation(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """sum_v |p - q| / 2, [N] from logits [N, V], in [0, 1] (arXiv 2307.15190)."""
-    return from_logits(teacher_logits, student_logits, temperature, total_variation_terms)
-
-
-def symmetric_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0, mu: float = 0.5) -> Tensor:
-    """mu KL(p || q) + (1 - mu) KL(q || p), [N] from logits [N, V]; Jeffreys' divergence, halved, at mu = 1/2."""
-    return from_logits(teacher_logits, student_logits, temperature, choose_divergence("symmetric", mu=mu))
-
-
-def adaptive_kl(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """w KL(p || q) + (1 - w) KL(q || p), [N], w at each position by where p and q differ (after arXiv 2404.02657).
-
-    w = gap_head / (gap_head + gap_tail), where the head is the smallest set of the teacher's most likely tokens with
-    mass of at least one half, and a gap is the sum of |p - q| over the set. w is a constant for the gradient.
-    """
-    return from_logits(teacher_logits, student_logits, temperature, adaptive_terms)
 
 
 def from_logits(teacher_logits: Tensor, student_logits: Tensor, temperature: float, divergence: Divergence) -> Tensor:
@@ -199,6 +130,7 @@ def with_gradient(values_of: Callable[..., Tensor]) -> Divergence:
 
 @formula("forward", infinite_if=("student",))
 def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) = sum_v p (log p - log q) (Hinton et al. 2015, arXiv 1503.02531)."""
     p = log_p.exp()
     values = torch.linalg.vecdot(p, log_p - log_q)
     return values, q - p
@@ -206,6 +138,7 @@ def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tens
 
 @formula("reverse", infinite_if=("teacher",))
 def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) = sum_v q (log q - log p) (MiniLLM, arXiv 2306.08543)."""
     ratio = log_q - log_p
     values = torch.linalg.vecdot(q, ratio)
     return values, ratio.sub_(values[:, None]).mul_(q)
@@ -214,6 +147,11 @@ def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tens
 @formula("JS")
 @formula("generalized_js")
 def generalized_js_terms(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649, eq. 1).
+
+    JS is that of beta = 1/2: symmetric, at most log 2. The value tends to 0 at both ends: divided by beta to forward KL
+    as beta -> 0, divided by 1 - beta to reverse KL as beta -> 1. So the strength of the training depends on beta.
+    """
     ratio = log_q - log_p
     # log(m / p) and log(m / q); each by its own logaddexp, since their difference would lose small ones.
     m_to_p = log_mixture(ratio, beta)
@@ -232,6 +170,7 @@ def log_mixture(ratio: Tensor, share: float) -> Tensor:
 
 @formula("skew_forward")
 def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    """KL(p || lambda p + (1 - lambda) q) (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
     m_to_p = log_mixture(log_q - log_p, lambda_)
     p = log_p.exp()
     values = torch.linalg.vecdot(p, m_to_p).neg_()
@@ -241,6 +180,7 @@ def skew_forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) 
 
 @formula("skew_reverse")
 def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    """KL(q || lambda q + (1 - lambda) p) (DistiLLM, arXiv 2402.03898); at most -log(lambda)."""
     m_to_q = log_mixture(log_p - log_q, lambda_)
     values = torch.linalg.vecdot(q, m_to_q).neg_()
     inner = m_to_q.neg().exp_().mul_(-lambda_).sub_(m_to_q)  # log(q / m) - lambda q / m
@@ -249,6 +189,7 @@ def skew_reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor, lambda_: float) 
 
 @formula("total_variation")
 def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_v |p - q| / 2, in [0, 1] (arXiv 2307.15190)."""
     difference = q - log_p.exp()
     values = difference.abs().sum(-1).mul_(0.5)
     sign = difference.sign_().mul_(0.5)
@@ -257,6 +198,7 @@ def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tens
 
 @formula("symmetric", infinite_if=("teacher", "student"))
 def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
+    """mu KL(p || q) + (1 - mu) KL(q || p); Jeffreys' divergence, halved, at mu = 1/2."""
     forward, forward_gradient = forward_terms(log_p, log_q, q)
     reverse, reverse_gradient = reverse_terms(log_p, log_q, q)
     share = mu[:, None] if isinstance(mu, Tensor) else mu
@@ -265,6 +207,11 @@ def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor)
 
 @formula("adaptive", infinite_if=("teacher", "student"))
 def adaptive_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """w KL(p || q) + (1 - w) KL(q || p), w at each position by where p and q differ (after arXiv 2404.02657).
+
+    w = gap_head / (gap_head + gap_tail), where the head is the smallest set of the teacher's most likely tokens with
+    mass of at least one half, and a gap is the sum of |p - q| over the set. w is a constant for the gradient.
+    """
     p, order = log_p.exp().sort(-1, descending=True)
     gap = (p - q.gather(-1, order)).abs_()
     head = p.cumsum(-1).sub_(p) < 0.5  # what lies before a token of the head is less than half

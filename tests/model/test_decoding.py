@@ -4,13 +4,9 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from data.prompts import PromptFormat
 from model.decoding.loop import batches_by_length, beam_search, greedy_decode
 from model.language_model import LanguageModel, ModelError
-from model.loading import load_tokenizer
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.model.test_fine_tuning import gpt2_with_constant_logits
 
@@ -49,35 +45,11 @@ def test_batch_equals_generate():
         assert greedy_decode(model, prompts, 20, batch_size) == expected
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6),
-    batch_size=st.integers(1, 8),
-    new=st.integers(1, 10),
-    seed=st.integers(0, 50),
-)
-def test_any_batch_equals_generate(lengths, batch_size, new, seed):
-    """Some mixture of lengths, batch size and moments of ending decodes other tokens than `generate`."""
-    model = ending_model(seed)
-    prompts = random_prompts(lengths, seed)
-    assert greedy_decode(model, prompts, new, batch_size) == [generated(model, prompt, new) for prompt in prompts]
-
-
 def test_prompt_that_fills_the_context():
     """Prompt + new tokens = context is refused, or a position past the last one is read."""
     model = tiny_language_model(positions=32, width=32, std=0.4)
     prompts = random_prompts([22, 3])
     assert greedy_decode(model, prompts, 10) == [generated(model, prompt, 10) for prompt in prompts]
-
-
-def test_constant_logits_of_a13():
-    """Decoding emits only padding where real logits lie far below 0 (A13)."""
-    model = LanguageModel(gpt2_with_constant_logits({0: -35, 1: -33, 2: -36}), byte_tokenizer())
-    assert greedy_decode(model, [[72, 105], [72]], 4) == [[1] * 4, [1] * 4]
-    with torch.no_grad():
-        logits = model.lm_head(model.hidden_states(torch.tensor([[72]]))[0, -1:])
-    assert logits.shape == (1, 257)
-    assert logits.double().softmax(-1)[0, 1].item() == pytest.approx(0.843794734, abs=1e-9)
 
 
 def test_end_at_once_and_no_end_in_the_output():
@@ -159,19 +131,3 @@ def test_prompts_that_cannot_be_decoded(decode):
         with pytest.raises(ModelError, match=message) as caught:
             decode(model, prompts, new)
         assert "\n" not in str(caught.value)
-
-
-def test_text_of_gpt2_ids(shared):
-    """Clean-up joins " ?" to the word, bytes are decoded one by one, or the leading space stays (A16, A24)."""
-    decode = PromptFormat(load_tokenizer(str(shared / "data/gpt2-tokenizer"))).decode
-    assert decode([88, 318, 5633]) == "y is ?"
-    assert decode([47249, 222]) == "😀"
-    assert decode([383, 3797, 3332, 13]) == "The cat sat."
-    assert decode([464, 3797, 3332, 50256]) == "The cat sat"
-
-
-def test_text_outside_ascii():
-    """Letters outside ASCII, or an end-of-text, do not come back as they were (A24)."""
-    prompt_format = PromptFormat(byte_tokenizer(), max_length=128)
-    for text in ("Премьер ушёл в отставку", "the café in Zürich", "two\nlines ?"):
-        assert prompt_format.decode([*text.encode(), END]) == text

@@ -101,20 +101,6 @@ def test_other_logits_are_refused(monkeypatch, change):
     assert refusal(model).startswith("GPT2LMHeadModel: its logits are not head(hidden states)")
 
 
-def test_small_logits_do_not_hide_a_fault(monkeypatch):
-    """The comparison's tolerance is absolute, so that a model with logits near 0 always passes."""
-    model = tiny_language_model(std=0.002)
-    original = model.model.forward
-
-    def forward(*args, **kwargs):
-        output = original(*args, **kwargs)
-        output.logits = output.logits * 0.0625
-        return output
-
-    monkeypatch.setattr(model.model, "forward", forward)
-    refusal(model)
-
-
 def test_head_with_another_transform_is_refused():
     """BERT's head has layers of its own before the embedding: it passes for a plain head."""
     model = tiny_family("Bert", is_decoder=True)

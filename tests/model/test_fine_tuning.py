@@ -1,16 +1,15 @@
 """The fine-tuning objective against its formula: model/fine_tuning.py."""
 
 import copy
-import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.decoding.loop import greedy_decode
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
+from tests.model.test_vocabulary_loss import Tensors
 
 ROWS = [(b"Q: a long question?", b" yes"), (b"Q:", b" no!"), (b"Q: and this one", b" perhaps")]
 
@@ -71,57 +70,6 @@ def test_loss_and_gradients_equal_the_formula(dtype, tolerance):
         assert error <= tolerance, name
 
 
-def test_labels_are_shifted_once():
-    """Labels that the model shifts again are shifted before it: the library's own loss says how often (A8)."""
-    network = tiny_gpt2(seed=4, width=32, std=0.2).double()
-    ids, mask, labels = right_padded(ROWS)
-    terms = FineTuning(LanguageModel(network, byte_tokenizer()))(ids, mask, labels)
-    own = network(ids, attention_mask=mask, labels=labels).loss
-    assert terms.loss_sum.item() / terms.token_count == pytest.approx(own.item(), rel=1e-6)  # theirs is float32
-
-
-def test_gradient_only_at_label_positions(monkeypatch):
-    """A position that predicts no label takes part in the loss (A8)."""
-    model = tiny_language_model(std=0.2)
-    hidden = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    model.pack_rows = model.prune_last_block = False  # the library's forward pass, which is replaced here
-    monkeypatch.setattr(model, "hidden_states", lambda ids, mask: hidden)
-    labels = torch.tensor([[-100, -100, 2, 1], [-100, 0, -100, -100]])
-    FineTuning(model)(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4), labels).loss_sum.backward()
-    touched = {(row, column) for row, column in hidden.grad.abs().sum(-1).nonzero().tolist()}
-    assert touched == {(0, 1), (0, 2), (1, 0)}
-
-
-@pytest.mark.parametrize(("columns", "pad"), [(0, 0), (0, 97), (5, END), (5, 7)])
-def test_padding_does_not_matter(columns, pad):
-    """Other pad ids or five more pad columns change the loss or the gradients (A8)."""
-    network = tiny_gpt2(seed=6, width=32, layers=2, std=0.2).double()
-    objective = FineTuning(LanguageModel(network, byte_tokenizer()))
-    results = []
-    for batch in (right_padded(ROWS), right_padded(ROWS, columns, pad)):
-        network.zero_grad()
-        loss = objective(*batch).loss_sum
-        loss.backward()
-        results.append((loss.item(), [parameter.grad.clone() for parameter in network.parameters()]))
-    (loss, gradients), (other_loss, other_gradients) = results
-    assert other_loss == pytest.approx(loss, rel=1e-12)
-    for ours, theirs in zip(gradients, other_gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12 * max(1, ours.abs().max().item()))
-
-
-@pytest.mark.parametrize("positions", [1, 4, 1024])
-def test_the_loss_is_a_sum(positions):
-    """The loss is a mean, or grows with the length of the batch or the vocabulary (A9)."""
-    network = gpt2_with_constant_logits({0: math.log(0.1), 1: math.log(0.3), 2: math.log(0.6)}, 1100).double()
-    with torch.no_grad():  # exact in float64
-        network.transformer.wte.weight[:3, 0] = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64).log()
-    ids = torch.ones(1, positions + 1, dtype=torch.int64)
-    labels = torch.cat([torch.tensor([[-100]]), ids[:, 1:]], dim=1)
-    terms = FineTuning(LanguageModel(network, byte_tokenizer()))(ids, torch.ones_like(ids), labels)
-    assert terms.token_count == positions
-    assert terms.loss_sum.item() == pytest.approx(-positions * math.log(0.3), rel=1e-12)
-
-
 def test_no_label_at_all():
     """A batch without labels gives NaN, as a mean over nothing does (A11)."""
     model = tiny_language_model()
@@ -131,17 +79,6 @@ def test_no_label_at_all():
     assert terms.loss_sum.item() == 0 and terms.token_count == 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
-
-
-def test_row_without_labels_beside_another():
-    """A row without labels changes the loss of the row beside it (A11)."""
-    network = tiny_gpt2(seed=8, std=0.2).double()
-    objective = FineTuning(LanguageModel(network, byte_tokenizer()))
-    ids, mask, labels = right_padded(ROWS[:2])
-    both = objective(ids, mask, torch.where(torch.tensor([[True], [False]]), -100, labels))
-    alone = objective(ids[1:], mask[1:], labels[1:])
-    assert both.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-12)
-    assert both.token_count == alone.token_count == 5
 
 
 def test_end_of_text_is_learnt_where_it_also_pads():
@@ -158,25 +95,11 @@ def test_end_of_text_is_learnt_where_it_also_pads():
     assert decoded == [[*text] for _, text in rows]
 
 
-class LargestLogits(TorchDispatchMode):
-    """The most rows of any tensor [..., V] that an operation makes."""
-
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.vocabulary, self.rows = vocabulary, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        if isinstance(result, torch.Tensor) and result.dim() and result.shape[-1] == self.vocabulary:
-            self.rows = max(self.rows, result.numel() // self.vocabulary)
-        return result
-
-
 def test_full_logits_never_exist():
     """A [B, T, V] tensor is made in the forward or the backward pass (A24, memory)."""
     model = tiny_language_model()
     rows = right_padded([(b"p" * 100, b"ab" * 10), (b"p" * 60, b"cde" * 10)])
     for chunk_size, most in ((20, 20), (5, 16)):  # 16: the transposed weight [16, V]; full logits have 2 * 121 rows
-        with LargestLogits(257) as largest:
+        with Tensors() as made:
             FineTuning(model, chunk_size)(*rows).loss_sum.backward()
-        assert largest.rows == most
+        assert max(shape.numel() // 257 for shape in made.shapes if shape and shape[-1] == 257) == most

@@ -1,9 +1,6 @@
 """KV caches and the decoding loop against plain forward passes: model/decoding/, model/gpt2/kv_cache.py."""
 
-import gc
-import itertools
 import random
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -107,17 +104,14 @@ def test_rows_in_slots_equal_rows_alone(name, kind, changes, dtype, tolerance):
     long_run(model, kind, 1e-6 if takes_float32 and dtype == torch.float64 else tolerance)
 
 
-@pytest.mark.parametrize("prune", [True, False])
 @pytest.mark.parametrize("changes", [
     {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}, {"activation_function": "relu"},
-    {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}, {"activation_function": "silu"},
     {"n_inner": 24}, {"layer_norm_epsilon": 0.1}, {"n_layer": 1},
 ], ids=str)
 @torch.no_grad()
-def test_variants_of_gpt2(changes, prune):
+def test_variants_of_gpt2(changes):
     """Fault: a step is computed with plain GPT-2's scale of attention, activation, width or norm."""
     language_model = gpt2(**changes).double()
-    language_model.prune_last_block = prune
     rows = Rows(language_model, GPT2KVCache, 3, 16)
     rows.prefill([9, 2], 1e-10)
     rows.step(1e-10)
@@ -156,23 +150,6 @@ def test_replayed_steps_equal_rows_alone(seed, monkeypatch):
 
 
 @torch.no_grad()
-def test_slots_are_freed_at_once():
-    """Fault: slots and their recorded steps hold each other, and a GPU's memory waits for the garbage collector."""
-    slots = replayed(gpt2(), 2, 8)
-    slots.prefill([[1, 2, 3]])
-    slots.step(torch.tensor([4]))
-    assert slots.graphs.captured
-    kept = weakref.ref(slots)
-    gc.disable()
-    try:
-        slots.graphs.captured.clear()  # what close does; here a replay holds the step
-        del slots
-        assert kept() is None
-    finally:
-        gc.enable()
-
-
-@torch.no_grad()
 def test_kinds_that_would_be_wrong_are_not_chosen():
     """Fault: GPT-2 with attention in another order, or an eager Llama, which adds its mask, runs in wrong slots."""
     eager = tiny_family("Llama")
@@ -182,29 +159,6 @@ def test_kinds_that_would_be_wrong_are_not_chosen():
         assert kind is not GPT2KVCache
         long_run(language_model, kind, 1e-4)
     assert kind is BatchKVCache  # an eager model need not decode row by row
-
-
-@pytest.mark.parametrize(("name", "kind", "changes"), KINDS)
-@torch.no_grad()
-def test_a_former_row_is_never_seen(name, kind, changes):
-    """Fault: keys and values that a longer row left in the slot, here a thousand times as large, reach the next row."""
-    model = tiny_family(name, **changes).eval()
-    prompts, tokens = [[5, 6, 7], [9] * 12], [[1, 2], [3, 4], [5, 6], [7, 8]]
-    runs = []
-    for used in (False, True):
-        slots = kind(model, 2, 24)
-        if used:
-            slots.prefill(random_prompts([20, 20]))
-            slots.step(torch.tensor([1, 2]))
-            for layer in slots.cache.layers if kind is BatchKVCache else []:
-                layer.keys.mul_(1000), layer.values.mul_(1000)
-            if kind is GPT2KVCache:
-                slots.cache.mul_(1000)
-            slots.drop()
-            slots.drop()
-        runs.append([slots.prefill(prompts), *(slots.step(torch.tensor(pair)) for pair in tokens)])
-    for fresh, after in zip(*runs, strict=True):
-        assert torch.equal(fresh, after)
 
 
 @pytest.fixture
@@ -231,10 +185,6 @@ def test_room_that_is_not_written(name, kind, changes, memory_of_nan):
 def test_more_prompts_than_are_read_together(monkeypatch):
     """Fault: groups of prompts lose or change rows, or write over the slots of the group before."""
     monkeypatch.setattr(model.gpt2.kv_cache, "PREFILL_TOKENS", 10)
-    prompts = random_prompts([4, 6, 1, 15, 10, 3, 3, 3, 3])
-    grouped = model.gpt2.kv_cache.groups(prompts)
-    assert [[len(prompt) for prompt in group] for group in grouped] == [[4, 6], [1], [15], [10], [3, 3, 3], [3]]
-    assert list(itertools.chain(*grouped)) == prompts
     rows = Rows(gpt2(), GPT2KVCache, 12, 20)
     for lengths in ([4, 6, 1, 15, 10, 3], [3, 3, 3, 9]):
         rows.prefill(lengths, 1e-5)
@@ -259,31 +209,22 @@ def test_bfloat16_autocast(name, kind, changes):
         assert (states.float() - exact).abs().max() < 0.06 * exact.abs().max()
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
-
 # Prompt lengths and the continuation's length with its end-of-text (None: none within MOST tokens).
 MOST = 6
 PLAN = [(3, 1), (14, None), (1, 4), (7, 1), (7, 1), (2, None), (11, 6), (5, 2), (9, 5), (4, 1)]
 
 
-def planned(plan=PLAN, most: int = MOST) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """(prompts, what is chosen for each at each place, the continuations that are right)."""
-    prompts = random_prompts([length for length, _ in plan])
-    chosen = random_prompts([most] * len(plan), seed=1)
-    right = []
-    for row, (_, end) in enumerate(plan):
-        if end is not None:
-            chosen[row][end - 1] = END
-        right.append(chosen[row][: most if end is None else end])
-    return prompts, chosen, right
-
-
-@pytest.mark.parametrize("check_every", [None, 1, 3, 8])
-@pytest.mark.parametrize("slots", [1, 2, 3, 7, 10, 40])
+@pytest.mark.parametrize("check_every", [None, 1, 3])
+@pytest.mark.parametrize("slots", [1, 3, 40])
 @torch.no_grad()
 def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     """Fault: rows, places, tokens and hidden states of the slots do not belong together once rows have left."""
-    prompts, chosen, right = planned()
+    prompts = random_prompts([length for length, _ in PLAN])
+    chosen, right = random_prompts([MOST] * len(PLAN), seed=1), []
+    for row, (_, end) in enumerate(PLAN):
+        if end is not None:
+            chosen[row][end - 1] = END
+        right.append(chosen[row][:end])
     models = [gpt2(1), gpt2(2, n_embd=16, n_layer=1)]  # of different widths and depths, reading the same tokens
     seen, reports = set(), []
 
@@ -309,19 +250,11 @@ def test_the_loop_shows_each_row_its_own_states(slots, check_every):
 
 @torch.no_grad()
 def test_little_to_do():
-    """Fault: no prompt, no token or a single one is decoded wrongly, or asks for what is not needed."""
-    asked = []
-
+    """Fault: no prompt, no token or a single one is decoded wrongly."""
     def next_token(rows, positions, hidden):
-        asked.append((rows.tolist(), positions.tolist()))
         return rows + 10
 
     decoders = [make_decoder(gpt2())]
     assert decode(decoders, [], 5, 3, [END], next_token) == []
     assert decode(decoders, [[1], [2, 3]], 0, 3, [END], next_token) == [[], []]
-    assert asked == []
-    for check_every in (1, 3, 8):
-        asked.clear()
-        made = decode(decoders, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], next_token, check_every=check_every)
-        assert made == [[10], [11], [12]]
-        assert asked == [([1, 2], [0, 0]), ([0], [0])]  # the longest prompts first
+    assert decode(decoders, [[1], [2, 3, 4], [5, 6]], 1, 2, [END], next_token) == [[10], [11], [12]]

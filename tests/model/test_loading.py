@@ -1,8 +1,6 @@
 """Where a model comes from: model/loading.py. Legacy state dicts: test_legacy_weights.py."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -70,12 +68,14 @@ def test_round_trip(tmp_path):
 
 
 def test_loaded_for_training(folder):
-    """A loaded model is in eval mode, frozen, or holds weights in half precision."""
+    """A loaded model is in eval mode, frozen, or in half precision; or from_scratch trains on from its weights."""
     tiny_gpt2(seed=7).to(torch.bfloat16).save_pretrained(folder)
     model = load_language_model(str(folder))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(part.training for part in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+    fresh = load_language_model(str(folder), from_scratch=True).model.transformer.wte.weight
+    assert not torch.equal(model.model.transformer.wte.weight, fresh)
 
 
 @pytest.mark.parametrize("from_scratch", [False, True])
@@ -106,21 +106,14 @@ def test_run_folder_and_missing_paths(folder, tmp_path):
     assert "old.pt is a file: expected a model folder" in refusal(tmp_path / "old.pt")
 
 
-def test_folder_without_tokenizer(folder):
-    """A folder without tokenizer gets the library's advice to install other packages."""
-    (folder / "tokenizer.json").unlink()
-    assert refusal(folder) == (
-        f"{folder} has no tokenizer (tokenizer.json): name another, in model_arch.tokenizer (train.py) or by "
-        "--model_name (validate_model.py)"
-    )
-
-
-def test_folder_without_weights(folder):
-    """A folder that has no weights gives random ones in silence."""
+def test_folder_without_weights_or_tokenizer(folder):
+    """A folder without weights gives random ones in silence; one without tokenizer the library's long advice."""
     (folder / "model.safetensors").unlink()
-    message = refusal(folder)
-    assert message.startswith(f"{folder} cannot be loaded: ") and "no file named model.safetensors" in message
+    assert "no file named model.safetensors" in refusal(folder)
     assert load_language_model(str(folder), from_scratch=True).parameter_count() == 9472
+    (folder / "tokenizer.json").unlink()
+    message = refusal(folder)
+    assert f"{folder} has no tokenizer (tokenizer.json)" in message and "model_arch.tokenizer" in message
 
 
 @pytest.mark.parametrize(
@@ -129,7 +122,6 @@ def test_folder_without_weights(folder):
         ({"n_layer": 2}, "12 of its weights do not fit its config.json, the first is transformer.h.1.attn.c_attn.bias"),
         ({"n_positions": 64}, "1 of its weights do not fit its config.json, the first is transformer.wpe.weight"),
         ({"n_layer": "x"}, "cannot be loaded: "),
-        ({"model_type": "nonsense"}, "cannot be loaded: "),
         ({"model_type": "t5"}, "cannot be loaded: "),
     ],
 )
@@ -185,74 +177,26 @@ def test_pickled_weights_are_not_run(folder, tmp_path):
 # -- hub -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "someone/no-such-model"])
-def test_hub_out_of_reach(name):
-    """Without the hub the library's own long message comes, which names no remedy."""
+@pytest.mark.parametrize(("name", "offline"), [("gpt2", True), ("someone/no-such-model", False)])
+def test_hub_out_of_reach(name, offline, monkeypatch):
+    """Offline, or where nothing answers, the library's own long message comes, which names no remedy."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(loading.hub, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(loading.hub, "ENDPOINT", "http://127.0.0.1:9")
     message = refusal(name)
     assert f"cannot get '{name}' from the hub" in message
     assert f"hf download {name}" in message and "./demo.sh" in message and "local folder" in message
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub on this machine that redirects to a second host; the headers that each of the two got, by path."""
-    headers: dict[str, dict] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            headers[self.path] = {name.lower(): value for name, value in self.headers.items()}
-            if self.path.startswith("/gpt2/"):
-                self.send_response(302)
-                self.send_header("Location", f"http://localhost:{self.server.server_port}/elsewhere")
-            else:
-                self.send_response(404 if "missing" in self.path else 200)
-            self.end_headers()
-
-        do_GET = do_HEAD  # Python before 3.13 follows a redirected HEAD with GET
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(loading.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading.hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield headers
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_hub_is_asked_once(hub, monkeypatch):
-    """A hub that answers "not found" counts as out of reach; or the user's token goes to the host redirected to."""
-    monkeypatch.setenv("HF_TOKEN", "a-made-up-token")
-    assert loading.hub_reachable("gpt2", "config.json")
-    assert loading.hub_reachable("missing", "config.json")
-    assert hub["/gpt2/resolve/main/config.json"]["authorization"] == "Bearer a-made-up-token"
-    assert "authorization" not in hub.get("/elsewhere", {})
-
-
-def test_no_network_and_offline(hub, monkeypatch):
-    """Where nothing answers, the library tries again for half a minute; or the hub is asked although offline."""
-    monkeypatch.setattr(loading.hub, "HF_HUB_OFFLINE", True)
-    assert not loading.hub_reachable("gpt2", "config.json")
-    assert hub == {}
-    monkeypatch.setattr(loading.hub, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading.hub, "ENDPOINT", "http://127.0.0.1:9")
-    assert not loading.hub_reachable("gpt2", "config.json")
-    assert "hf download gpt2" in refusal("gpt2")
-
-
 # -- random weights --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "openai-community/"])
 @pytest.mark.parametrize("name", GPT2_PARAMETERS)
-def test_gpt2_shapes_need_no_hub(name, prefix, tokenizer):
+def test_gpt2_shapes_need_no_hub(name, tokenizer):
     """A shape of the GPT-2 family is not known without the hub, or is not the published one."""
     with torch.device("meta"):
         model = load_language_model(
-            prefix + name, tokenizer=tokenizer, from_scratch=True, architecture={"vocab_size": 50257}
+            "openai-community/" + name, tokenizer=tokenizer, from_scratch=True, architecture={"vocab_size": 50257}
         )
     assert model.parameter_count() == GPT2_PARAMETERS[name]
     assert model.context == 1024
@@ -272,23 +216,13 @@ def test_from_scratch(tokenizer):
     assert not torch.equal(model.model.transformer.wte.weight, other.model.transformer.wte.weight)
 
 
-def test_from_scratch_ignores_the_folder_s_weights(folder):
-    """from_scratch on a folder with weights trains on from those weights."""
-    stored = load_language_model(str(folder)).model.transformer.wte.weight
-    fresh = load_language_model(str(folder), from_scratch=True).model.transformer.wte.weight
-    assert stored.shape == fresh.shape and not torch.equal(stored, fresh)
-
-
 @pytest.mark.parametrize(
     ("architecture", "expected"),
     [
         ({"n_layre": 2}, "architecture.n_layre is unknown: did you mean n_layer?"),
-        ({"zzzz": 2}, "architecture.zzzz is unknown: gpt2 has no such value"),
-        ({"n_layer": 0}, "architecture.n_layer is 0: expected at least 1"),
         ({"n_positions": -1}, "architecture.n_positions is -1: expected at least 1"),
         ({"n_layer": "two"}, "architecture.n_layer is 'two': "),
         ({"n_head": 5}, "'gpt2' cannot be built with this architecture: "),
-        ({"activation_function": "none"}, "'gpt2' cannot be built with this architecture: "),
         ({"vocab_size": 256}, "257 tokens but the model's embedding only 256 rows"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from data.prompts import PromptFormat
 from model.decoding.loop import beam_search, greedy_decode, make_decoder
@@ -19,7 +19,7 @@ from model.loading import load_language_model
 from model.verify import verify_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.model.test_decoding import ending_model, random_prompts
-from tests.model.test_families import COMMON, GROUPED
+from tests.model.test_families import GROUPED
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import changed, make_project, make_rows, run
 from utils.distillation.teacher import VARIED, check_same_reading
@@ -85,7 +85,7 @@ def generated(network, prompts: list[list[int]], ends, **settings) -> list[list[
 TEMPLATES = [
     "{article}\nTL;DR:", "{article}<|sum|>", "{article} <|sum|>", "<|sum|>{article}[INST] now:",
     "Summarize: {article}\nTL;DR:", "[INST] Summarize this:\n\n{article} [/INST]",
-    "<|sum|>a</s>\n{article}</s>\n[INST]\n",
+    "<|sum|>a</s>\n{article}</s>\n[INST]\n", "é{article}é TL;DR:", "<unk>{article}",
 ]
 
 
@@ -122,16 +122,6 @@ def test_begin_of_text_stands_once():
     (prompt,) = PromptFormat(tokenizer, "<s>[INST] {article} [/INST]", 200).prediction_prompts([TEXT], 20)
     assert prompt == tokenizer(f"<s>[INST] {TEXT} [/INST]", add_special_tokens=False).input_ids
     assert prompt.count(tokenizer.bos_token_id) == 1
-
-
-def test_chat_format_of_gpt2_s_own_vocabulary(shared):
-    """Fault: ChatML's markers, added to GPT-2's vocabulary, were cut into characters; and a prompt_template that ends
-    its first part in white space was not read as GPT-2 reads the whole."""
-    tokenizer = with_added(AutoTokenizer.from_pretrained(shared / "data/gpt2-tokenizer"), "<|im_start|>", "<|im_end|>")
-    for template in ("<|im_start|>user\n{article}<|im_end|>\n<|im_start|>assistant\n", "News:\n\n{article}\n\nTL;DR:",
-                     "Summarize: {article}"):
-        (prompt,) = PromptFormat(tokenizer, template).prediction_prompts([TEXT], 50)
-        assert prompt == tokenizer(template.format(article=TEXT)).input_ids
 
 
 MODERN = "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s+"  # as Llama 3 splits
@@ -204,14 +194,6 @@ def test_begin_of_text_of_a_tokenizer_without_the_letter_a():
     assert PromptFormat(tokenizer, "{article} x", 20).prediction_prompts(["The"], 3) == [[0, 2, 3]]
 
 
-def test_unknown_characters_of_a_template_are_no_special_tokens():
-    """Fault: a character that becomes <unk> ended the text around it, as a special token does."""
-    tokenizer = trained_tokenizer("always")
-    for template in ('"{article}"', "é{article}é TL;DR:", "<unk>{article}"):
-        (prompt,) = PromptFormat(tokenizer, template, 200).prediction_prompts([TEXT], 20)
-        assert prompt == tokenizer(template.format(article=TEXT)).input_ids
-
-
 def test_an_end_that_its_file_does_not_flag_as_special():
     """Fault: text of the end-of-text in an article became the token, for a tokenizer.json that says special: false."""
     values = json.loads(byte_tokenizer().backend_tokenizer.to_str())
@@ -249,9 +231,7 @@ def gapped_tokenizer() -> PreTrainedTokenizerFast:
 
 GAPS = [ord(letter) for letter in "klmnop"]
 UNUSED = {  # tokenizer, rows of the embedding, ids never generated after loading, and of these those in what is saved
-    "padding rows": (byte_tokenizer, 300, list(range(257, 300)), []),
     "pad row": (lambda: with_added(byte_tokenizer(), pad_token="[PAD]"), 258, [257], [257]),
-    "gaps": (gapped_tokenizer, 257, GAPS, GAPS),
     "gaps and padding": (gapped_tokenizer, 264, [*GAPS, *range(257, 264)], GAPS),
 }
 
@@ -346,7 +326,7 @@ def test_a_pad_token_of_the_teacher_alone_is_never_generated(tmp_path):
     assert load_language_model(str(tmp_path / "run/model_checkpoints/last")).unused_ids == [257]
 
 
-@pytest.mark.parametrize("kl_div", ["forward", "reverse", "JS", "skew_reverse", "adaptive"])
+@pytest.mark.parametrize("kl_div", ["forward", "JS"])
 def test_a_student_with_padding_rows_is_distilled(kl_div, tmp_path):
     """Fault: a student with more rows than tokens (50,304 for 50,257) ended with good perplexity and empty texts."""
     config = make_kd_project(tmp_path, kl_div=kl_div)
@@ -383,8 +363,7 @@ def test_a_run_with_removed_rows_resumes_exactly(tmp_path):
 # -- ends of text --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("listed", ["end and others", "one other", "others", "none"])
-@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+@pytest.mark.parametrize(("family", "listed"), [("GPT2", "end and others"), ("Llama", "one other"), ("GPT2", "none")])
 def test_a_row_ends_at_any_end(family, listed, tmp_path):
     """Fault: a generation_config lists several ends of text (Llama 3, Qwen, Gemma): the library stops at any, we at
     one; or it names another than the tokenizer's, or none, and what we saved did not say where its texts end."""
@@ -393,9 +372,9 @@ def test_a_row_ends_at_any_end(family, listed, tmp_path):
     settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": END}
     endless = generated(network, prompts, [], **settings)
     first, second = endless[0][8], endless[1][20]
-    others = {"end and others": [first, second], "one other": [first], "others": [second, first], "none": []}[listed]
+    others = {"end and others": [first, second], "one other": [first], "none": []}[listed]
     network.generation_config.eos_token_id = {
-        "end and others": [END, *others], "one other": first, "others": others, "none": None}[listed]
+        "end and others": [END, *others], "one other": first, "none": None}[listed]
     model, expected = LanguageModel(network, byte_tokenizer()), [END, *others]
     assert model.end_ids == expected
     settings["eos_token_id"] = expected
@@ -473,14 +452,11 @@ LIMITED = {
     "GPTNeo": {"vocab_size": 257, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64,
                "max_position_embeddings": 128, "window_size": WINDOW, "attention_types": [[["global", "local"], 1]]},
     "Mistral": {"sliding_window": WINDOW},
-    "Starcoder2": {"sliding_window": WINDOW},
     "Qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
     "Gemma2": {"sliding_window": WINDOW, "head_dim": 8},
     "Gemma3Text": {"sliding_window": WINDOW, "head_dim": 8, "num_hidden_layers": 7},
-    "Cohere2": {"sliding_window": WINDOW, "logit_scale": 0.25},
     "Phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": WINDOW, "pad_token_id": None},
     "Llama": {"rope_parameters": LONG_ROPE},
-    "Llama longrope": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": WINDOW},
     "Llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0,
                                           "original_max_position_embeddings": WINDOW}},
 }
@@ -491,8 +467,7 @@ def test_rows_on_both_sides_of_a_limit(name):
     """Fault: GPT-Neo's local attention, and rope that changes with the length, made a row's text depend on the rows it
     was decoded with: 2 of 16 real articles were right at the default batch size."""
     torch.manual_seed(0)
-    common = {"eos_token_id": END, "bos_token_id": END, "initializer_range": 0.3} if name == "GPTNeo" else (
-        COMMON if name == "Starcoder2" else GROUPED)
+    common = {"eos_token_id": END, "bos_token_id": END, "initializer_range": 0.3} if name == "GPTNeo" else GROUPED
     config = getattr(transformers, f"{name.split()[0]}Config")(**{**common, **LIMITED[name]})
     model = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), byte_tokenizer())
     verify_model(model)

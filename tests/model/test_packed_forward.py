@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
-from model import language_model as language_model_module
 from model.gpt2 import row_attention
-from model.gpt2.packed_forward import Packing, attention, attention_at, can_pack, feed_forward, plan_packing
+from model.gpt2.packed_forward import Packing, attention, attention_at, can_pack, feed_forward
 from model.gpt2.row_attention import row_layout
 from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
@@ -125,75 +124,22 @@ def test_a_batch_without_labels_has_no_states(attended):
         assert all(each.grad is None or not each.grad.any() for each in network.parameters())
 
 
-# -- what must not matter ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("pack_rows", "prune_last_block"), SWITCHES)
-def test_a_row_changes_no_other(pack_rows, prune_last_block):
-    """Fault: attention across the border of two rows that lie behind one another."""
-    model = wrapped(network_of(), pack_rows, prune_last_block)
-    input_ids, mask, labels = random_rows([(6, [4, 5]), (9, [5, 8]), (6, [4, 5])])
-    before, _ = model.label_hidden(input_ids, mask, labels)
-    other = input_ids.clone()
-    other[1, :9] = (other[1, :9] + 100) % 256
-    after, _ = model.label_hidden(other, mask, labels)
-    assert torch.equal(before[:2], after[:2]) and torch.equal(before[4:], after[4:])
-    assert (before[2:4] - after[2:4]).abs().max() > 0.1
-    # Alone, or with a longer neighbour, a row is the same up to rounding.
-    alone, _ = model.label_hidden(input_ids[2:, :6], mask[2:, :6], labels[2:, :6])
-    torch.testing.assert_close(alone, before[4:], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("pack_rows", "prune_last_block"), SWITCHES)
-def test_what_lies_behind_the_last_label_has_no_effect(pack_rows, prune_last_block):
-    """Fault: padding ids, or tokens that no label depends on, reach the states or the gradients."""
-    rows = [(10, [2, 3, 5]), (6, [4, 5]), (7, [])]
-    results = []
-    for change in (0, 1):
-        network = network_of(layers=3)
-        input_ids, mask, labels = random_rows(rows, columns=3)
-        if change:
-            input_ids[0, 5:], input_ids[1, 5:], input_ids[2] = 7, 8, 9
-        hidden, _ = wrapped(network, pack_rows, prune_last_block).label_hidden(input_ids, mask, labels)
-        (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        results.append((hidden.detach(), network.transformer.h[0].attn.c_attn.weight.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * ours.abs().max().item())
-
-
-def test_more_padding_is_the_same_bit_for_bit():
-    """Fault: packed rows that depend on how wide the batch is."""
-    rows = [(10, [7, 8, 9]), (6, [4, 5])]
-    model = wrapped(network_of())
-    found = [model.label_hidden(*random_rows(rows, columns=columns, pad=pad))[0]
-             for columns, pad in ((0, END), (5, END), (5, 7))]
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-
-
 # -- the ordinary path -------------------------------------------------------------------------------------------
 
 
-def forbid_packing(monkeypatch) -> None:
-    def fail(*arguments, **options):
-        raise AssertionError("packed")
-
-    monkeypatch.setattr(language_model_module, "packed_hidden_states", fail)
-
-
-def test_padding_on_the_left(monkeypatch):
+def test_padding_on_the_left():
     """Fault: rows padded on the left are packed as if they began in column 0 (case A14)."""
     network = network_of()
     input_ids, mask, labels = random_rows([(9, [6, 7, 8]), (5, [3, 4])])
     expected = library_states(network, input_ids, mask, labels)
     shifted = [torch.stack([each[0], each[1].roll(4)]) for each in (input_ids, mask, labels)]
     assert shifted[1].tolist()[1] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
-    forbid_packing(monkeypatch)
     ours, targets = wrapped(network).label_hidden(*shifted)
     assert torch.equal(targets, targets_of(labels))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-def test_other_families(monkeypatch):
+def test_other_families():
     """Fault: a family with other blocks is computed by GPT-2's formulas, or its states are picked wrongly."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(LlamaConfig(
@@ -201,7 +147,6 @@ def test_other_families(monkeypatch):
         max_position_embeddings=64, bos_token_id=END, eos_token_id=END, initializer_range=0.3,
     ), dtype=torch.float32)
     assert not can_pack(network)
-    forbid_packing(monkeypatch)
     for rows in BATCHES.values():
         batch = random_rows(rows, columns=2)
         ours, targets = wrapped(network).label_hidden(*batch)
@@ -215,16 +160,6 @@ def test_other_kinds_of_gpt2_are_not_packed():
     assert can_pack(GPT2LMHeadModel(GPT2Config(**sizes)))
     for values in ({"reorder_and_upcast_attn": True}, {"add_cross_attention": True}):
         assert not can_pack(GPT2LMHeadModel(GPT2Config(**sizes, **values)))
-
-
-def test_switched_off(monkeypatch):
-    """Fault: pack_rows and prune_last_block false still run the code that is to be debugged around."""
-    forbid_packing(monkeypatch)
-    batch = random_rows(BATCHES["different lengths"])
-    wrapped(network_of(), False, False).label_hidden(*batch)
-    for switches in SWITCHES[:3]:
-        with pytest.raises(AssertionError, match="packed"):
-            wrapped(network_of(), *switches).label_hidden(*batch)
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------
@@ -300,25 +235,6 @@ def test_dropout_of_the_mlp_keeps_the_mean():
     assert abs(zeros - 0.3) < 5 * (0.3 * 0.7 / found.numel()) ** 0.5
     kept = found.where(found != 0, expected / 0.7)
     torch.testing.assert_close(kept, (expected / 0.7).expand_as(kept), rtol=1e-4, atol=1e-5)
-
-
-# -- the plan ----------------------------------------------------------------------------------------------------
-
-
-def test_plan_by_hand():
-    """Fault: tokens, places or picks of the packing, cut behind the last label and not cut."""
-    # Three rows of 5; row 0 predicts from columns 1 and 3, row 1 from none, row 2 from column 0.
-    index = torch.tensor([0 * 5 + 1, 0 * 5 + 3, 2 * 5 + 0])
-    cut = plan_packing(index, (3, 5), True, torch.device("cpu"))
-    assert cut.tokens.tolist() == [0, 1, 2, 3, 10]
-    assert cut.positions.tolist() == [0, 1, 2, 3, 0]
-    assert (cut.rows.lengths, cut.queries.lengths) == ([4, 1], [2, 1])
-    assert cut.selected.tolist() == [1, 3, 4]
-    whole = plan_packing(index, (3, 5), False, torch.device("cpu"))
-    assert whole.tokens.tolist() == list(range(15))
-    assert whole.positions.tolist() == [0, 1, 2, 3, 4] * 3
-    assert (whole.rows.lengths, whole.queries.lengths) == ([5, 5, 5], [2, 0, 1])
-    assert whole.selected.tolist() == [1, 3, 10]
 
 
 @pytest.mark.parametrize(("pack_rows", "prune_last_block"), SWITCHES)

@@ -17,8 +17,6 @@ from model.language_model import LanguageModel
 from model.loading import load_language_model
 from model.policy_gradient import PolicyConfig, TeacherStudent
 from model.teacher import Teacher
-from tests.conftest import byte_tokenizer
-from tests.model.test_fine_tuning import gpt2_with_constant_logits
 from tests.model.test_policy_loss import pair_penalties
 from tests.model.test_teacher_student import gradients
 from tests.small_kd_runs import randomised
@@ -259,22 +257,6 @@ def test_on_policy_divergence_equals_the_formula():
 # -- what must be zero, one, or without effect -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rollout", ["mixed", "student", "teacher", "labels"])
-def test_teacher_equal_to_student_leaves_cross_entropy_alone(rollout):
-    """Fault: rewards, single step or their gradient are not zero at equality (case A18)."""
-    student = network(1)
-    means, slopes, _ = take_step(objective_of(student, copy.deepcopy(student), rollout=rollout, lm_weight=0.3,
-                                              normalize_rewards=False), in_batches(ROWS, 2))
-    for name in ("reward", "single_step", "long_term", "sequence_reverse_kl"):
-        assert abs(means[name]) <= 1e-12, name
-    assert means["importance_weight_mean"] == pytest.approx(1, abs=1e-12)
-    reference = copy.deepcopy(student)
-    cross_entropy = label_cross_entropy(reference, ROWS)
-    (0.3 * cross_entropy).backward()
-    right = {**means, "loss": 0.3 * cross_entropy.item(), "cross_entropy": cross_entropy.item()}
-    assert_same((means, slopes), (right, gradients(reference)), 1e-11)
-
-
 @pytest.mark.parametrize(("dropout", "equal"), [(0.0, True), (None, False)])
 def test_rho_is_one_on_the_first_pass(dropout, equal, tmp_path):
     """Fault: a dropout of the model's config acts in the loss, or while drawing; None shows that it would tell."""
@@ -288,42 +270,6 @@ def test_rho_is_one_on_the_first_pass(dropout, equal, tmp_path):
         now = torch.log_softmax(objective.language_model.lm_head(hidden)[:, :SIZE], -1)
         rho = (now[torch.arange(len(tokens)), tokens] - rollout.drawn.log_q).exp()
         assert bool((rho - 1).abs().max() <= 1e-12) == (equal or not training)
-
-
-def test_importance_weight_is_a_ratio_of_probabilities():
-    """Fault: a ratio of log-probabilities, or p and q exchanged in the mixture (case A18)."""
-    q, p = {65: 0.2, 66: 0.8}, {65: 0.5, 66: 0.5}
-    student, teacher = (LanguageModel(gpt2_with_constant_logits({token: math.log(each) for token, each in one.items()}),
-                                      byte_tokenizer()) for one in (q, p))
-    objective = TeacherStudent(student, Teacher(teacher), rollout=RolloutConfig(max_new_tokens=20),
-                               log=lambda text: None)
-    ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS[:2])], [1]))
-    assert set(rollout.drawn.tokens.tolist()) == {65, 66}
-    right = {65: 0.769230769, 66: 0.8 / 0.74}
-    assert rollout.drawn.weights.tolist() == pytest.approx([right[token] for token in rollout.drawn.tokens.tolist()],
-                                                           rel=1e-5)
-
-
-@pytest.mark.parametrize("rollout", ["mixed", "student", "labels"])
-def test_what_stands_behind_an_end_or_in_padding_changes_nothing(rollout, monkeypatch):
-    """Fault: rewards, weights, lengths or states behind a sequence's end take part."""
-    options = {"rollout": rollout, "penalty": True, "whiten": True, "importance_weight": "sequence"}
-    plain = take_step(objective_of(network(1), network(2), **options), [collated(ROWS)])
-    draw = model.decoding.rollout_buffer.draw_rollouts
-
-    def poisoned(*arguments):
-        rollouts = draw(*arguments)
-        assert min(map(len, rollouts.tokens)) < LENGTH
-        for row, tokens in enumerate(rollouts.tokens):
-            for each in rollouts[1:]:
-                if each is not None:
-                    each[row, len(tokens) :] = math.nan
-        return rollouts
-
-    monkeypatch.setattr(model.decoding.rollout_buffer, "draw_rollouts", poisoned)
-    padded = take_step(objective_of(network(1), network(2), **options), [collated(ROWS, columns=3, pad=2)])
-    assert padded[2] == plain[2]
-    assert_same(padded, plain, 1e-12)
 
 
 # -- by enumeration ----------------------------------------------------------------------------------------------

@@ -1,115 +1,13 @@
-"""The policy-gradient loss by enumeration and against plain float64 formulas: model/losses/policy_loss.py."""
-
-import inspect
-import itertools
-import re
+"""The policy-gradient loss against plain float64 formulas: model/losses/policy_loss.py. By enumeration:
+test_policy_gradient.py."""
 
 import pytest
 import torch
 
 from model.losses.output_head import OutputHead
 from model.losses.penalties import unit_embeddings
-from model.losses.policy_loss import Penalties, PolicyTokens, clipped_surrogate, policy_loss, whole_sequences
-from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights
+from model.losses.policy_loss import Penalties, PolicyTokens, policy_loss, whole_sequences
 from model.losses.vocabulary_loss import TeacherHidden
-from model.policy_gradient import TeacherStudent
-
-# -- a toy whose sequences can all be written down ---------------------------------------------------------------
-
-SIZE, LENGTH, STOP = 3, 3, 0  # tokens, the last of which a sequence may have, the one that ends it
-STATES = [state for length in range(LENGTH) for state in itertools.product([1, 2], repeat=length)]
-SEQUENCES = [(*state, token) for state in STATES for token in range(SIZE) if token == STOP or len(state) == LENGTH - 1]
-BIAS_RUNS = 20
-
-
-def toy(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [states, tokens] of a teacher and a student, standard normal numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    teacher, student = torch.randn(2, len(STATES), SIZE, generator=generator, dtype=torch.float64)
-    return teacher, student.requires_grad_()
-
-
-def steps(sequence) -> list[tuple[int, int]]:
-    """(number of the state, token) of each token."""
-    return [(STATES.index(sequence[:place]), token) for place, token in enumerate(sequence)]
-
-
-def exact_gradient(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Of sum over all y of q(y) (log q(y) - log p(y)), by autograd."""
-    p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
-    total = 0
-    for sequence in SEQUENCES:
-        q_y, p_y = (torch.stack([each[step] for step in steps(sequence)]).prod() for each in (q, p))
-        total = total + q_y * (q_y.log() - p_y.log())
-    return torch.autograd.grad(total, student)[0]
-
-
-def expected_gradient(teacher, student, alpha: float, kind: str, normalize: bool = False, clip=None) -> torch.Tensor:
-    """Of policy_loss, over sequences drawn from p~ = alpha p + (1 - alpha) q; each probability is counted once."""
-    p, q = torch.softmax(teacher, -1), torch.softmax(student.detach(), -1)
-    mixture = alpha * p + (1 - alpha) * q
-    expected, chances = torch.zeros_like(student), 0
-    for sequence in SEQUENCES:
-        states, tokens = (torch.tensor(each) for each in zip(*steps(sequence), strict=True))
-        log_p, log_q, behavior_log_probs = (each[states, tokens].log()[None] for each in (p, q, mixture))
-        mask = torch.ones(log_q.shape, dtype=torch.bool)
-        rewards = immediate_rewards(log_p, log_q, mask)
-        weights = importance_weights(log_q, behavior_log_probs, mask, kind)
-        of_states = prefix_weights(log_q, behavior_log_probs, mask) if kind == "sequence" else torch.ones_like(weights)
-        advantages = long_term_rewards(rewards, mask, normalize)
-        drawn = PolicyTokens(tokens, [len(tokens)], *(each[0] for each in (log_q, advantages, weights, of_states,
-                                                                           rewards)))
-        one_hot = torch.eye(len(STATES), dtype=torch.float64)[states]
-        loss = policy_loss(one_hot, OutputHead(student.T), drawn, TeacherHidden(one_hot, OutputHead(teacher.T)),
-                           vocabulary=SIZE, clip_epsilon=clip)
-        chance = behavior_log_probs.sum().exp()
-        expected += chance * torch.autograd.grad(loss.loss_sum, student)[0]
-        chances += chance
-    assert chances.item() == pytest.approx(1, abs=1e-12)
-    return expected
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found - exact).norm() / exact.norm()).item()
-
-
-def test_the_toy_has_all_sequences():
-    """Fault: a sequence is missing from the enumeration, or goes on behind its end."""
-    assert len(SEQUENCES) == len(set(SEQUENCES)) == 1 + 2 + 4 * 3
-    assert all(STOP not in sequence[:-1] for sequence in SEQUENCES)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("alpha", "kind"), [(0.0, "token"), (0.0, "sequence"), (0.2, "sequence"), (0.5, "sequence"),
-                                             (1.0, "sequence")])
-def test_expected_gradient_is_that_of_the_sequences_reverse_kl(alpha, kind, seed):
-    """Fault: a part counted twice or missing, a wrong sign, or weights that are off by a token."""
-    teacher, student = toy(seed)
-    exact = exact_gradient(teacher, student)
-    assert exact.norm() > 0.1
-    assert relative_error(expected_gradient(teacher, student, alpha, kind), exact) <= 1e-12
-
-
-def test_measured_bias_is_what_the_docstring_says():
-    """Fault: the approximations are further from the exact gradient than users are told."""
-    cases = {"token 0.2": {"alpha": 0.2, "kind": "token"}, "token 0.5": {"alpha": 0.5, "kind": "token"},
-             "normalize": {"alpha": 0.0, "kind": "token", "normalize": True},
-             "clip": {"alpha": 0.2, "kind": "token", "clip": 0.2},
-             "default": {"alpha": 0.2, "kind": "token", "clip": 0.2, "normalize": True}}
-    toys = [toy(seed) for seed in range(BIAS_RUNS)]
-    exact = [exact_gradient(*each) for each in toys]
-    measured = {name: sum(relative_error(expected_gradient(*each, **options), right)
-                          for each, right in zip(toys, exact, strict=True)) / BIAS_RUNS
-                for name, options in cases.items()}
-    text = " ".join(inspect.getdoc(TeacherStudent).split())
-    told = re.search(
-        r'"token" weights ([\d.]+) at alpha 0\.2 and ([\d.]+) at alpha 0\.5; normalize ([\d.]+) at alpha 0; '
-        r'"token" weights with clip_epsilon 0\.2 ([\d.]+) at alpha 0\.2, and .*? the default, (\d\.\d+)', text)
-    assert told is not None, measured
-    assert [float(each) for each in told.groups()] == pytest.approx(list(measured.values()), abs=0.01), measured
-
-
-# -- the loss against formulas -----------------------------------------------------------------------------------
 
 COUNTS = [4, 1, 7, 2]
 POSITIONS, WIDTH, TEACHER_WIDTH, VOCABULARY, PADDING = sum(COUNTS), 6, 4, 11, 3
@@ -226,32 +124,6 @@ def test_heads_in_float32(options):
     assert_as_formula(ours, formula(case, weights=WEIGHTS), 1e-5)
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_each_penalty_alone(which):
-    """Fault: a penalty takes another's weight, or one of weight 0 has an effect."""
-    case = Case()
-    weights = [0.9 if index == which else 0.0 for index in range(3)]
-    loss, gradients = case.ours(penalties=Penalties(*weights, FLOOR, case.embeddings))
-    sums, right = formula(case, weights=weights)
-    for index, name in enumerate(["frequency_penalty", "diversity_penalty", "entropy_penalty"]):
-        assert getattr(loss, name).item() == pytest.approx(sums[name].item() if index == which else 0.0, rel=1e-10)
-    assert loss.loss_sum.item() == pytest.approx(sums["loss_sum"].item(), rel=1e-10)
-    assert sums["loss_sum"] != formula(case)[0]["loss_sum"]
-    for found, expected in zip(gradients, right, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_padding_of_the_heads_takes_no_probability():
-    """Fault: rows of a head behind the real tokens get a share of the softmax, or a gradient."""
-    case, changed = Case(), Case()
-    for tensor in (changed.weight, changed.bias, changed.of_teacher.head.weight, changed.of_teacher.head.bias):
-        tensor[VOCABULARY:] = 50.0
-    (loss, gradients), (other, others) = case.ours(), changed.ours()
-    assert all(torch.equal(*pair) for pair in zip(loss, other, strict=True))
-    assert all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
-    assert all((each[VOCABULARY:] == 0).all() and each.abs().sum() > 0 for each in gradients[1:])
-
-
 def test_no_sequence_at_all_gives_a_zero_with_a_graph():
     """Fault: NaN, or a constant without a graph, where a process has no rollouts."""
     case = Case()
@@ -272,29 +144,6 @@ def test_constants_have_no_gradient_and_sums_no_graph():
     loss, _ = case.ours(penalties=Penalties(*WEIGHTS, FLOOR, case.embeddings))
     assert all(each.grad is None for each in case.drawn if torch.is_tensor(each))
     assert not any(each.requires_grad for each in loss[1:])
-
-
-# -- parts -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("clip", [None, 0.2, 0.05])
-def test_clipped_surrogate_against_autograd(clip):
-    """Fault: min for max, a clip that holds back the wrong side, or a derivative without rho or the weight."""
-    log_now = torch.linspace(-1.0, 1.0, 21, dtype=torch.float64).repeat(2).requires_grad_()
-    advantages = torch.tensor([1.5] * 21 + [-0.5] * 21, dtype=torch.float64)
-    weights = torch.linspace(0.6, 1.7, 42, dtype=torch.float64)
-    log_drawn = torch.tensor(0.13, dtype=torch.float64)
-    x = weights * log_now.exp() / log_drawn.exp()
-    bounded = x if clip is None else x.clamp(1 - clip, 1 + clip)
-    right = torch.maximum(-x * advantages, -bounded * advantages)
-    slope = torch.autograd.grad(right.sum(), log_now)[0]
-    values, slopes, held = clipped_surrogate((log_now - log_drawn).detach(), weights, advantages, clip)
-    assert torch.allclose(values, right, rtol=1e-12, atol=0)
-    assert torch.allclose(slopes, slope, rtol=1e-12, atol=1e-15)
-    expected = torch.zeros(42) if clip is None else ((advantages > 0) & (x > 1 + clip)) | ((advantages < 0)
-                                                                                          & (x < 1 - clip))
-    assert held.tolist() == expected.double().tolist()
-    assert clip is None or 5 < held.sum() < 37
 
 
 def test_chunks_hold_whole_sequences():

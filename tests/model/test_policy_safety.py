@@ -156,17 +156,6 @@ def test_dropout_that_is_not_set(tmp_path, capsys, options, dropout, resolved, o
     assert ("model_arch.dropout is 0.2" in capsys.readouterr().err) == (dropout is not None)
 
 
-def test_a_changed_method_is_told_alone(tmp_path, capsys):
-    """Fault: going on with another method is refused with former values (None) that those keys cannot have."""
-    config = changed(make_kd_project(tmp_path, rows=4), trainer_kwargs={"max_steps": 1})
-    assert run_kd(tmp_path, config) == 0
-    for values, told in (({"method": "policy_gradient"}, "method was 'divergence' and is 'policy_gradient'"),
-                         ({"on_policy_fraction": 0.5}, "on_policy_fraction was 0.0 and is 0.5")):
-        assert run_kd(tmp_path, changed(config, trainer_kwargs={"max_steps": 2}, distillation_kwargs=values)) == 2
-        error = last_error(capsys)
-        assert told in error and "None" not in error.split("put it back")[0]
-
-
 def test_labels_may_go_on_with_longer_predictions(tmp_path):
     """Fault: max_generation_length, which decides predictions alone where nothing is drawn, forbids to go on."""
     config = changed(make_kd_project(tmp_path, rows=4, method="policy_gradient", rollout="labels"),

@@ -1,6 +1,5 @@
 """Rewards and importance weights against two-loop references and hand-worked values: model/losses/rewards.py."""
 
-import itertools
 import math
 import statistics
 import threading
@@ -111,93 +110,12 @@ def test_batch_without_a_real_token(name, shape):
     assert torch.equal(ours, torch.zeros(shape))
 
 
-def test_rewards_by_hand():
-    """Fault: padding counts: (18.6, 18.1, 18.3, 18, 9)."""
-    padding, three, one_more = torch.tensor([[0.5, -0.2, 0.3, 9.0, 9.0]]), mask_of([3], 5), torch.tensor([[-50.0]])
-    teacher, student = torch.tensor([[0.5, 0.1]]), [[0.2, 0.4]]
-    for ours, right in (
-        (reward_to_go(padding, three), [0.6, 0.1, 0.3, 0, 0]),
-        (long_term_rewards(padding, three), [0.05, 0.3, 0, 0, 0]),
-        (long_term_rewards(padding, three, normalize=False), [0.1, 0.3, 0, 0, 0]),
-        # All that follows one more token is the reward to go, divided by the tokens that remain.
-        (long_term_rewards(torch.cat([one_more, padding], 1), mask_of([4], 6)), [0.2, 0.05, 0.3, 0, 0, 0]),
-        (immediate_rewards(teacher.log(), torch.tensor(student).log(), mask_of([2], 2)), [math.log(2.5), -math.log(4)]),
-    ):
-        torch.testing.assert_close(ours, torch.tensor([right], dtype=torch.float32))
-
-
-def test_teacher_equals_student():
-    """Fault: a reward, and with it a loss, that is not exactly zero where teacher and student agree."""
-    log_probs = torch.log_softmax(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)) * 9, -1)
-    mask = mask_of([6, 4], 6)
-    none = immediate_rewards(log_probs, log_probs.clone(), mask)
-    for values in (none, reward_to_go(none, mask), long_term_rewards(none, mask), rewards.whiten(none, mask)):
-        assert (values == 0).all()
-    for kind in ("token", "sequence"):
-        assert torch.equal(importance_weights(log_probs, log_probs, mask, kind), mask.float())
-
-
 def test_last_reward_is_zero_after_large_ones():
     """Fault: R_{t+1} by the difference R_t - r_t, which leaves rounding behind."""
     large = torch.tensor([[1e7, 0.1, 0.3, 1e-3], [-1e8, 1e-4, 7.0, 0.0]])
     ours = long_term_rewards(large, mask_of([4, 3], 4), normalize=False)
     assert ours[0, 3] == 0 and ours[1, 2] == 0 and ours[1, 1] == 7
     assert ours[0, 2].item() == pytest.approx(1e-3, rel=1e-6)
-
-
-def test_weights_by_hand():
-    """Fault: a ratio of logs, or turned round; a product over padding, or with token t in the weight before t."""
-    # q / (alpha p + (1 - alpha) q) with q = 0.2, p = 0.5, alpha = 0.2.
-    student, sampling = (torch.tensor([[value]], dtype=torch.float64).log() for value in (0.2, 0.2 * 0.5 + 0.8 * 0.2))
-    ours = importance_weights(student, sampling, mask_of([1], 1), "token")
-    assert ours.item() == pytest.approx(0.769230769, abs=5e-10)
-    student, sampling = torch.tensor([[[0.5, 0.2, 0.9, 0.3]], [[0.25, 0.4, 0.3, 0.1]]]).log()  # ratios 2, 1/2, 3
-    three = mask_of([3], 4)
-    assert importance_weights(student, sampling, three, "token")[0].tolist() == pytest.approx([2, 0.5, 3, 0])
-    assert importance_weights(student, sampling, three, "sequence")[0].tolist() == pytest.approx([3, 3, 3, 0])
-    assert rewards.prefix_weights(student, sampling, three)[0].tolist() == pytest.approx([1, 2, 1, 0])
-    with pytest.raises(ValueError, match="'sequences': expected token or sequence"):
-        importance_weights(student, sampling, three, "sequences")
-
-
-def enumerated(seed):
-    """All sequences over 3 tokens, 2 ends one, length 3 at most: (ids, mask, log q, log p~) [number, 3] in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    prefixes = [()] + [prefix for length in (1, 2) for prefix in itertools.product((0, 1), repeat=length)]
-    student, teacher = ({prefix: torch.softmax(2 * torch.randn(3, generator=generator).double(), 0).tolist()
-                         for prefix in prefixes} for _ in range(2))
-    ids, log_q, behavior_log_probs = [], [], []
-    for tokens in [(2,), (0, 2), (1, 2), *((a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2))]:
-        own = [student[tokens[:position]][token] for position, token in enumerate(tokens)]
-        other = [teacher[tokens[:position]][token] for position, token in enumerate(tokens)]
-        mixed = [0.2 * p + 0.8 * q for p, q in zip(other, own, strict=True)]
-        ids.append([*tokens, *[2] * (3 - len(tokens))])
-        log_q.append([math.log(value) for value in own])
-        behavior_log_probs.append([math.log(value) for value in mixed])
-    return torch.tensor(ids), log_q, behavior_log_probs
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_weights_are_unbiased_by_enumeration(seed):
-    """Fault: the mean over p~ with weights is not the student's mean: of whole sequences, or of the states visited."""
-    ids, log_q, behavior_log_probs = enumerated(seed)
-    mask = mask_of(map(len, log_q), 3)
-    q, sampled = (torch.tensor([math.exp(sum(row)) for row in rows]).double() for rows in (log_q, behavior_log_probs))
-    assert q.sum().item() == pytest.approx(1) and sampled.sum().item() == pytest.approx(1)
-    weighted = padded(log_q, 3, NAN), padded(behavior_log_probs, 3, NAN), mask
-    of_sequence = torch.randn(len(ids), generator=torch.Generator().manual_seed(seed)).double()
-    whole = importance_weights(*weighted, "sequence")
-    assert (sampled * whole[:, 0] * of_sequence).sum().item() == pytest.approx((q * of_sequence).sum().item())
-    assert (whole == torch.where(mask, whole[:, :1], 0)).all()
-    # A number for each state y_<t, any function of it.
-    before = torch.zeros_like(ids)
-    before[:, 1], before[:, 2] = 1 + ids[:, 0], 10 + 3 * ids[:, 0] + ids[:, 1]
-    of_state = torch.sin(before.double()) * mask
-    states = rewards.prefix_weights(*weighted)
-    right = (q[:, None] * of_state).sum(0)
-    torch.testing.assert_close((sampled[:, None] * states * of_state).sum(0), right)
-    by_token = importance_weights(*weighted, "token")
-    assert not torch.allclose((sampled[:, None] * by_token * of_state).sum(0), right)
 
 
 @pytest.mark.parametrize("log_zero", [FLOOR, -INF])

@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from functools import partial
-from itertools import chain
 
 import pytest
 import torch
@@ -74,72 +73,22 @@ def test_weights_cast_once_give_what_autocast_gives(family):
 # -- one batch ahead ---------------------------------------------------------------------------------------------
 
 
-def run_ahead(batches: list, events: list) -> list:
-    """What `prefetch_one` hands out, with the order of everything in `events`."""
-    def source():
-        for batch in batches:
-            events.append(f"draw {batch}")
-            yield batch
-
-    def start(batch):
-        events.append(f"start {batch}")
-        return batch * 10
-
-    def finish(batch, started):
-        events.append(f"finish {batch}")
-        return batch, started
-
-    found = []
-    for each in prefetch_one(source(), start, finish):
-        events.append(f"got {each[0]}")
-        found.append(each)
-    return found
-
-
 def test_next_batch_is_started_before_this_one_is_handed_out():
     """Fault: the teacher waits for the student, a copy waits behind the next batch, or a batch is lost or exchanged."""
     events = []
-    assert run_ahead([1, 2, 3], events) == [(1, 10), (2, 20), (3, 30)]
-    assert events == [
-        "draw 1", "start 1",
-        "draw 2", "finish 1", "start 2", "got 1",
-        "draw 3", "finish 2", "start 3", "got 2",
-        "finish 3", "got 3",
-    ]
-    events.clear()
-    assert run_ahead([], events) == [] and events == []
-    assert run_ahead([7], events) == [(7, 70)] and events == ["draw 7", "start 7", "finish 7", "got 7"]
+
+    def noted(name, result=lambda batch, *started: (batch, *started)):
+        return lambda batch, *started: events.append(f"{name} {batch}") or result(batch, *started)
+
+    start, finish = noted("start", lambda batch: batch * 10), noted("finish")
+    assert list(prefetch_one([], start, finish)) == []
+    found = [each for each in prefetch_one([1, 2, 3], start, finish) if events.append(f"got {each[0]}") is None]
+    assert found == [(1, 10), (2, 20), (3, 30)]
+    assert events == ["start 1", "finish 1", "start 2", "got 1", "finish 2", "start 3", "got 2", "finish 3", "got 3"]
 
 
 def dicts(batches) -> list[dict]:
     return [dict(zip(PARTS, batch, strict=True)) for batch in batches]
-
-
-def test_teacher_works_ahead_of_its_student(monkeypatch):
-    """Fault: the student's pass is not between two of the teacher's, so that two GPUs take turns."""
-    objective = objective_of(student_network(), teacher_network())
-    teacher, events = objective.teacher, []
-    hidden, to_student = teacher.hidden, teacher.to_student
-
-    def recorded(name, function):
-        def call(*arguments):
-            events.append(name)
-            return function(*arguments)
-        return call
-
-    monkeypatch.setattr(teacher, "hidden", recorded("hidden", hidden))
-    monkeypatch.setattr(teacher, "to_student", recorded("to_student", to_student))
-    batches = [random_rows(ROWS, seed=seed) for seed in range(3)]
-    expected = [objective(*batch).loss_sum.item() for batch in batches]
-    events.clear()
-    found = []
-    for arguments in chain(*objective.iter_steps(None, iter(dicts(batches)), [len(batches)])):
-        assert all(torch.equal(*pair) for pair in zip(arguments[:3], batches[len(found)], strict=True))
-        found.append(objective(*arguments).loss_sum.item())
-        events.append("student")
-    assert found == expected
-    assert events == ["hidden", "to_student", "hidden", "student", "to_student", "hidden", "student", "to_student",
-                      "student"]
 
 
 def test_outputs_go_to_the_student_s_device():
