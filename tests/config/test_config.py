@@ -4,9 +4,7 @@ import json
 import re
 
 import pytest
-from pydantic import ValidationError
 
-from model.losses.divergences import choose_divergence
 from tests.config_samples import (
     DEFAULTS,
     KD_ARCH,
@@ -127,12 +125,6 @@ def test_columns_are_completed(tmp_path):
     assert columns.columns == {"id": None, "article": "full\ntext", "highlights": "highlights"}
 
 
-def test_home_folder(tmp_path, monkeypatch):
-    """Fault: a folder named ~ is created."""
-    monkeypatch.setenv("HOME", "/home/x")
-    assert load(tmp_path, {}, "trainer_kwargs.output_dir=~/runs").trainer_kwargs.output_dir == "/home/x/runs"
-
-
 def test_shared_code_sees_the_student(tmp_path):
     """Fault: code that both scripts share trains the teacher, or on its GPU; or these names are keys."""
     arch = load_kd(tmp_path, {"model_arch": {
@@ -140,13 +132,6 @@ def test_shared_code_sees_the_student(tmp_path):
     }}).model_arch
     assert (arch.lang_model, arch.gpu_device_id) == ("b", 3)
     assert "lang_model" not in arch.model_dump() and "gpu_device_id" not in arch.model_dump()
-
-
-@pytest.mark.parametrize("name", KL_DIVS)
-def test_every_divergence_is_accepted(tmp_path, name):
-    """Fault: a documented divergence is refused, or the code that computes it does not have it."""
-    kwargs = load_kd(tmp_path, distillation(kl_div=name)).distillation_kwargs
-    assert callable(choose_divergence(name, beta=kwargs.beta, lambda_=kwargs.lambda_, mu=kwargs.mu))
 
 
 def test_lambda_keeps_its_name(tmp_path):
@@ -157,12 +142,6 @@ def test_lambda_keeps_its_name(tmp_path):
     assert warnings_of(in_file)[0].startswith("distillation_kwargs.lambda has no effect")
     assert "did you mean distillation_kwargs.lambda?" in refusal_kd(tmp_path, distillation(lambda_=0.3))[0]
     assert "lambda_" not in config_json(in_file) + json.dumps(schema(DistillConfig))
-
-
-def test_a_loaded_config_does_not_change(tmp_path):
-    """Fault: a part of the program changes a setting that others have already read."""
-    with pytest.raises(ValidationError):
-        load(tmp_path, {}).trainer_kwargs.epochs = 2
 
 
 # -- wrong keys and values ---------------------------------------------------------------------------------------
@@ -241,14 +220,6 @@ WRONG_KD = {
     "teacher_cache.kind": ["hiden"], "teacher_cache.top_k": [0], "teacher_cache.dtype": ["float16"],
     "teacher_cache.dir": [""],
 }
-EDGES = {
-    "temperature": [1e-3, 2, 1000], "kd_weight": [0, 1], "beta": [0.001, 0.999], "lambda": [0.001, 0.999], "mu": [0, 1],
-    "chunk_size": [1], "teacher_cache": [{"kind": "top_k", "top_k": 1, "dtype": "bfloat16", "dir": "cache"}, None],
-    "on_policy_fraction": [0, 1], "alpha": [0, 1], "rollout": ["student", "teacher", "labels"],
-    "rollout_temperature": [1e-3, 1000], "rollout_top_k": [1, None], "rollout_top_p": [0.001, 1, None],
-    "rollout_batch_size": [1, None], "rollout_epochs": [1], "importance_weight": ["token"], "lm_weight": [0, 1],
-    "clip_epsilon": [0.001, 0.999, None], "frequency_weight": [0], "entropy_weight": [0], "entropy_floor": [0.001],
-}
 
 
 def cases(table: dict[str, list]) -> list[tuple]:
@@ -268,17 +239,6 @@ def test_wrong_values(tmp_path, key, value):
     assert line.isprintable()
 
 
-@pytest.mark.parametrize(("key", "value"), cases(EDGES))
-def test_values_at_the_edge(tmp_path, key, value):
-    """Fault: a value at the edge of its range is refused or changed."""
-    assert json.loads(config_json(load_kd(tmp_path, distillation(**{key: value}))))["distillation_kwargs"][key] == value
-
-
-def test_whole_numbers_are_numbers(tmp_path):
-    """Fault: 1 is refused where 1.0 is accepted."""
-    assert load(tmp_path, {}, "optimizer_kwargs.lm_lr=1").optimizer_kwargs.lm_lr == 1
-
-
 @pytest.mark.parametrize(("key", "value"), [
     ("optimizer_kwargs.lm_lr", "5e-5"), ("trainer_kwargs.epochs", "3"), ("trainer_kwargs.loss_scaling_batch", "64"),
     ("trainer_kwargs.gradient_clipping", "0.5"),
@@ -287,16 +247,6 @@ def test_numbers_in_quotes(tmp_path, key, value):
     """Fault: "5e-5" is converted, or refused without the number to write."""
     (line,) = refusal(tmp_path, nested(key, value))
     assert key in line and line.endswith(f'(got "{value}", write {value} without quotes)')
-
-
-def test_errors_in_lists_and_free_objects(tmp_path):
-    """Fault: an error in a list or an object of free keys does not say which entry, or what may be there."""
-    content = {"trainer_kwargs": {"multi_gpu_ids": [0, -1]}, "model_arch": {"architecture": {"n_layer": None}},
-               "dataset_kwargs": {"columns": {"artcle": "x"}}}
-    architecture, gpus, columns = refusal(tmp_path, content)
-    assert architecture.startswith("config.json: model_arch.architecture.n_layer: ") and "integer" in architecture
-    assert gpus.startswith("config.json: trainer_kwargs.multi_gpu_ids.1: ") and "(got -1)" in gpus
-    assert columns.startswith("config.json: dataset_kwargs.columns.artcle: ") and "'article'" in columns
 
 
 def test_nan_is_refused_with_its_key(tmp_path):
@@ -379,16 +329,6 @@ def test_contradictions(tmp_path, settings, words, remedies):
         assert refusal(tmp_path, {}, *settings) == [line]
 
 
-def test_all_contradictions_at_once(tmp_path):
-    """Fault: the user corrects one contradiction only to meet the next."""
-    lines = refusal_kd(tmp_path, parts(
-        {"teacher_lang_model": None, "from_scratch": True, "architecture": {"n_layer": 1}, "tokenizer": "a b"},
-        {"student_ckpt_path": "a b", "teacher_ckpt_path": "a b.pt", "monitor_test": True},
-        LAYERS | POLICY | {"teacher_cache": {}, "on_policy_fraction": 1},
-    ))
-    assert len(lines) == 6 and all(line.startswith("config.json: ") for line in lines)
-
-
 @pytest.mark.parametrize("content", [
     parts(None, {"multi_gpu": True}, {"teacher_cache": {"kind": "hidden"}}),
     parts(None, {"teacher_ckpt_path": "old.pt"}),
@@ -408,17 +348,6 @@ def test_what_goes_together(tmp_path, content):
 
 
 # -- keys without effect -----------------------------------------------------------------------------------------
-
-
-def test_one_warning_for_keys_without_effect(tmp_path):
-    """Fault: keys that do nothing are refused, accepted in silence, or warned of more than once."""
-    assert warnings_of(load(tmp_path, {})) == []
-    (line,) = warnings_of(load(tmp_path, {"trainer_kwargs": {"use_cache": True, "is_training": False}}))
-    assert "trainer_kwargs.use_cache" in line and "trainer_kwargs.is_training" in line
-    (line,) = warnings_of(load(tmp_path, {}, "lr_scheduler_kwargs.increase_batch_size_on_plateau=true"))
-    assert "callbacks_kwargs.kwargs.patience" in line
-    both = distillation(beta=0.3) | {"trainer_kwargs": {"use_cache": True}}
-    assert len(warnings_of(load_kd(tmp_path, both))) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
+from data.articles import Article, BadRow, DataError, iterate_articles, read_articles
 
 AWKWARD = Path(__file__).resolve().parents[3] / "shared" / "data" / "awkward"
 HEADER = b"id,article,highlights\n"
@@ -296,11 +296,6 @@ def test_wrong_mappings_are_refused(write, columns, words):
     assert words in error_of(write(HEADER + b"1,a,h\n"), columns=columns)
 
 
-def test_unknown_mode_is_refused(write):
-    """A misspelt on_bad_row that skips in silence."""
-    assert "on_bad_row is 'ignore'" in error_of(write(HEADER + b"1,a,h\n"), on_bad_row="ignore")
-
-
 def test_articles_without_highlights_can_be_summarised(write):
     """Files to be summarised refused for lacking summaries; a misspelt mapping accepted because of it."""
     assert texts(write(b"id,article\n1,a\n"), need_highlights=False) == [("1", "a", "")]
@@ -327,26 +322,6 @@ def test_bad_rows_are_told_apart(write, row, bad_id, reason):
     articles, bad_rows = read_articles(write(HEADER + b"1,a,h\n" + row + b"\n3,a,h\n"), on_bad_row="skip")
     assert [article.number for article in articles] == [1, 3]
     assert bad_rows == [BadRow(2, 3, bad_id, reason)]
-
-
-def test_an_id_of_a_bad_row_can_be_used_again(write):
-    """The only good row of an id dropped because a broken one came before it."""
-    articles, bad_rows = read_articles(write(HEADER + b"1,,h\n1,a,h\n"), on_bad_row="skip")
-    assert [row.number for row in articles] == [2]
-    assert [row.number for row in bad_rows] == [1]
-
-
-def test_description_is_one_short_line():
-    """A shifted row whose id is an article floods the terminal with many lines."""
-    bad_rows = [BadRow(number, number + 1, "line\n" * 1000, "empty article") for number in range(1, 6)]
-    line = describe_bad_rows("a.csv", bad_rows, 9)
-    assert line.startswith("a.csv: 5 of 9 rows are bad: row 1 (line 2, id 'line\\n")
-    assert line.endswith("and 2 more")
-    assert len(line.splitlines()) == 1
-    assert len(line) < 350
-    assert describe_bad_rows("a.csv", [BadRow(4, 5, "x", "empty id")], 9) == (
-        "a.csv: 1 of 9 rows is bad: row 4 (line 5, id 'x'): empty id"
-    )
 
 
 AWKWARD_COLUMNS = {

@@ -1,7 +1,5 @@
 """Teacher outputs on disk: what is written is read, what is stale or incomplete is not: data/teacher_cache.py."""
 
-import json
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +116,6 @@ def test_room_is_taken_at_once(tmp_path, table):
     assert (tmp_path / "file").stat().st_size == 5_000_000
 
 
-def test_a_system_that_cannot_reserve_writes_zeros(tmp_path, monkeypatch):
-    """Fault: on macOS, which has no posix_fallocate, no cache can be made."""
-    monkeypatch.delattr("os.posix_fallocate")
-    reserve(tmp_path / "file", 2_500_001)
-    assert (tmp_path / "file").read_bytes() == bytes(2_500_001)
-
-
 def test_too_little_room(tmp_path, table):
     """Fault: the disk fills up after hours, without a word before."""
     with pytest.raises(DataError) as caught:
@@ -132,19 +123,3 @@ def test_too_little_room(tmp_path, table):
     message = str(caught.value)
     assert message.startswith(f"distillation_kwargs.teacher_cache.dir: the cache of {table.name} needs 1040000.00 GB ")
     assert "top_k" in message and len(message.splitlines()) == 1
-
-
-def test_a_disk_that_refuses(tmp_path, table):
-    """Fault: a file that could not be reserved counts as whole."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    cache = cache_of(tmp_path, table, arrays={"hidden": ArrayShape(1000, "float32")})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            cache.create()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert cache.rows_done == 0
-    assert not (cache.folder / "progress.json").exists()
-    (cache.folder / "progress.json").write_text(json.dumps({"rows_done": 5}))
-    assert cache.rows_done == 0

@@ -252,21 +252,3 @@ def test_what_is_damaged_is_computed_again_or_named(tmp_path, project, loads, ca
     assert run_kd(tmp_path, changed(project, distillation_kwargs={"teacher_cache": shared})) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"train_kd.py: error: {head} is damaged (") and f"delete {folder}" in error
-
-
-def test_no_room_is_reported_before_the_run(tmp_path, project, monkeypatch, capsys):
-    """Fault: the run starts, sets an earlier one aside, and dies when the disk is full."""
-    class Usage:
-        free = 5
-
-    distil(project, "first")
-    before = (tmp_path / "first/metrics.jsonl").read_bytes()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
-    capsys.readouterr()
-    config = changed(project, distillation_kwargs={"teacher_cache": HIDDEN},
-                     trainer_kwargs={"output_dir": str(tmp_path / "first"), "load_from_checkpoint": False})
-    assert run_kd(tmp_path, config) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("train_kd.py: error: distillation_kwargs.teacher_cache.dir: the cache of train-")
-    assert (tmp_path / "first/metrics.jsonl").read_bytes() == before
-    assert not list((tmp_path / "first").glob("earlier-run-*"))

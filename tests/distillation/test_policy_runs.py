@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import model.decoding.rollout_buffer
 from tests.distillation.test_train_kd import STILL, assert_stopping_changes_nothing, batch_by_hand, resumable
 from tests.runs.test_train_script import last_error
 from tests.small_kd_runs import make_kd_project, predicted_from, run_kd
@@ -159,16 +158,6 @@ def test_steps_in_a_row_use_one_set(tmp_path):
     assert all(line["clip_fraction"] == 0 for line in (*found["wide"], *found["still"]))
 
 
-def test_each_set_is_drawn_anew(tmp_path):
-    """Fault: a row gets the same random numbers in every epoch, so that it learns from few sequences."""
-    config = changed(make_kd_project(tmp_path, **STUDENT), optimizer_kwargs=STILL, trainer_kwargs={"epochs": 3},
-                     dataset_kwargs={"train_batch_size": 12})
-    assert run_kd(tmp_path, config) == 0
-    lines = strict_lines(tmp_path / "run")
-    assert len({round(line["cross_entropy"], 4) for line in lines}) == 1
-    assert len({round(line["reward"], 4) for line in lines}) == 3
-
-
 @pytest.mark.parametrize(("accumulation", "sets"), [(1, [0, 0, 1, 2, 2, 3]), (2, [0, 1, 2, 3])])
 def test_an_epoch_that_ends_within_a_set(tmp_path, accumulation, sets):
     """Fault: ckpt_training_batch, of 3 micro-batches, cuts a set, and the next rows get rollouts of others."""
@@ -198,15 +187,6 @@ def test_resume_repeats_the_run(tmp_path, capsys, epochs, options, steps):
     """Fault: after a stop other rollouts are drawn, or kept ones are lost, rewards and all (case A20)."""
     config = changed(resumable(tmp_path, **options), trainer_kwargs={"epochs": epochs})
     assert_stopping_changes_nothing(tmp_path, config, steps, capsys)
-
-
-def test_a_resumed_run_takes_the_kept_set(tmp_path, monkeypatch):
-    """Fault: a resume within a set draws it again, from weights that have changed since."""
-    drawn, draw = [], model.decoding.rollout_buffer.draw_rollouts
-    monkeypatch.setattr(model.decoding.rollout_buffer, "draw_rollouts", lambda *each: drawn.append(1) or draw(*each))
-    config = changed(make_kd_project(tmp_path, rows=6, **TWICE), trainer_kwargs={"max_steps": 3})
-    assert run_kd(tmp_path, config) == 0 and len(drawn) == 2
-    assert run_kd(tmp_path, changed(config, trainer_kwargs={"max_steps": 6})) == 0 and len(drawn) == 3
 
 
 def test_what_decides_the_rollouts_must_not_change(tmp_path, capsys):

@@ -10,7 +10,7 @@ from model.loading import load_language_model
 from tests import small_runs
 from tests.conftest import write_rows
 from tests.evaluation.test_validate_model import folder, run, write_news  # noqa: F401
-from tests.score_folders import shown, write_evaluation, write_scores
+from tests.score_folders import shown, write_scores
 from utils.compare import main
 
 # What validate_model.py records of a greedy run.
@@ -45,14 +45,6 @@ def test_rows_decoded_differently(tmp_path, capsys, settings, recorded, lines):
     assert remarks(capsys, *folders[:2]) == []
 
 
-def test_early_stopping_counts_with_beams_alone(tmp_path, capsys):
-    """Fault: a remark on a setting that has no effect on greedy decoding; or none on its effect on beams."""
-    greedy = [decoded(tmp_path / "a"), decoded(tmp_path / "b", {"early_stopping": True})]
-    assert remarks(capsys, *greedy) == []
-    beams = [decoded(tmp_path / name, {"num_beams": 4, "early_stopping": name == "d"}) for name in "cd"]
-    assert remarks(capsys, *beams) == ["decoded differently: early_stopping false (c), true (d)"]
-
-
 def test_lead_3_decodes_nothing(tmp_path, capsys):
     """Fault: the baseline that copies sentences counts as decoded in another way; or other articles pass."""
     lead = {"model_path": "lead-3", "max_generation_length": None, "num_beams": 4}
@@ -79,14 +71,6 @@ def test_what_older_versions_do_not_record(tmp_path, capsys, form):
     if form == "json":
         assert json.loads(out)["remarks"] == expected
     assert remarks(capsys, folders[2], write_scores(tmp_path / "d")) == []  # nobody records it
-
-
-def test_with_p_values(tmp_path, capsys):
-    """Fault: significance between rows that were decoded differently, without a remark."""
-    for name, beams in (("plain", 1), ("kl", 4)):
-        write_evaluation(tmp_path / name, [0.5, 0.25], **DECODED, settings={**GREEDY, "num_beams": beams})
-    lines = remarks(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")
-    assert lines == ["decoded differently: num_beams 1 (plain), 4 (kl)"]
 
 
 # -- what the scripts record -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """validate_model.py, in process, with a tiny byte-level GPT-2 and small CSVs."""
 
-import argparse
 import json
 import shutil
 import statistics
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import validate_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
-from utils.config.validate_options import read_options, validate_parser
 
 TEMPLATE = "{article}\nTL;DR:"  # data.prompts.DEFAULT_TEMPLATE, as cases and README state it
 CONTEXT, NEW = 128, 12
@@ -252,15 +250,3 @@ def test_wrong_flags(flags, words, capsys):
     assert ended.value.code == 2
     line = error_line(capsys)
     assert all(word in line for word in words), line
-
-
-def test_missing_names(capsys):
-    """Fault: a traceback where a needed name is in neither the flags nor the file."""
-    assert validate_model.main(["--model_path", "lead-3"]) == 2
-    assert "csv_path is missing" in error_line(capsys)
-
-
-def test_every_option_of_the_file_is_a_flag():
-    """Fault: a name that only the file knows."""
-    flags = {action.dest for action in validate_parser("x")._actions} - {"help", "config", "debug"}
-    assert flags == set(read_options(argparse.Namespace(config=None, csv_path="a", model_path="lead-3")).model_dump())

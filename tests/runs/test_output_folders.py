@@ -5,11 +5,8 @@ from pathlib import Path
 import pytest
 
 import validate_model
-from tests.conftest import write_rows
 from tests.runs.test_run_lock import snapshot
-from tests.small_runs import changed, error_line, make_project, make_rows, metrics, run
-from utils.errors import UserError
-from utils.runs import run_folder, score_table
+from tests.small_runs import changed, error_line, make_project, metrics, run
 from utils.runs.run_folder import archive_previous_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,28 +68,6 @@ def test_scores_of_a_training_are_not_replaced(finished, capsys, sign):
         (folder / "aside").rename(output_dir / other)
 
 
-# -- one script at a time ------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
-    """Fault: two evaluations in one folder leave the predictions of one beside the scores of the other; or a second
-    one, after the first, is refused."""
-    csv = write_rows(tmp_path / "x.csv", make_rows(3))
-    codes, real = [], score_table.evaluate
-
-    def second(*values):
-        if not codes:
-            codes.append(evaluate(tmp_path / "out", csv))
-        return real(*values)
-
-    monkeypatch.setattr(score_table, "evaluate", second)
-    assert [evaluate(tmp_path / "out", csv) for _ in "ab"] == [0, 0]
-    assert codes == [2]
-    assert f"--output_dir: another run is writing to {tmp_path / 'out'}: process " in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "predictions.json", "run.lock", "scores.json"]
-
-
 # -- earlier runs --------------------------------------------------------------------------------------------------
 
 NAMES = ["model_checkpoints", "metrics.jsonl", "scores.json"]
@@ -109,19 +84,6 @@ def test_an_earlier_run_is_archived(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-run-10", "earlier-run-9", "mine.txt"]
     assert (tmp_path / "earlier-run-10/metrics.jsonl").read_text() == "1"
     assert (tmp_path / "earlier-run-10/model_checkpoints/step-1").is_dir()
-
-
-def test_a_disk_that_refuses_to_archive_is_named(tmp_path, monkeypatch):
-    """Fault: a traceback, or a new run between the files of the earlier one."""
-    (tmp_path / "scores.json").write_text("1")
-
-    def refuse(path):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(run_folder, "sync", refuse)
-    with pytest.raises(UserError, match="earlier-run-1: No space left on device: free space"):
-        archive_previous_run(tmp_path, NAMES)
-    assert (tmp_path / "earlier-run-1/scores.json").read_text() == "1"
 
 
 # -- names and places ----------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import pytest
 from tests.conftest import ROOT
 from tests.small_runs import changed, make_project, run
 from utils.errors import UserError
-from utils.runs import folder_lock
 from utils.runs.folder_lock import lock_folder
 
 KEY = "trainer_kwargs.output_dir"
@@ -44,17 +43,6 @@ def test_the_holder_is_named(tmp_path):
     with lock_folder(tmp_path, KEY):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"host": 3, "pid": "x"}', b"\xff" * 9000])
-def test_a_damaged_description_is_no_obstacle(tmp_path, monkeypatch, content):
-    """Fault: a description that a full disk left empty, or a disk changed, ends every later run in a traceback."""
-    monkeypatch.setattr(folder_lock, "WORKER_SECONDS", 0.1)
-    (tmp_path / "run.lock.json").write_bytes(content)
-    with lock_folder(tmp_path, KEY):
-        assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
-        (tmp_path / "run.lock.json").write_bytes(content)
-        assert "an unknown process" in refusal(tmp_path)
 
 
 CHILD = """

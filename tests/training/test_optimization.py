@@ -30,16 +30,6 @@ def test_sentinels_of_the_warm_up(keys, warmup):
     assert make_schedule(config.lr_scheduler_kwargs, 1.0, 100).warmup == warmup
 
 
-def test_cosine_and_floor():
-    """Fault: a decay that ends below its floor, or a cosine that is not one."""
-    schedule = LRSchedule(1.0, 0, 100, "cosine", 0.1)
-    assert schedule.learning_rate(0) == pytest.approx(1.0)
-    assert schedule.learning_rate(50) == pytest.approx(0.55)
-    assert schedule.learning_rate(100) == pytest.approx(0.1)
-    assert schedule.learning_rate(500) == pytest.approx(0.1)
-    assert LRSchedule(1.0, 0, 100, "linear", 0.1).learning_rate(50) == pytest.approx(0.55)
-
-
 def test_library_schedule_agrees():
     """Fault: another schedule than the library's linear one."""
     from transformers import get_linear_schedule_with_warmup
