@@ -91,12 +91,6 @@ def test_every_line_end_is_read_alike(write, end):
     ]
 
 
-def test_no_unicode_normalisation(write):
-    """Texts changed by NFC, or lines cut at U+2028 and U+0085, which are no line ends of a CSV."""
-    article = "cafe\u0301 \u2028 \u0085 \x0b \ufb01 \U0001f600"
-    assert texts(write(HEADER + f"1,{article},h\n".encode())) == [("1", article, "h")]
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[st.text(st.characters(codec="utf-8", exclude_characters="\0\r"))] * 2), min_size=1))
 def test_what_pandas_writes_is_read_back(tmp_path_factory, cells):
@@ -252,12 +246,6 @@ def test_files_without_usable_rows_are_refused_in_skip_mode(write, content, word
     assert words in error_of(write(content), on_bad_row="skip")
 
 
-def test_missing_file_and_folder(tmp_path):
-    """A traceback instead of one line for a path that is no file."""
-    assert error_of(tmp_path / "none.csv") == "FILE: no such file: check the path"
-    assert "is a folder" in error_of(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("header", "parts"),
     [
@@ -287,7 +275,6 @@ def test_mapping_may_be_partial_and_number_the_rows(write):
     [
         ({"artcle": "text"}, "unknown key 'artcle'"),
         ({"article": None}, "article is null"),
-        ({"id": 3}, "id is 3"),
         ({"highlights": "article"}, "article and highlights are both 'article'"),
     ],
 )

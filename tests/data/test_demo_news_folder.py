@@ -121,5 +121,3 @@ def test_usage_errors(tmp_path, capsys):
     for name in ("file", "file/news"):
         assert f"cannot write {tmp_path / name}: " in error_of(capsys, tmp_path / name, code=1)
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(ValueError, match="unknown split 'dev': expected one of teacher_short, teacher, "):
-        demo_news.generate({"dev": 3})

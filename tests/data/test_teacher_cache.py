@@ -7,7 +7,7 @@ import pytest
 
 from data.articles import DataError
 from data.prompts import PromptFormat
-from data.teacher_cache import ArrayShape, TeacherCache, reserve
+from data.teacher_cache import ArrayShape, TeacherCache
 from data.tokenized import TokenizedDataset, open_token_table
 from tests.conftest import byte_tokenizer, write_rows
 
@@ -104,16 +104,6 @@ def test_the_key_decides_the_folder(tmp_path, table):
     assert len(folders) == 6 and cache_of(tmp_path, table, key).folder in folders
     other_rows = make_table(tmp_path / "other", [*HIGHLIGHTS[:4], "xyz"])
     assert cache_of(tmp_path, other_rows, key).folder not in folders
-
-
-def test_room_is_taken_at_once(tmp_path, table):
-    """Fault: a sparse file, whose disk is full hours later, kills the process with SIGBUS."""
-    cache = cache_of(tmp_path, table, arrays={"hidden": ArrayShape(1000, "float32")})
-    cache.create()
-    status = (cache.folder / "hidden.bin").stat()
-    assert cache.nbytes == status.st_size == 26 * 4000 <= status.st_blocks * 512
-    reserve(tmp_path / "file", 5_000_000)
-    assert (tmp_path / "file").stat().st_size == 5_000_000
 
 
 def test_too_little_room(tmp_path, table):

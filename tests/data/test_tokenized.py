@@ -178,14 +178,6 @@ def test_skipped_rows_are_all_listed_also_from_the_cache(bad_csv, cache_dir, mon
     assert table.names([0, 1, 2]) == ["n000 (row 1)", "n002 (row 3)", "n005 (row 6)"]
 
 
-def test_paths_that_cannot_be_used_are_named(csv_path, tmp_path):
-    """Fault: a traceback for a wrong path, or for a cache folder that is a file."""
-    message = error_of(tmp_path / "none.csv", FORMAT, tmp_path)
-    assert message.startswith(f"{tmp_path / 'none.csv'}: cannot be read") and "check the path" in message
-    message = error_of(csv_path, FORMAT, csv_path)
-    assert message.startswith(f"dataset_kwargs.cache_dir: {csv_path}") and "name another folder" in message
-
-
 # -- kills, damage, full disks ----------------------------------------------------------------------------------
 
 

@@ -158,16 +158,6 @@ def test_steps_in_a_row_use_one_set(tmp_path):
     assert all(line["clip_fraction"] == 0 for line in (*found["wide"], *found["still"]))
 
 
-@pytest.mark.parametrize(("accumulation", "sets"), [(1, [0, 0, 1, 2, 2, 3]), (2, [0, 1, 2, 3])])
-def test_an_epoch_that_ends_within_a_set(tmp_path, accumulation, sets):
-    """Fault: ckpt_training_batch, of 3 micro-batches, cuts a set, and the next rows get rollouts of others."""
-    config = changed(make_kd_project(tmp_path, **STUDENT, rollout_epochs=2), trainer_kwargs={
-        "epochs": 2, "ckpt_training_batch": 3, "gradient_accumulation_steps": accumulation})
-    assert run_kd(tmp_path, config) == 0
-    rewards = [round(line["reward"], 5) for line in strict_lines(tmp_path / "run")]
-    assert [list(dict.fromkeys(rewards)).index(reward) for reward in rewards] == sets
-
-
 # -- resume ------------------------------------------------------------------------------------------------------
 
 TWICE = POLICY | {"rollout_epochs": 2, "whiten": True}

@@ -11,12 +11,10 @@ from data.prompts import DEFAULT_TEMPLATE
 from model.language_model import LanguageModel, ModelError
 from model.student_init import copy_teacher_layers, spread_layers
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
-from tests.runs.test_train_script import last_error
 from tests.small_kd_runs import POSITIONS, make_kd_project, random_rows, randomised, run_kd, save_model, tiny_teacher
 from tests.small_runs import assert_equal_weights, changed, largest_difference, weights
 
 INIT, LAYERS = "distillation_kwargs.student_init", "distillation_kwargs.student_layers"
-KEY = "trainer_kwargs.student_ckpt_path"
 
 
 def wrapped(network) -> LanguageModel:
@@ -145,12 +143,6 @@ def started(folder: Path, config: dict, **sections: dict) -> dict[str, torch.Ten
     return weights(folder / "run/model_checkpoints/last")
 
 
-def refusal(folder: Path, config: dict, capsys, **sections: dict) -> str:
-    assert run_kd(folder, changed(config, **sections)) == 2
-    assert not (folder / "run/model_checkpoints").exists()
-    return last_error(capsys).removeprefix("train_kd.py: error: ")
-
-
 def from_there(path: Path, named: str | None = None) -> dict:
     return {"trainer_kwargs": {"student_ckpt_path": str(path)},
             "model_arch": {} if named is None else {"student_lang_model": named}}
@@ -180,30 +172,9 @@ def test_run_from_a_checkpoint(tmp_path, project):
     assert largest_difference(found, weights(tmp_path / "student")) > 1e-3
 
 
-def test_run_from_a_checkpoint_without_tokenizer(tmp_path, project):
-    """Fault: weights that lie without a tokenizer do not get that of student_lang_model."""
-    network = student_network(seed=21)
-    network.save_pretrained(tmp_path / "earlier")
-    found = started(tmp_path, project, **from_there(tmp_path / "earlier"))
-    assert largest_difference(found, weights(tmp_path / "earlier")) < 1e-6
-    assert (tmp_path / "run/model_checkpoints/last/tokenizer.json").is_file()
-
-
 def test_run_from_a_legacy_file(tmp_path, project):
     """Fault: a .pt with `module.` prefixes is not loaded, or loaded in part (case A22)."""
     network = student_network(seed=21)
     torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "old.pt")
     found = started(tmp_path, project, **from_there(tmp_path / "old.pt"))
     assert largest_difference(found, {**network.state_dict()}) < 1e-6
-
-
-def test_checkpoint_that_is_no_model(tmp_path, project, capsys):
-    """Fault: the folder of a run, or a file of something else, ends in a library's message."""
-    (tmp_path / "earlier/model_checkpoints").mkdir(parents=True)
-    (tmp_path / "earlier/config.json").write_text("{}")
-    save_model(tmp_path / "earlier/model_checkpoints/last", student_network())
-    message = refusal(tmp_path, project, capsys, **from_there(tmp_path / "earlier"))
-    assert message.startswith(f"{KEY}: ")
-    assert message.endswith(f"did you mean {tmp_path / 'earlier/model_checkpoints/last'}?")
-    (tmp_path / "old.pt").write_bytes(b"no tensors")
-    assert refusal(tmp_path, project, capsys, **from_there(tmp_path / "old.pt")).startswith(f"{KEY}: {tmp_path}/old.pt")

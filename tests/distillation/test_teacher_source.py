@@ -77,13 +77,6 @@ def test_demo_teacher_has_random_weights(tmp_path, project, capsys):
         assert KEY in message and "./demo.sh" in message
 
 
-def test_teacher_of_the_hub_without_network(tmp_path, project, capsys):
-    """Fault: thirty lines of a library's traceback where the hub is not reachable."""
-    message = refusal(tmp_path, project, capsys, **with_teacher(None, "gpt2-medium"))
-    assert message.startswith(f"{NAMED}: cannot get 'gpt2-medium' from the hub")
-    assert "hf download gpt2-medium" in message
-
-
 @pytest.mark.parametrize(("named", "told"), [
     ("gpt2-medium", "its num_hidden_layers is 2, 'gpt2-medium' has 24"),
     ("demo-teacher", "its num_hidden_layers is 2, 'demo-teacher' has 3"),
@@ -157,13 +150,6 @@ def test_a_teacher_that_is_not_bigger(tmp_path, project, capsys):
     save_model(tmp_path / "teacher", tiny_teacher(width=16, layers=1), DEFAULT_TEMPLATE)
     (line,) = told_by(tmp_path, project, capsys)
     assert line.startswith("the teacher is not bigger than its student")
-
-
-def test_a_checkpoint_without_its_prompt(tmp_path, project, capsys):
-    """Fault: a checkpoint of other scripts is prompted in another way than it was trained, without a word."""
-    edit_config(tmp_path / "teacher", prompt_template=None)
-    (line,) = told_by(tmp_path, project, capsys)
-    assert "does not say which prompt it was trained on" in line and repr(DEFAULT_TEMPLATE) in line
 
 
 # -- legacy files, fingerprints ----------------------------------------------------------------------------------

@@ -45,17 +45,6 @@ def test_rows_decoded_differently(tmp_path, capsys, settings, recorded, lines):
     assert remarks(capsys, *folders[:2]) == []
 
 
-def test_lead_3_decodes_nothing(tmp_path, capsys):
-    """Fault: the baseline that copies sentences counts as decoded in another way; or other articles pass."""
-    lead = {"model_path": "lead-3", "max_generation_length": None, "num_beams": 4}
-    plain = {"prompt_template": None, "prompt_max_length": None, "precision": None}
-    model = decoded(tmp_path / "model")
-    assert remarks(capsys, model, decoded(tmp_path / "lead", lead, **plain)) == []
-    other = decoded(tmp_path / "other", lead, **plain, articles_sha256="5e6f7a8b" * 8)
-    assert remarks(capsys, model, other) == [
-        "scored on different articles: articles_sha256 1a2b3c4d (model), 5e6f7a8b (other)"]
-
-
 @pytest.mark.parametrize("form", ["text", "csv", "json"])
 def test_what_older_versions_do_not_record(tmp_path, capsys, form):
     """Fault: a row that does not say how it was decoded passes for one decoded as the others, or hides the others."""

@@ -52,14 +52,6 @@ def test_names_of_rows(tmp_path, capsys, monkeypatch):
     assert list(rows) == ["fast one", str(first), str(second), "lr=0.1"]
 
 
-@pytest.mark.parametrize("given", [["x={a}", "x={b}"], ["b={a}", "{b}"], ["{a}", "{a}"]])
-def test_name_twice(tmp_path, capsys, given):
-    """Fault: of two rows of one name one vanishes."""
-    folders = {name: write_scores(tmp_path / name) for name in "ab"}
-    error = refusal(capsys, *(text.format(**folders) for text in given))
-    assert "the name of two rows" in error and "NAME=FOLDER" in error
-
-
 def test_control_characters(tmp_path, capsys):
     """Fault: a folder's name, an id or a CSV's name changes the colour of the console or breaks the table's lines."""
     name = "red\x1b[31m\nrow\x9b\x7f"

@@ -54,15 +54,6 @@ def test_clear_difference_and_none(tmp_path, capsys):
                      ["±10.6", "+0.0", "±0.0", "1.0000"]]
 
 
-def test_rows_in_another_order(tmp_path, capsys):
-    """Fault: rows are paired by their position in the file: here every difference is 0 by id and none by position."""
-    rows = records([0.25, 0.5, 0.75])
-    write_evaluation(tmp_path / "plain", [], rows=rows)
-    write_evaluation(tmp_path / "kl", [], rows=rows[::-1])
-    row = objects_of(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")["kl"]
-    assert [row[key] for key in ("difference", "difference_low", "difference_high")] == [0.0] * 3
-
-
 @pytest.mark.parametrize(("change", "problem"), [
     (lambda rows: [*rows[:1], {**rows[1], "id": "m"}], "id n1 is only in plain"),
     (lambda rows: [*rows, {**rows[1], "id": ""}], "id  is only in kl"),

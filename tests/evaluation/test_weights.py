@@ -9,7 +9,7 @@ import torch
 import validate_model
 from tests import small_runs
 from tests.conftest import tiny_language_model
-from tests.score_folders import objects_of, shown, write_run
+from tests.score_folders import objects_of, shown
 from utils.evaluation.weights import weights_of
 
 
@@ -86,19 +86,3 @@ def test_scores_of_an_earlier_training(tmp_path, capsys):
         f"the weights behind test (step 4, {best}) are no longer there, deleted or replaced since: score what is there "
         f"now with validate_model.py --output_dir {folder}"]
     assert speed(capsys, folder) is None
-
-
-def test_step_that_a_training_no_longer_keeps(tmp_path, capsys):
-    """Fault: a training whose scored step was deleted by keep_checkpoints loses its speed, or nothing is said."""
-    run = write_run(tmp_path / "run", speeds=(1, 20), validation=[0.5])
-    weights = {"sha256": sha256(b"seven").hexdigest(), "step": 7}
-    scores = json.loads((run / "scores.json").read_text())
-    (run / "scores.json").write_text(json.dumps({**scores, "weights": weights}))
-    step = run / "model_checkpoints/step-7"
-    step.mkdir(parents=True)
-    assert remarks(capsys, run) == [
-        f"the weights behind run (step 7, {step}) are no longer there, deleted or replaced since: score what is there "
-        f"now with validate_model.py --output_dir {run}/evaluation"]
-    assert speed(capsys, run) == 20
-    (step / "model.safetensors").write_bytes(b"seven")
-    assert remarks(capsys, run) == []

@@ -71,17 +71,6 @@ def test_more_epochs_go_on(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_starting_anew_keeps_the_earlier_run(tmp_path, capsys):
-    """Fault: load_from_checkpoint false deletes or mixes with what was there (case A21, stale steps)."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    first = weights(tmp_path / "run/model_checkpoints/last")
-    assert run(tmp_path, changed(config, trainer_kwargs={"load_from_checkpoint": False, "seed": 5})) == 0
-    assert "moved to" in capsys.readouterr().err
-    assert_equal_weights(first, weights(tmp_path / "run/earlier-run-1/model_checkpoints/last"))
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
-
-
 def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
     """Fault: after going back to step 2, the old step 3 is taken for the newest."""
     config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"n_batch_ckpt_save": 1, "keep_checkpoints": 9})
@@ -147,18 +136,6 @@ def test_another_validation_set_is_judged_anew(tmp_path, capsys, metric):
     assert "best score is reset" not in capsys.readouterr().err
     scores = [line[metric] for line in metrics(tmp_path / "run", "validation")][2:]
     assert judged(tmp_path)[0] == (min if metric == "loss" else max)(scores)
-
-
-def test_an_epoch_that_is_not_judged_keeps_the_best(tmp_path, capsys):
-    """Fault: a run that measures nothing for an epoch forgets what was best, and takes the next for it."""
-    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2})
-    assert run(tmp_path, config) == 0
-    before = judged(tmp_path)
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 3, "monitor_val": False})) == 0
-    assert judged(tmp_path) == before
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
-    assert "best score is reset" not in capsys.readouterr().err
-    assert judged(tmp_path)[0] == min(line["loss"] for line in metrics(tmp_path / "run", "validation"))
 
 
 def test_best_is_mended_after_a_kill_between_the_links(tmp_path):

@@ -97,20 +97,6 @@ def test_a_finished_run_started_again_changes_no_byte(tmp_path, capsys):
     assert (snapshot(tmp_path / "run"), snapshot(tmp_path / "cache")) == before
 
 
-def test_a_training_refuses_a_held_folder(tmp_path, capsys):
-    """Fault: two trainings in one folder destroy each other's checkpoints."""
-    config = make_project(tmp_path, rows=6)
-    output_dir = tmp_path / "run"
-    with lock_folder(output_dir, KEY):
-        assert run(tmp_path, config) == 2
-    error = capsys.readouterr().err
-    assert f"train.py: error: {KEY}: another run is writing to {output_dir}: process {os.getpid()} on" in error
-    assert [path.name for path in output_dir.iterdir()] == ["run.lock"]
-    assert run(tmp_path, config) == 0
-    assert sorted(path.name for path in output_dir.iterdir()) == [
-        "config.json", "metrics.jsonl", "model_checkpoints", "run.lock", "tensorboard"]
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_only_be_read(tmp_path, capsys):
     """Fault: a run trains for hours, and then cannot save."""

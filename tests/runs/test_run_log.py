@@ -35,18 +35,6 @@ def test_a_resumed_log_shows_each_step_once(tmp_path):
         "train/loss": [(1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)], "train/epoch": [(step, 0.0) for step in (1, 2, 3, 4)]}
 
 
-def test_an_evaluation_that_is_repeated_is_logged_once(tmp_path):
-    """Fault: killed between the validation and its checkpoint, a run has two validations of one step."""
-    log = RunLog(tmp_path)
-    log.open()
-    for split, step in (("validation", 1), ("train", 2), ("train_epoch", 2), ("validation", 2)):
-        log.record(split, step, loss=1.0)
-    log.close()
-    log.open(2, evaluation_pending=True)
-    log.close()
-    assert [(line["split"], line["step"]) for line in read_metrics(log.path)] == [("validation", 1), ("train", 2)]
-
-
 @pytest.mark.parametrize("damaged", [b"\xff\xfe", b'{"split": "train", "step": 1', b"7", b'{"step": 1}',
                                      b'{"split": "train", "step": "1"}', b""])
 def test_a_damaged_line_costs_only_itself(tmp_path, damaged, capsys):

@@ -57,16 +57,6 @@ def test_shipped_recipe_without_hub_names_the_way(tmp_path, monkeypatch, capsys)
     assert "./demo.sh" in error
 
 
-def test_missing_csv_names_the_way(tmp_path, capsys):
-    """Fault: FileNotFoundError without the command that gets the data."""
-    config = changed(make_project(tmp_path), dataset_kwargs={"data_dir": str(tmp_path / "none")})
-    assert run(tmp_path, config) == 2
-    error = last_error(capsys)
-    assert "none/train.csv does not exist" in error
-    assert "python -m data.cnn_dailymail" in error
-    assert "./demo.sh" in error
-
-
 @pytest.mark.parametrize(("section", "values", "message"), [
     ("trainer_kwargs", {"epoch": 3}, "trainer_kwargs.epoch is unknown"),
     ("optimizer_kwargs", {"lm_lr": "5e-5"}, "5e-5 without quotes"),

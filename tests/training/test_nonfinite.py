@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.objective import LossTerms
@@ -131,21 +130,6 @@ def test_a_validation_loss(tmp_path, capsys):
     assert error.startswith(f"the validation loss after optimizer step 6 is nan; rows: {ids[0]} (row 3); ")
     assert (tmp_path / "run/model_checkpoints/last").resolve().name == "step-5"
     assert not [line for line in strict(tmp_path) if line["split"] == "validation" and line["step"] == 6]
-
-
-def test_weights_in_a_file(tmp_path, capsys):
-    """Fault: NaN in a file is reported as "this family is not supported", or found after an hour."""
-    def spoil(folder: Path, name: str, index: tuple) -> None:
-        values = load_file(folder / "model.safetensors")
-        values[name][index] = math.nan
-        save_file(values, folder / "model.safetensors", {"format": "pt"})
-
-    config = distilling(tmp_path)
-    spoil(tmp_path / "teacher", "transformer.h.1.mlp.c_fc.bias", (7,))
-    assert run_kd(tmp_path, config) == 2
-    error = last_error(capsys)
-    assert error.startswith("trainer_kwargs.teacher_ckpt_path: ") and "not finite" in error
-    assert "transformer.h.1.mlp.c_fc.bias" in error and not (tmp_path / "run/config.json").exists()
 
 
 def test_rewards_of_a_policy_gradient_stop_a_run_that_may_skip_steps(tmp_path, capsys):

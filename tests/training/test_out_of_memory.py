@@ -14,7 +14,6 @@ from model.language_model import ModelError
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
 from tests.faults.memory import CPU_ERRORS, GPU, full_in, full_in_forward
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
-from utils.config.distill import DistillConfig
 from utils.config.fine_tune import FineTuneConfig
 from utils.training.out_of_memory import (
     ACCUMULATION,
@@ -92,18 +91,6 @@ def test_a_smaller_batch_divides_the_old_one(batch, smaller):
     for whole, part in zip(plan_epoch(lengths, batch, 2, 1, 0), plan_epoch(lengths, smaller, accumulation, 1, 0),
                            strict=True):
         assert np.array_equal(np.concatenate(whole), np.concatenate(part))
-
-
-@pytest.mark.parametrize(("dataset", "distillation", "expected"), [
-    ({"tokens_per_batch": 600}, {}, "set dataset_kwargs.tokens_per_batch 300 (now 600): the optimizer steps stay the "),
-    ({"train_batch_size": 1}, {}, "the batch is one row already: lower dataset_kwargs.max_length, or take a smaller "),
-    ({"train_batch_size": 2}, {"method": "policy_gradient"}, "set distillation_kwargs.rollout_batch_size 4 (now 8)"),
-])
-def test_other_bounds(dataset, distillation, expected):
-    """Fault: half the rows are advised where they are not what takes the memory."""
-    config = {"dataset_kwargs": dataset, "distillation_kwargs": distillation,
-              "trainer_kwargs": {"teacher_ckpt_path": "teacher"}}
-    assert expected in training_remedy(DistillConfig.model_validate(config))
 
 
 @pytest.mark.parametrize(("options", "step"), [

@@ -25,17 +25,6 @@ def hang_up() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_terminal_that_closes_is_heard_once(handlers, capsys):
-    """A closed terminal kills the run, at once or with the second of the signals that it sends."""
-    with StopRequest() as stop:
-        assert not stop.requested
-        for _ in range(3):
-            hang_up()
-        assert stop.requested and stop.number == signal.SIGHUP
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
-    assert capsys.readouterr().err.count("SIGHUP: stopping at the next step") == 1
-
-
 TOGETHER = """
 import os, signal, sys
 from utils.training.signals import StopRequest
