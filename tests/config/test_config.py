@@ -10,7 +10,6 @@ from tests.config_samples import (
     KD_ARCH,
     KD_KWARGS,
     KD_TRAINER,
-    KL_DIVS,
     POLICY_KWARGS,
     TEACHER,
     USERS_CONFIG,
@@ -233,16 +232,6 @@ def test_wrong_values(tmp_path, key, value):
     assert line.isprintable()
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("optimizer_kwargs.lm_lr", "5e-5"), ("trainer_kwargs.epochs", "3"), ("trainer_kwargs.loss_scaling_batch", "64"),
-    ("trainer_kwargs.gradient_clipping", "0.5"),
-])
-def test_numbers_in_quotes(tmp_path, key, value):
-    """Fault: "5e-5" is converted, or refused without the number to write."""
-    (line,) = refusal(tmp_path, nested(key, value))
-    assert key in line and line.endswith(f'(got "{value}", write {value} without quotes)')
-
-
 def test_nan_is_refused_with_its_key(tmp_path):
     """Fault: NaN or a number that overflows passes and poisons the weights; or its key is not named."""
     optimizer = '"optimizer_kwargs": {"lm_lr": NaN, "kwargs": {"eps": [Infinity], "weight_decay": NaN}}'
@@ -335,21 +324,6 @@ def test_what_goes_together(tmp_path, content):
 
 
 # -- keys without effect -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "theirs"),
-    [("beta", ["generalized_js"]), ("lambda", ["skew_forward", "skew_reverse"]), ("mu", ["symmetric"])],
-)
-def test_parameters_of_another_divergence(tmp_path, key, theirs):
-    """Fault: a parameter is tuned that the divergence does not have; or one that it has is warned of."""
-    for name in KL_DIVS:
-        lines = warnings_of(load_kd(tmp_path, distillation(**{key: 0.3, "kl_div": name})))
-        assert len(lines) == (name not in theirs)
-        for line in lines:
-            assert line.startswith(f"distillation_kwargs.{key} has no effect: ")
-            assert all(other in line for other in [*theirs, f"kl_div is {name}"])
-        assert warnings_of(load_kd(tmp_path, distillation(**{key: KD_KWARGS[key], "kl_div": name}))) == []
 
 
 SAMPLING = {"rollout_temperature", "rollout_top_k", "rollout_top_p", "rollout_batch_size"}

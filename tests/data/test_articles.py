@@ -2,8 +2,6 @@ import csv
 import gzip
 import io
 import json
-import os
-import threading
 import tracemalloc
 from pathlib import Path
 
@@ -168,16 +166,6 @@ def test_damaged_tables_are_one_line(tmp_path, name, content, words):
     """Fault: a traceback of a library in place of file, row and reason."""
     (tmp_path / name).write_bytes(content)
     assert words in error_of(tmp_path / name)
-
-
-def test_a_pipe_is_read(tmp_path):
-    """Fault: `<(command)` in place of a file is refused."""
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    writer = threading.Thread(target=path.write_bytes, args=(HEADER + b"1,a,h\n",))
-    writer.start()
-    assert texts(path) == [("1", "a", "h")]
-    writer.join()
 
 
 def test_memory_is_flat_in_the_size_of_the_file(write):

@@ -70,20 +70,6 @@ def test_rows_come_back(tmp_path, table):
     assert_same(again.read(np.array([1])), values_of([1]))
 
 
-def test_only_what_was_noted_counts_as_done(tmp_path, table):
-    """Fault: zeros of a new file are taken for the teacher's outputs after a kill."""
-    cache = cache_of(tmp_path, table)
-    assert cache.rows_done == 0
-    cache.create()
-    cache.open(writable=True)
-    cache.write(np.array([0, 1]), values_of([0, 1]))
-    assert cache.rows_done == cache_of(tmp_path, table).rows_done == 0
-    cache.save_progress(2)
-    assert cache.rows_done == cache_of(tmp_path, table).rows_done == 2
-    cache.create()  # from the start
-    assert cache.rows_done == 0
-
-
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink, lambda path: path.write_bytes(b"\xff"),
 ])

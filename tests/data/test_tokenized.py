@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.articles import DataError
 from data.prompts import PromptFormat
-from data.tokenized import CHUNK, TokenizedDataset, open_token_table
+from data.tokenized import CHUNK, open_token_table
 from tests.conftest import END, byte_tokenizer, write_rows
 
 FORMAT = PromptFormat(byte_tokenizer(), max_length=64)
@@ -240,14 +240,3 @@ def test_a_truncated_file_is_built_again(csv_path, cache_dir, size):
     path = open_token_table(csv_path, FORMAT, cache_dir).path
     path.write_bytes(path.read_bytes()[:size])
     assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == EXPECTED
-
-
-def test_a_damaged_file_is_named(csv_path, cache_dir):
-    """Fault: a traceback of Arrow."""
-    path = open_token_table(csv_path, FORMAT, cache_dir).path
-    content = path.read_bytes()
-    path.write_bytes(bytes(500) + content[500:])
-    message = error_of(csv_path, FORMAT, cache_dir)
-    assert message.startswith(f"{path} is damaged (") and message.endswith("): delete it, and it is built again")
-    path.unlink()
-    assert rows_of(TokenizedDataset(open_token_table(csv_path, FORMAT, cache_dir).path)) == EXPECTED

@@ -224,18 +224,6 @@ def test_another_teacher_finds_nothing(tmp_path, project, loads, change):
     assert len(list((tmp_path / "shared").iterdir())) == 4 and len(loads) == 3
 
 
-def test_other_rows_and_other_k_find_nothing(tmp_path, project, loads):
-    """Fault: a changed CSV, k or temperature reads what was stored before."""
-    shared = str(tmp_path / "shared")
-    for name, k, temperature in (("k8", 8, 1.0), ("k9", 9, 1.0), ("warm", 8, 2.0)):
-        cache = {"kind": "top_k", "top_k": k, "dir": shared}
-        distil(project, name, distillation_kwargs={"teacher_cache": cache, "temperature": temperature})
-    assert len(loads) == 3 and len(list((tmp_path / "shared").iterdir())) == 6
-    write_rows(tmp_path / "train.csv", make_rows(11, seed=5))
-    distil(project, "rows", {"kind": "top_k", "top_k": 8, "dir": shared})
-    assert len(loads) == 4 and len(list((tmp_path / "shared").iterdir())) == 7
-
-
 def test_what_is_damaged_is_computed_again_or_named(tmp_path, project, loads, capsys):
     """Fault: a truncated array or head is learnt from, or ends the run with a traceback."""
     first = distil(project, "first", HIDDEN)

@@ -11,7 +11,6 @@ from tests import small_runs
 from tests.conftest import write_rows
 from tests.evaluation.test_validate_model import folder, run, write_news  # noqa: F401
 from tests.score_folders import shown, write_scores
-from utils.compare import main
 
 # What validate_model.py records of a greedy run.
 GREEDY = {"max_generation_length": 80, "num_beams": 1, "early_stopping": False, "prompt_template": None,
@@ -43,23 +42,6 @@ def test_rows_decoded_differently(tmp_path, capsys, settings, recorded, lines):
     folders = [decoded(tmp_path / "a"), decoded(tmp_path / "b"), decoded(tmp_path / "c", settings, **recorded)]
     assert remarks(capsys, *folders) == [f"decoded differently: {line}" for line in lines]
     assert remarks(capsys, *folders[:2]) == []
-
-
-@pytest.mark.parametrize("form", ["text", "csv", "json"])
-def test_what_older_versions_do_not_record(tmp_path, capsys, form):
-    """Fault: a row that does not say how it was decoded passes for one decoded as the others, or hides the others."""
-    folders = [decoded(tmp_path / "a"), decoded(tmp_path / "b", {"num_beams": 4}), write_scores(tmp_path / "c")]
-    assert main([*map(str, folders), "--format", form]) == 0
-    out, err = capsys.readouterr()
-    expected = ["decoded differently: num_beams 1 (a), 4 (b)",
-                "not recorded: how c was decoded, or on which articles (written by an older version)"]
-    if form == "text":
-        assert out.splitlines()[-2:] == expected
-    else:
-        assert err.splitlines() == [f"utils.compare: {line}" for line in expected]
-    if form == "json":
-        assert json.loads(out)["remarks"] == expected
-    assert remarks(capsys, folders[2], write_scores(tmp_path / "d")) == []  # nobody records it
 
 
 # -- what the scripts record -----------------------------------------------------------------------------------------

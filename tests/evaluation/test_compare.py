@@ -80,17 +80,6 @@ def test_run_folder(tmp_path, capsys):
     assert lines_of(capsys, both, one)[0][4:6] == ["set", "rows"]
 
 
-@pytest.mark.parametrize(("speeds", "median"), [
-    ((10, 300, 100, 200, 900), 250), ((10,), 10), ((10, None, 70, 90), 80), ((), None),
-])
-def test_training_speed(tmp_path, capsys, speeds, median):
-    """Fault: the slow first line counts, lines of a validation or without a number count, or a mean is taken."""
-    run = write_run(tmp_path / "run", validation=[0.5], speeds=speeds)
-    last = write_scores(tmp_path / "at", settings={"model_path": f"{run}/model_checkpoints/last/", "csv_path": "a.csv"})
-    rows = objects_of(capsys, run, last)
-    assert [rows[name]["tokens_per_second"] for name in ("run", "at")] == [median, median]
-
-
 def test_real_folders(tmp_path, capsys):
     """Fault: the folders that the scripts write are not those that are read here. (One model, one CSV, both ways.)"""
     config = small_runs.make_project(tmp_path, rows=8)

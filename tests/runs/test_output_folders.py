@@ -6,7 +6,7 @@ import pytest
 
 import validate_model
 from tests.runs.test_run_lock import snapshot
-from tests.small_runs import changed, error_line, make_project, metrics, run
+from tests.small_runs import changed, error_line, make_project, run
 from utils.runs.run_folder import archive_previous_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,17 +105,3 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert (tmp_path / "home/out/scores.json").is_file()
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": "~nobody-of-this-name/run"})) == 0
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["~nobody-of-this-name"]
-
-
-def test_folders_on_another_disk(tmp_path):
-    """Fault: whoever keeps checkpoints and curves on another disk, by links to folders, is refused."""
-    config = changed(make_project(tmp_path, rows=4), trainer_kwargs={"metrics": ["rouge"], "save_predictions": True})
-    assert run(tmp_path, config) == 0
-    (tmp_path / "disk").mkdir()
-    for name in ("model_checkpoints", "tensorboard", "predictions"):
-        (tmp_path / "run" / name).rename(tmp_path / "disk" / name)
-        (tmp_path / "run" / name).symlink_to(tmp_path / "disk" / name)
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    assert {path.name for path in (tmp_path / "disk/predictions").iterdir()} == {
-        "validation-step-2.json", "validation-step-4.json"}

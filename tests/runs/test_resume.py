@@ -42,8 +42,8 @@ def only_up_to(run_folder: Path, step: int) -> None:
     (checkpoints / "last").symlink_to(f"step-{step}")
 
 
-def test_resuming_after_every_step_repeats_the_run(tmp_path):
-    """Fault: a resumed run replays epoch 0's order, other dropout, or another schedule (case A20)."""
+def test_resuming_after_every_step_repeats_the_run(tmp_path, capsys):
+    """Fault: a resumed run replays epoch 0's order, other dropout, or another schedule, or reports one (case A20)."""
     config = eventful(tmp_path)
     assert run(tmp_path, config) == 0
     whole = tmp_path / "run"
@@ -61,6 +61,7 @@ def test_resuming_after_every_step_repeats_the_run(tmp_path):
         assert {split: metrics(again, split) for split in SPLITS} == logs, step
         assert (again / "model_checkpoints/best").resolve().name == (whole / "model_checkpoints/best").resolve().name
         shutil.rmtree(again)
+    assert "learning rate: " not in capsys.readouterr().err
 
 
 def test_more_epochs_go_on(tmp_path):

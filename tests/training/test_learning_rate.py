@@ -1,11 +1,8 @@
 """Learning rates that are not what the user expects are told: after a resume, and where the schedule does not fit."""
 
-import shutil
-from pathlib import Path
 
 import pytest
 
-from tests.runs.test_resume import eventful, only_up_to
 from tests.small_runs import changed, make_project, metrics, run
 from utils.config.fine_tune import FineTuneConfig
 from utils.training.optimization import schedule_notices
@@ -43,30 +40,6 @@ def test_a_longer_run_tells_its_new_rate(tmp_path, capsys, changes, rates, total
     assert rates.split()[0] == used[2] and rates.split()[-4] == used[3]
     assert run(tmp_path, longer) == 0  # finished
     assert told(capsys) == []
-
-
-def resumed_everywhere(config: dict, folder: Path, capsys, start=run) -> int:
-    """Resumes a run after each of its steps; how often. What it tells of the rate is an error."""
-    assert start(folder, config) == 0
-    steps = sorted(int(path.name[5:]) for path in (folder / "run/model_checkpoints").glob("step-*"))
-    assert told(capsys) == []
-    for step in steps:
-        again = folder / "again"
-        shutil.copytree(folder / "run", again, symlinks=True)
-        only_up_to(again, step)
-        assert start(folder, changed(config, trainer_kwargs={"output_dir": str(again)})) == 0
-        assert told(capsys) == [], step
-        shutil.rmtree(again)
-    return len(steps)
-
-
-@pytest.mark.parametrize("scheduler", [
-    {"num_warmup_steps": 6}, {"type": "cosine", "min_lr_ratio": 0.1}, {"num_training_steps": 5},
-])
-def test_an_unchanged_run_tells_nothing(tmp_path, capsys, scheduler):
-    """Fault: a resumed run tells of a change where there is none: in the warm-up, at the floor, after an epoch."""
-    config = changed(eventful(tmp_path), lr_scheduler_kwargs=scheduler)
-    assert resumed_everywhere(config, tmp_path, capsys) == 12
 
 
 # -- a schedule that does not fit ------------------------------------------------------------------------------------

@@ -16,8 +16,6 @@ from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import (
     assert_equal_weights,
     changed,
-    largest_difference,
-    launch,
     metrics,
     run,
     weights,
@@ -132,19 +130,6 @@ def test_a_validation_loss(tmp_path, capsys):
     assert not [line for line in strict(tmp_path) if line["split"] == "validation" and line["step"] == 6]
 
 
-def test_rewards_of_a_policy_gradient_stop_a_run_that_may_skip_steps(tmp_path, capsys):
-    """Fault: steps without rewards are skipped one after the other, or the student is blamed for the teacher's."""
-    config = changed(distilling(tmp_path, method="policy_gradient", rollout="labels"),
-                     trainer_kwargs={"skip_nonfinite_steps": 9})
-    overflow_at_mark(tmp_path / "teacher")
-    ids = write_marked(tmp_path / "train.csv", ROWS, [9])
-    assert run_kd(tmp_path, config) == 1
-    error = last_error(capsys)
-    assert re.match(r"optimizer step \d+: rewards .* (\d+) rollout tokens are not finite, the teacher's log p of \1 of "
-                    rf"them; rows: {ids[0]} ", error)
-    assert skipped(tmp_path) == []
-
-
 # -- runs that skip steps ----------------------------------------------------------------------------------------
 
 
@@ -214,19 +199,3 @@ def test_one_step_more_than_allowed_stops(tmp_path, capsys):
     assert assert_stopped(tmp_path, run, config, capsys) == error
     assert run(tmp_path, changed(config, trainer_kwargs={"skip_nonfinite_steps": 3})) == 0
     assert [line["skipped_steps"] for line in skipped(tmp_path)] == [1, 2, 3]
-
-
-@pytest.mark.slow
-def test_two_processes_skip_the_same_steps(tmp_path):
-    """Fault: the process without the bad row takes the step, and the weights of the two differ for ever."""
-    config = fine_tuning(tmp_path, [5, 11], skip_nonfinite_steps=2, gradient_accumulation_steps=4)
-    printed = {}
-    for processes in (1, 2):
-        own = changed(config, trainer_kwargs={"output_dir": str(tmp_path / str(processes))})
-        printed[processes] = launch("train.py", tmp_path, own, processes)
-    one, two = (tmp_path / name for name in "12")
-    assert metrics(one, "skipped_step") == metrics(two, "skipped_step") != []
-    assert largest_difference(*(weights(each / "model_checkpoints/last") for each in (one, two))) < 1e-5
-    rows = [sorted(re.findall(r"row-\d+", " ".join(line for line in text.splitlines() if "skipped optim" in line)))
-            for text in printed.values()]
-    assert rows[0] == rows[1] == ["row-11", "row-5"]

@@ -57,15 +57,3 @@ def test_forked_state():
         seed_everything(1)
         raise RuntimeError("failed")
     assert draws() == expected
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_generators():
-    """The GPUs' generators are left out of the state or of the fork."""
-    seed_everything(7)
-    state = random_state()
-    with forked_random_state():
-        expected = torch.rand(4, device="cuda").tolist()
-    assert torch.rand(4, device="cuda").tolist() == expected
-    set_random_state(state)
-    assert torch.rand(4, device="cuda").tolist() == expected
