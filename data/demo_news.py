@@ -11,6 +11,7 @@ the highlights hold; `category` is the kind of event. The sentences are in demo/
 
 import argparse
 import csv
+import itertools
 import json
 import random
 import re
@@ -91,10 +92,8 @@ def write_article(rng: random.Random, event: Event, slots: dict[str, str], used:
 def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> list[Row]:
     """`size` rows of a split, the event kinds in turn. seen: as in `draw_unseen_slots`, of all splits."""
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
-    kinds = list(EVENTS)
     rows = []
-    for index in range(size):
-        kind = kinds[index % len(kinds)]
+    for index, kind in zip(range(size), itertools.cycle(EVENTS), strict=False):
         slots, used = draw_unseen_slots(rng, kind, (), seen)
         rows.append({
             "id": f"{split}-{index:05d}",
@@ -114,14 +113,12 @@ def add_noise(rows: list[Row], share: float, seed: str, seen: set[tuple[str, ...
     """
     rng = random.Random(f"noise/{seed}")
     chosen = set(rng.sample(range(len(rows)), round(share * len(rows))))
-    noisy_rows = []
-    for index, row in enumerate(rows):
-        row = {**row, "noisy": int(index in chosen)}
-        if row["noisy"]:
-            slots, _ = draw_unseen_slots(rng, row["category"], re.findall(r"\w+", row["article"]), seen)
-            highlights = write_highlights(rng, EVENTS[row["category"]], slots)
-            row.update(highlights=highlights, facts=json.dumps(list(slots.values())))
-        noisy_rows.append(row)
+    noisy_rows = [{**row, "noisy": int(index in chosen)} for index, row in enumerate(rows)]
+    for index in sorted(chosen):
+        row = noisy_rows[index]
+        slots, _ = draw_unseen_slots(rng, row["category"], re.findall(r"\w+", row["article"]), seen)
+        row["highlights"] = write_highlights(rng, EVENTS[row["category"]], slots)
+        row["facts"] = json.dumps(list(slots.values()))
     return noisy_rows
 
 
@@ -263,11 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("demo_news: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # the latter is tokenizers' message
-            raise
-        cause = getattr(error, "strerror", None) or error
-        print(f"demo_news: error: cannot write {options.output_dir}: {cause}: free space, or choose another "
+    except OSError as error:
+        print(f"demo_news: error: cannot write {options.output_dir}: {error.strerror}: free space, or choose another "
               "--output_dir", file=sys.stderr)
         return 1
     return 0

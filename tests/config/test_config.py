@@ -258,7 +258,7 @@ def test_all_errors_at_once_each_in_one_line(tmp_path):
 
 
 STOPPING, ARCH, TRAINER = "callbacks_kwargs.kwargs", "model_arch", "trainer_kwargs"
-KWARGS, DATA, PLATEAU = "distillation_kwargs", "dataset_kwargs", "lr_scheduler_kwargs.increase_batch_size_on_plateau"
+KWARGS, DATA = "distillation_kwargs", "dataset_kwargs"
 
 
 @pytest.mark.parametrize(("settings", "words", "remedies"), [
