@@ -231,8 +231,6 @@ def complete_columns(columns: dict[str, str | None] | None) -> dict[str, str | N
     """{"id", "article", "highlights": column name}, only the id None. Raises DataError for what cannot be a mapping."""
     columns = columns or {}
     for role, name in columns.items():
-        if role not in DEFAULT_COLUMNS:
-            raise DataError(f"columns: unknown key {role!r}: use only {', '.join(DEFAULT_COLUMNS)}")
         if name is None and role != "id":
             raise DataError(f"columns: {role} is null: give the name of a column")
     columns = {**DEFAULT_COLUMNS, **columns}
