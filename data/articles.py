@@ -7,9 +7,8 @@ CSV (`.csv`, and `.tsv` with tabs), JSON Lines (`.jsonl`) and Parquet (`.parquet
 Text is UTF-8, with or without byte order mark. Every cell stays the text it is ("NA", "001", "3.50", outer white
 space); only line ends inside a cell become LF. Memory does not grow with the file.
 
-Quoting is strict: text after a closing quote (`"abc"def`) is an error, as is a quote never closed. A lenient reader
-glues such cells together and, after one lost quote, swallows rows in silence. Everything that `csv` and pandas write
-passes. Quotes inside a cell that does not start with one (`he said "no"`) are plain text.
+Quoting is strict: after one lost quote a lenient reader swallows rows in silence. Everything that `csv` and pandas
+write passes. Quotes inside a cell that does not start with one (`he said "no"`) are plain text.
 """
 
 import csv
@@ -76,13 +75,13 @@ def iterate_articles(
         if header is None:
             raise DataError(f"{path}: the file is empty: expected a header with {', '.join(DEFAULT_COLUMNS)}")
         check_header(path, header, names, need_highlights)
-        number = 0
-        for number, line, cells, problem in rows:
-            row = make_row(number, line, cells, names, need_highlights, problem)
-            if isinstance(row, Article) and (first := first_rows.setdefault(row.id, number)) != number:
-                row = BadRow(number, line, row.id, f"the id is that of row {first}")
+        row = None
+        for values in rows:
+            row = make_row(values, names, need_highlights)
+            if isinstance(row, Article) and (first := first_rows.setdefault(row.id, row.number)) != row.number:
+                row = BadRow(row.number, row.line, row.id, f"the id is that of row {first}")
             yield row
-        if number == 0:
+        if row is None:
             raise DataError(f"{path}: a header but no rows: add rows to it")
 
 
@@ -97,16 +96,10 @@ def read_articles(
     on_bad_row: "error" raises DataError for bad rows, after the last row is read; "skip" returns them. A file without
     any good row is a DataError in both cases.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise DataError(f'on_bad_row is {on_bad_row!r}: use "error" or "skip"')
     articles, bad_rows = [], []
     for row in iterate_articles(path, columns, need_highlights):
         (articles if isinstance(row, Article) else bad_rows).append(row)
-    if bad_rows and (on_bad_row == "error" or not articles):
-        remedy = 'correct them, or skip them with on_bad_row "skip" (in dataset_kwargs, or --on_bad_row skip)'
-        if not articles:
-            remedy = "no usable row is left: correct them"
-        raise DataError(f"{describe_bad_rows(path, bad_rows, len(articles) + len(bad_rows))}: {remedy}")
+    check_bad_rows(path, bad_rows, len(articles), on_bad_row)
     return articles, bad_rows
 
 
@@ -214,12 +207,8 @@ def check_text(path: Path, number: int, line: int, cells: dict[str, str]) -> Non
     for name, cell in cells.items():
         if cell.isascii() and "\0" not in cell:
             continue
-        try:
-            cell.encode()
-            byte = "a NUL byte" if "\0" in cell else ""
-        except UnicodeEncodeError as error:
-            byte = f"the byte 0x{(ord(cell[error.start]) - 0xDC00) & 0xFF:02X}, which is not UTF-8"
-        if byte:
+        if bad := re.search("[\0\ud800-\udfff]", cell):
+            byte = "a NUL byte" if bad[0] == "\0" else f"the byte 0x{ord(bad[0]) & 0xFF:02X}, which is not UTF-8"
             column = name if name.isdecimal() else shorten(name)
             raise DataError(f"{path}: {name_row(number, line)}, column {column}: holds {byte}: save as UTF-8 and try "
                             "again")
@@ -242,16 +231,13 @@ def complete_columns(columns: dict[str, str | None] | None) -> dict[str, str | N
     """{"id", "article", "highlights": column name}, only the id None. Raises DataError for what cannot be a mapping."""
     columns = columns or {}
     for role, name in columns.items():
-        if role not in DEFAULT_COLUMNS:
-            raise DataError(f"columns: unknown key {role!r}: use only {', '.join(DEFAULT_COLUMNS)}")
-        if not isinstance(name, str) and not (role == "id" and name is None):
-            or_null = ", or null to number the rows" if role == "id" else ""
-            raise DataError(f"columns: {role} is {json.dumps(name)}: give the name of a column{or_null}")
+        if name is None and role != "id":
+            raise DataError(f"columns: {role} is null: give the name of a column")
     columns = {**DEFAULT_COLUMNS, **columns}
-    for role, name in columns.items():
-        twins = [other for other in columns if columns[other] == name]
-        if len(twins) > 1:
-            raise DataError(f"columns: {' and '.join(twins)} are both {name!r}: give {role} a column of its own")
+    name, count = Counter(columns.values()).most_common(1)[0]
+    if count > 1:
+        roles = [role for role in columns if columns[role] == name]
+        raise DataError(f"columns: {' and '.join(roles)} are both {name!r}: give each a column of its own")
     return columns
 
 
@@ -274,23 +260,29 @@ def describe_missing(path, header: list[str], missing: dict[str, str]) -> str:
     )
 
 
-def make_row(
-    number: int, line: int, cells: dict[str, str], names: dict[str, str | None], need_highlights: bool,
-    problem: str | None,
-) -> Article | BadRow:
+def make_row(row: Row, names: dict[str, str | None], need_highlights: bool) -> Article | BadRow:
     """The Article, or a BadRow for a problem of its form or a required cell that is empty or white space."""
+    number, line, cells, problem = row
     cells = {name: LINE_END.sub("\n", cell) if "\r" in cell else cell for name, cell in cells.items()}
     values = {role: str(number) if name is None else cells.get(name, "") for role, name in names.items()}
     required = DEFAULT_COLUMNS if need_highlights else ("id", "article")
     empty = [role for role in required if not values[role].strip()]
     if problem is not None or empty:
         return BadRow(number, line, values["id"], problem or "empty " + " and ".join(empty))
-    used = set(names.values())
-    extra = {name: cell for name, cell in cells.items() if name not in used}
-    return Article(number, line, values["id"], values["article"], values["highlights"], extra)
+    extra = {name: cell for name, cell in cells.items() if name not in names.values()}
+    return Article(number, line, **values, extra=extra)
 
 
-# -- words ---------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------
+
+
+def check_bad_rows(path: str | PathLike, bad_rows: list[BadRow], good: int, on_bad_row: str) -> None:
+    """Raises DataError for bad rows, unless they are to be skipped and good ones are left. good: their number."""
+    if bad_rows and (on_bad_row == "error" or not good):
+        remedy = 'correct them, or skip them with on_bad_row "skip" (in dataset_kwargs, or --on_bad_row skip)'
+        if not good:
+            remedy = "no usable row is left: correct them"
+        raise DataError(f"{describe_bad_rows(path, bad_rows, good + len(bad_rows))}: {remedy}")
 
 
 def describe_bad_rows(path: str | PathLike, bad_rows: list[BadRow], total: int) -> str:

@@ -107,10 +107,8 @@ class PromptFormat:
 
         len(ids) <= max_length. A row whose highlights do not fit is replaced by the error.
         """
-        rows, whole = [], iter(articles)
-        for beginnings, summaries in groups(self._beginnings(articles), highlights):
-            rows += map(self._training_row, self._encode_all(beginnings, whole), self.encode_highlights(summaries))
-        return rows
+        summaries = self.encode_highlights(highlights)
+        return list(map(self._training_row, self._encode_articles(articles), summaries))
 
     def _training_row(self, article: list[int], summary: list[int]) -> tuple[list[int], int] | RowTooLong:
         room = self.max_length - self._fixed - len(summary) - 1
@@ -144,26 +142,19 @@ class PromptFormat:
                 f"max_generation_length is {max_new_tokens}: too big beside the prompt in {self.max_length} tokens; "
                 f"expected at most {max_new_tokens + room - 1}"
             )
-        prompts, whole = [], iter(articles)
-        for (beginnings,) in groups(self._beginnings(articles)):
-            prompts += [self._prompt(ids, room) for ids in self._encode_all(beginnings, whole)]
-        return prompts
+        return [self._prompt(ids, room) for ids in self._encode_articles(articles)]
 
-    def _beginnings(self, articles: list[str]) -> list[str]:
-        return [text[: self._beginning] for text in articles]
-
-    def _encode_all(self, beginnings: list[str], whole: Iterator[str]) -> list[list[int]]:
-        """Token ids of the next articles of `whole`, as many as a row can use. beginnings: of those articles."""
-        return [self._lengthened(ids, next(whole)) for ids in self._encode(beginnings)]
-
-    def _lengthened(self, ids: list[int], article: str) -> list[int]:
-        """More token ids of an article, where those of its beginning may be too few: a word that the tokenizer does not
-        know is one token, and white space may be none, however long they are."""
-        length = self._beginning
-        while length < len(article) and len(ids) < self._enough:
-            length *= 2
-            (ids,) = self._encode([article[:length]])
-        return ids
+    def _encode_articles(self, articles: list[str]) -> Iterator[list[int]]:
+        """Token ids of each article, as `_encode` gives them, as many as a row can use."""
+        whole = iter(articles)
+        for beginnings in groups([text[: self._beginning] for text in articles]):
+            for ids, article in zip(self._encode(beginnings), whole, strict=False):
+                # A word that the tokenizer does not know is one token, and white space may be none, however long.
+                length = self._beginning
+                while length < len(article) and len(ids) < self._enough:
+                    length *= 2
+                    (ids,) = self._encode([article[:length]])
+                yield ids
 
     def shorten(self, prompt: list[int], max_new_tokens: int) -> list[int]:
         """A training row's prompt, its article truncated so that len(prompt) + max_new_tokens <= max_length."""
@@ -236,11 +227,13 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
     return {**values, **{name: changed(values[name]) for name in ("normalizer", "pre_tokenizer")}}
 
 
-def groups(*columns: list[str]) -> Iterator[list[list[str]]]:
-    """The columns in pieces with the same rows, of about GROUP characters together."""
-    start = size = 0
-    for row, texts in enumerate(zip(*columns, strict=True), 1):
-        size += sum(map(len, texts))
-        if size >= GROUP or row == len(columns[0]):
-            yield [column[start:row] for column in columns]
-            start, size = row, 0
+def groups(texts: list[str]) -> Iterator[list[str]]:
+    """The texts in order, in lists of about GROUP characters."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    yield group

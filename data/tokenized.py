@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles
+from data.articles import Article, BadRow, DataError, check_bad_rows, iterate_articles
 from data.prompts import PromptFormat, RowTooLong
 
 VERSION = 2  # increase it when the same input gives other rows
@@ -80,11 +80,8 @@ def open_token_table(
     highlights do not fit is a bad row. progress is called with the number of rows just tokenised.
 
     Raises:
-        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row; cache_dir cannot be written;
-            on_bad_row is neither.
+        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row; cache_dir cannot be written.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise DataError(f'on_bad_row is {on_bad_row!r}: use "error" or "skip"')
     path = Path(cache_dir) / f"{cache_key(csv_path, prompt_format, columns, on_bad_row)}.arrow"
     try:
         if not is_complete(path):
@@ -156,14 +153,6 @@ def write_table(path: Path, csv_path, prompt_format, columns, on_bad_row, progre
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def check_bad_rows(csv_path, bad: list[BadRow], good: int, on_bad_row: str) -> None:
-    if bad and (on_bad_row == "error" or not good):
-        remedy = 'correct them, or skip them with dataset_kwargs.on_bad_row "skip"'
-        if not good:
-            remedy = "no usable row is left: correct them"
-        raise DataError(f"{describe_bad_rows(csv_path, bad, good + len(bad))}: {remedy}")
 
 
 def chunks(rows: Iterator, size: int) -> Iterator[list]:

@@ -105,10 +105,6 @@ POLICY_KWARGS = {
     "rollout_epochs": 2, "importance_weight": "sequence", "lm_weight": 0.3, "clip_epsilon": None, "whiten": True,
     "penalty": True, "frequency_weight": 0.2, "diversity_weight": 0, "entropy_weight": 0.5, "entropy_floor": 1.5,
 }
-KL_DIVS = ["forward", "reverse", "JS", "generalized_js", "skew_forward", "skew_reverse", "total_variation", "symmetric",
-           "adaptive"]
-
-
 def distillation(**values) -> dict:
     return {**TEACHER, "distillation_kwargs": values}
 

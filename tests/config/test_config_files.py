@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.config_samples import (
-    DEFAULTS,
-    KD_ARCH,
-    KD_KWARGS,
-    KD_TRAINER,
     POLICY_KWARGS,
     TEACHER,
     USERS_CONFIG,
@@ -134,23 +130,6 @@ def test_overrides_that_cannot_be_applied(tmp_path, text):
 # -- what is shipped and generated -------------------------------------------------------------------------------
 
 
-def test_shipped_config_is_the_recipe():
-    """Fault: the shipped config.json is not the recipe that is documented, or does not load."""
-    config = load_config(ROOT / "config.json")
-    arch, trainer, data = config.model_arch, config.trainer_kwargs, config.dataset_kwargs
-    assert (arch.lang_model, trainer.output_dir, data.cache_dir) == (
-        "gpt2-medium", "runs/gpt2-medium-cnn", "data/token_cache")
-    assert (arch.generation_kwargs.max_generation_length, arch.generation_kwargs.num_beams) == (80, 1)
-    assert (data.data_dir, data.train_dataset, data.validation_dataset, data.validation_subset, data.test_dataset) == (
-        "data/cnn_dailymail", "train.csv", "validation.csv", "validation_subset.csv", "test.csv")
-    assert (data.train_batch_size, trainer.accumulation_steps, data.tokens_per_batch) == (2, 16, None)
-    assert trainer.epochs == 3
-    assert (config.optimizer_kwargs.type, config.optimizer_kwargs.kwargs) == ("AdamW", {"weight_decay": 0.1})
-    assert config.optimizer_kwargs.lm_lr == 5e-5 and trainer.save_predictions
-    assert (config.callbacks_kwargs.kwargs.patience, config.monitored_metric) == (2, "loss")
-    assert warnings_of(config) == []
-
-
 def test_shipped_distillation_config_is_the_recipe():
     """Fault: config_kd.json is not the documented recipe, does not load, or does not continue config.json."""
     config, teacher = load_config(ROOT / "config_kd.json", (), DistillConfig), load_config(ROOT / "config.json")
@@ -183,36 +162,6 @@ def test_reference_is_written_and_checked(tmp_path, capsys):
         "out of date: docs/config.md; run python -m utils.config.reference"]
 
 
-def table_rows(text: str) -> dict[str, list[list[str]]]:
-    """{section: the cells of its rows}."""
-    return {section.split("`")[0]: [line.replace("\\|", "").strip("| ").split(" | ") for line in section.splitlines()
-                                    if line.startswith("| `")] for section in text.split("\n### `")[1:]}
-
-
-def test_every_key_is_in_the_reference_once():
-    """Fault: a key is missing in docs/config.md or there twice, has no meaning, or a "|" or newline breaks its row."""
-    first, second = reference.reference().split("\n## `config_kd.json` (`train_kd.py`)\n")
-    fine_tune, distill = table_rows(f"\n{first}"), table_rows(second)
-    for cells in (cells for section in (fine_tune, distill) for rows in section.values() for cells in rows):
-        assert len(cells) == 4 and all(cells), cells
-    names = {section: [cells[0].strip("`") for cells in rows] for section, rows in fine_tune.items()}
-    for section, keys in DEFAULTS.items():
-        inner = "generation_kwargs" if section == "model_arch" else "kwargs" if section == "callbacks_kwargs" else ""
-        flat = {*keys} - {inner} | {f"{inner}.{key}" for key in keys.get(inner, ())}
-        assert sorted({*names[section], "is_training", "use_cache"}) == sorted([*flat, "is_training", "use_cache"])
-        assert len(names[section]) == len({*names[section]})
-    assert fine_tune["optimizer_kwargs"][2] == [
-        "`lm_lr`", "number > 0", "`5e-05`", "peak learning rate of the language model"]
-    generation = [f"generation_kwargs.{key}" for key in KD_ARCH["generation_kwargs"]]
-    kwargs, cache = list(KD_KWARGS), [f"teacher_cache.{key}" for key in ("kind", "top_k", "dtype", "dir")]
-    after = kwargs.index("teacher_cache") + 1
-    assert {section: [cells[0].strip("`") for cells in rows] for section, rows in distill.items()} == {
-        "model_arch": [*(key for key in KD_ARCH if key != "generation_kwargs"), *generation],
-        "trainer_kwargs": list(KD_TRAINER),
-        "distillation_kwargs": [*kwargs[:after], *cache, *kwargs[after:]],
-    }
-
-
 @pytest.mark.parametrize(("model", "good", "bad"), [
     (FineTuneConfig,
      [ROOT / "config.json", *(ROOT / "demo").glob("train*.json"), USERS_CONFIG, {},
@@ -234,17 +183,3 @@ def test_editors_accept_what_we_accept(model, good, bad):
         content = read_json(content) if isinstance(content, Path) else content
         assert [error.message for error in validator.iter_errors(content)] == []
     assert all(list(validator.iter_errors(content)) for content in bad)
-
-
-@pytest.mark.parametrize("model", [FineTuneConfig, DistillConfig])
-def test_every_object_of_the_schema_has_free_text(model):
-    """Fault: one level of the schema refuses `_description` keys, so an editor underlines them there."""
-    def objects(node):
-        if isinstance(node, dict):
-            yield from [node] if node.get("type") == "object" else []
-            for child in node.values():
-                yield from objects(child)
-
-    found = list(objects(schema(model)))
-    assert len(found) >= 12  # the file, its sections, inner ones, and objects of free keys
-    assert all(node["patternProperties"] == {"^_description": {}} for node in found)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.articles import read_articles
-from data.batches import WINDOW, collate, evaluation_batches, load_batches, plan_epoch
+from data.batches import collate, evaluation_batches, load_batches, plan_epoch
 from data.prompts import PromptFormat
 from data.tokenized import open_token_table
 from tests.conftest import END, byte_tokenizer, write_rows
@@ -77,13 +77,6 @@ def test_every_row_comes_exactly_once(count, batch_size, accumulation, seed, epo
             assert len(rows) * lengths[rows].max() <= tokens_per_batch
 
 
-@pytest.mark.parametrize(("rows", "steps"), [(5, [4, 1]), (24, [4] * 6), (4, [4]), (1, [1])])
-def test_the_last_window_is_a_step_of_its_own(rows, steps):
-    """The last incomplete accumulation window dropped, or never stepped (A17)."""
-    plan = plan_epoch(lengths_of(rows), 1, 4, seed=1, epoch=0)
-    assert [len(step) for step in plan] == steps
-
-
 @pytest.mark.parametrize("count", [40, 200, 2000])
 def test_each_epoch_has_an_order_of_its_own(count):
     """The order of epoch 0 in every epoch (A20); rows that meet the same others each time, their lengths deciding."""
@@ -92,14 +85,6 @@ def test_each_epoch_has_an_order_of_its_own(count):
     assert len({str(as_lists(plan)) for plan in plans}) == 4
     companions = [{tuple(rows) for rows in rows_of_steps(plan)} for plan in plans]
     assert not companions[0] & companions[1]
-
-
-def test_steps_are_not_in_the_order_of_length():
-    """Short rows at the beginning of each window and long ones at its end: a loss that swings."""
-    lengths = np.arange(1, WINDOW + 1)
-    means = [lengths[np.concatenate(step)].mean() for step in plan_epoch(lengths, 8, 1, seed=1, epoch=0)]
-    assert means not in (sorted(means), sorted(means, reverse=True))
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 900])
@@ -115,30 +100,12 @@ def test_a_fresh_plan_goes_on_where_the_first_one_stopped(tokens_per_batch):
             assert as_lists(plan_epoch(lengths.copy(), 2, 4, 1234, epoch, tokens_per_batch)[done:]) == whole[done:]
 
 
-def test_seeds_give_different_orders():
-    """A seed that is not used."""
-    lengths = lengths_of(100)
-    assert as_lists(plan_epoch(lengths, 4, 1, 1, 0)) != as_lists(plan_epoch(lengths, 4, 1, 2, 0))
-
-
-def test_planning_draws_nothing_from_the_global_generators():
-    """Training that differs because its batches were planned once more, as on resuming (A20)."""
-    assert_draws_nothing(lambda: plan_epoch(lengths_of(100), 4, 2, 1, 0))
-
-
 def test_the_budget_holds_but_for_single_rows():
     """A batch over the token budget; a row over it that is dropped or never ends the loop."""
     lengths = np.array([10, 20, 30, 100, 40, 5, 7, 250])
     plan = plan_epoch(lengths, 8, 1, seed=0, epoch=0, tokens_per_batch=100)
     cut = [sorted(lengths[rows].tolist()) for rows in plan[0]]
     assert cut == [[250], [100], [30, 40], [5, 7, 10, 20]]
-
-
-def test_the_longest_rows_of_a_step_come_first():
-    """A step that runs out of memory only after half its work."""
-    lengths = lengths_of(64)
-    for step in plan_epoch(lengths, 2, 8, seed=0, epoch=0):
-        assert sorted(lengths[np.concatenate(step)], reverse=True) == lengths[np.concatenate(step)].tolist()
 
 
 @pytest.mark.parametrize(
@@ -282,8 +249,3 @@ def test_loading_draws_nothing_from_the_global_generators(table, num_workers):
     """Dropout that differs after a resume, or with validation, because a loader drew its seed (A20)."""
     batches = evaluation_batches(table.lengths, 8)
     assert_draws_nothing(lambda: list(load_batches(table, batches, END, num_workers)))
-
-
-def test_no_batches_are_no_batches(table):
-    """A process with no share of the last step that fails."""
-    assert list(load_batches(table, [], END)) == []

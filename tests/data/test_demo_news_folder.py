@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 
@@ -104,28 +103,6 @@ def test_folder_of_other_files_is_refused(tmp_path, capsys, name, text):
     assert name != "notes.txt" or contents(tmp_path)[name] == b"mine"
 
 
-def test_empty_folder_and_link(tmp_path):
-    """Fault: an empty folder is refused, or a link to a folder on a larger disk is replaced by a folder."""
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    assert run(tmp_path / "link") == 0
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "test.csv").is_file()
-
-
-@pytest.mark.parametrize("function", ["write_file", "train_tokenizer"])
-def test_killed_run_is_started_again(tmp_path, function):
-    """Fault: a run killed while it writes leaves half a folder that the next one takes for whole, or refuses."""
-    folder = tmp_path / "news"
-    code = ("import os, sys; from data import demo_news as news; write = news.{0}; calls = []\n"
-            "def stop(*arguments):\n    calls.append(1)\n    if len(calls) == {1}: os.kill(os.getpid(), 9)\n"
-            "    return write(*arguments)\n"
-            "news.{0} = stop; news.main(sys.argv[1:])").format(function, 4 if function == "write_file" else 1)
-    killed = subprocess.run([sys.executable, "-c", code, "--output_dir", folder, *SMALL], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL
-    assert run(folder) == run(tmp_path / "whole") == 0
-    assert contents(folder) == contents(tmp_path / "whole")
-
-
 # -- the command -------------------------------------------------------------------------------------------------
 
 
@@ -144,17 +121,3 @@ def test_usage_errors(tmp_path, capsys):
     for name in ("file", "file/news"):
         assert f"cannot write {tmp_path / name}: " in error_of(capsys, tmp_path / name, code=1)
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(ValueError, match="unknown split 'dev': expected one of teacher_short, teacher, "):
-        demo_news.generate({"dev": 3})
-
-
-def test_interruption_is_one_line(tmp_path, capsys, monkeypatch):
-    """Fault: Ctrl-C or a full disk ends in a traceback."""
-    full = OSError(28, "No space left on device")
-    for error, code, words in ((KeyboardInterrupt(), 130, "interrupted"), (full, 1, "No space left on device")):
-
-        def fail(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(demo_news, "train_tokenizer", fail)
-        assert words in error_of(capsys, tmp_path / "news", code=code)

@@ -122,13 +122,6 @@ def test_the_longest_highlights_that_fit(characters, fits):
         assert row[0][0] == ord("x")
 
 
-def test_a_row_too_long_leaves_the_others_alone():
-    """One bad row that shifts or drops its neighbours."""
-    rows = case_format().training_rows(["a", "b", "c"], ["1", "s" * 500, "3"])
-    assert isinstance(rows[1], RowTooLong)
-    assert [rows[0][0][0], rows[2][0][0]] == [ord("a"), ord("c")]
-
-
 @pytest.mark.parametrize("max_new_tokens", [120, 128, 500])
 def test_more_new_tokens_than_the_window_has_are_refused(max_new_tokens):
     """A negative slice that hands the model a prompt and an answer that do not fit (A15)."""
@@ -221,12 +214,6 @@ def test_end_of_text_inside_a_text_is_plain_text_for_gpt2(gpt2):
     assert [index for index, token in enumerate(ids) if token == 50256] == [len(ids) - 1]
     (prompt,) = prompt_format.prediction_prompts(["a<|endoftext|>b"], 5)
     assert gpt2.decode(prompt) == "a<|endoftext|>b\nTL;DR:"
-
-
-def test_the_end_is_a_label():
-    """A row without the end-of-text that teaches where a summary stops (A12)."""
-    ids, boundary = training_row(case_format(), "Q", "ok")
-    assert ids[boundary:] == [*b"ok", END]
 
 
 def test_begin_of_text_of_tokenizers_that_add_one():

@@ -1,7 +1,5 @@
 """Teacher outputs on disk: what is written is read, what is stale or incomplete is not: data/teacher_cache.py."""
 
-import json
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 
 from data.articles import DataError
 from data.prompts import PromptFormat
-from data.teacher_cache import ArrayShape, TeacherCache, reserve
+from data.teacher_cache import ArrayShape, TeacherCache
 from data.tokenized import TokenizedDataset, open_token_table
 from tests.conftest import byte_tokenizer, write_rows
 
@@ -72,20 +70,6 @@ def test_rows_come_back(tmp_path, table):
     assert_same(again.read(np.array([1])), values_of([1]))
 
 
-def test_only_what_was_noted_counts_as_done(tmp_path, table):
-    """Fault: zeros of a new file are taken for the teacher's outputs after a kill."""
-    cache = cache_of(tmp_path, table)
-    assert cache.rows_done == 0
-    cache.create()
-    cache.open(writable=True)
-    cache.write(np.array([0, 1]), values_of([0, 1]))
-    assert cache.rows_done == cache_of(tmp_path, table).rows_done == 0
-    cache.save_progress(2)
-    assert cache.rows_done == cache_of(tmp_path, table).rows_done == 2
-    cache.create()  # from the start
-    assert cache.rows_done == 0
-
-
 @pytest.mark.parametrize("damage", [
     lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink, lambda path: path.write_bytes(b"\xff"),
 ])
@@ -108,23 +92,6 @@ def test_the_key_decides_the_folder(tmp_path, table):
     assert cache_of(tmp_path, other_rows, key).folder not in folders
 
 
-def test_room_is_taken_at_once(tmp_path, table):
-    """Fault: a sparse file, whose disk is full hours later, kills the process with SIGBUS."""
-    cache = cache_of(tmp_path, table, arrays={"hidden": ArrayShape(1000, "float32")})
-    cache.create()
-    status = (cache.folder / "hidden.bin").stat()
-    assert cache.nbytes == status.st_size == 26 * 4000 <= status.st_blocks * 512
-    reserve(tmp_path / "file", 5_000_000)
-    assert (tmp_path / "file").stat().st_size == 5_000_000
-
-
-def test_a_system_that_cannot_reserve_writes_zeros(tmp_path, monkeypatch):
-    """Fault: on macOS, which has no posix_fallocate, no cache can be made."""
-    monkeypatch.delattr("os.posix_fallocate")
-    reserve(tmp_path / "file", 2_500_001)
-    assert (tmp_path / "file").read_bytes() == bytes(2_500_001)
-
-
 def test_too_little_room(tmp_path, table):
     """Fault: the disk fills up after hours, without a word before."""
     with pytest.raises(DataError) as caught:
@@ -132,19 +99,3 @@ def test_too_little_room(tmp_path, table):
     message = str(caught.value)
     assert message.startswith(f"distillation_kwargs.teacher_cache.dir: the cache of {table.name} needs 1040000.00 GB ")
     assert "top_k" in message and len(message.splitlines()) == 1
-
-
-def test_a_disk_that_refuses(tmp_path, table):
-    """Fault: a file that could not be reserved counts as whole."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    cache = cache_of(tmp_path, table, arrays={"hidden": ArrayShape(1000, "float32")})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            cache.create()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert cache.rows_done == 0
-    assert not (cache.folder / "progress.json").exists()
-    (cache.folder / "progress.json").write_text(json.dumps({"rows_done": 5}))
-    assert cache.rows_done == 0

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data.articles import DataError
 from data.prompts import PromptFormat
-from data.tokenized import CHUNK, TokenizedDataset, open_token_table
+from data.tokenized import CHUNK, open_token_table
 from tests.conftest import END, byte_tokenizer, write_rows
 
 FORMAT = PromptFormat(byte_tokenizer(), max_length=64)
@@ -98,14 +97,6 @@ def test_ids_over_65535_survive(csv_path, cache_dir, last, dtype):
     assert table.ids(0).tolist()[:4] == [last, ord("e"), ord("w"), ord("s")]
 
 
-def test_a_pickled_table_does_not_carry_its_tokens(tmp_path, cache_dir):
-    """Fault: a copy of all rows is sent to each worker process that is not forked."""
-    table = open_token_table(write_rows(tmp_path / "long.csv", news(600)), FORMAT, cache_dir)
-    sent = pickle.dumps(table)
-    assert len(sent) < 1000 < table.lengths.sum()
-    assert rows_of(pickle.loads(sent)) == rows_of(table)
-
-
 # -- when it is used again --------------------------------------------------------------------------------------
 
 
@@ -187,27 +178,6 @@ def test_skipped_rows_are_all_listed_also_from_the_cache(bad_csv, cache_dir, mon
     assert table.names([0, 1, 2]) == ["n000 (row 1)", "n002 (row 3)", "n005 (row 6)"]
 
 
-@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_a_file_without_a_usable_row_is_refused(tmp_path, cache_dir, on_bad_row):
-    """Fault: training on nothing."""
-    rows = [{**row, "highlights": "x" * 100} for row in news(2)]
-    message = error_of(write_rows(tmp_path / "bad.csv", rows), FORMAT, cache_dir, on_bad_row=on_bad_row)
-    assert "2 of 2 rows are bad" in message and "no usable row is left" in message
-
-
-def test_an_unknown_on_bad_row_is_refused(csv_path, cache_dir):
-    """Fault: a misspelt "error" skips rows in silence."""
-    assert "on_bad_row is 'eror'" in error_of(csv_path, FORMAT, cache_dir, on_bad_row="eror")
-
-
-def test_paths_that_cannot_be_used_are_named(csv_path, tmp_path):
-    """Fault: a traceback for a wrong path, or for a cache folder that is a file."""
-    message = error_of(tmp_path / "none.csv", FORMAT, tmp_path)
-    assert message.startswith(f"{tmp_path / 'none.csv'}: cannot be read") and "check the path" in message
-    message = error_of(csv_path, FORMAT, csv_path)
-    assert message.startswith(f"dataset_kwargs.cache_dir: {csv_path}") and "name another folder" in message
-
-
 # -- kills, damage, full disks ----------------------------------------------------------------------------------
 
 
@@ -270,31 +240,3 @@ def test_a_truncated_file_is_built_again(csv_path, cache_dir, size):
     path = open_token_table(csv_path, FORMAT, cache_dir).path
     path.write_bytes(path.read_bytes()[:size])
     assert rows_of(open_token_table(csv_path, FORMAT, cache_dir)) == EXPECTED
-
-
-def test_a_damaged_file_is_named(csv_path, cache_dir):
-    """Fault: a traceback of Arrow."""
-    path = open_token_table(csv_path, FORMAT, cache_dir).path
-    content = path.read_bytes()
-    path.write_bytes(bytes(500) + content[500:])
-    message = error_of(csv_path, FORMAT, cache_dir)
-    assert message.startswith(f"{path} is damaged (") and message.endswith("): delete it, and it is built again")
-    path.unlink()
-    assert rows_of(TokenizedDataset(open_token_table(csv_path, FORMAT, cache_dir).path)) == EXPECTED
-
-
-def test_a_full_disk_is_an_error(tmp_path, cache_dir):
-    """Fault: a traceback, or half a file left behind, if the disk refuses."""
-    import resource
-
-    path = write_rows(tmp_path / "long.csv", news(2 * CHUNK))
-    open_token_table(path, FORMAT, tmp_path / "other")  # imports what it needs
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        message = error_of(path, FORMAT, cache_dir)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"dataset_kwargs.cache_dir: {cache_dir}") and "name another folder" in message
-    assert not list(cache_dir.glob("*arrow"))
-    assert len(open_token_table(path, FORMAT, cache_dir)) == 2 * CHUNK

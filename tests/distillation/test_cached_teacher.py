@@ -224,18 +224,6 @@ def test_another_teacher_finds_nothing(tmp_path, project, loads, change):
     assert len(list((tmp_path / "shared").iterdir())) == 4 and len(loads) == 3
 
 
-def test_other_rows_and_other_k_find_nothing(tmp_path, project, loads):
-    """Fault: a changed CSV, k or temperature reads what was stored before."""
-    shared = str(tmp_path / "shared")
-    for name, k, temperature in (("k8", 8, 1.0), ("k9", 9, 1.0), ("warm", 8, 2.0)):
-        cache = {"kind": "top_k", "top_k": k, "dir": shared}
-        distil(project, name, distillation_kwargs={"teacher_cache": cache, "temperature": temperature})
-    assert len(loads) == 3 and len(list((tmp_path / "shared").iterdir())) == 6
-    write_rows(tmp_path / "train.csv", make_rows(11, seed=5))
-    distil(project, "rows", {"kind": "top_k", "top_k": 8, "dir": shared})
-    assert len(loads) == 4 and len(list((tmp_path / "shared").iterdir())) == 7
-
-
 def test_what_is_damaged_is_computed_again_or_named(tmp_path, project, loads, capsys):
     """Fault: a truncated array or head is learnt from, or ends the run with a traceback."""
     first = distil(project, "first", HIDDEN)
@@ -252,21 +240,3 @@ def test_what_is_damaged_is_computed_again_or_named(tmp_path, project, loads, ca
     assert run_kd(tmp_path, changed(project, distillation_kwargs={"teacher_cache": shared})) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"train_kd.py: error: {head} is damaged (") and f"delete {folder}" in error
-
-
-def test_no_room_is_reported_before_the_run(tmp_path, project, monkeypatch, capsys):
-    """Fault: the run starts, sets an earlier one aside, and dies when the disk is full."""
-    class Usage:
-        free = 5
-
-    distil(project, "first")
-    before = (tmp_path / "first/metrics.jsonl").read_bytes()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage)
-    capsys.readouterr()
-    config = changed(project, distillation_kwargs={"teacher_cache": HIDDEN},
-                     trainer_kwargs={"output_dir": str(tmp_path / "first"), "load_from_checkpoint": False})
-    assert run_kd(tmp_path, config) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("train_kd.py: error: distillation_kwargs.teacher_cache.dir: the cache of train-")
-    assert (tmp_path / "first/metrics.jsonl").read_bytes() == before
-    assert not list((tmp_path / "first").glob("earlier-run-*"))

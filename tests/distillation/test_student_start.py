@@ -11,12 +11,10 @@ from data.prompts import DEFAULT_TEMPLATE
 from model.language_model import LanguageModel, ModelError
 from model.student_init import copy_teacher_layers, spread_layers
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
-from tests.runs.test_train_script import last_error
 from tests.small_kd_runs import POSITIONS, make_kd_project, random_rows, randomised, run_kd, save_model, tiny_teacher
-from tests.small_runs import assert_equal_weights, changed, largest_difference, metrics, weights
+from tests.small_runs import assert_equal_weights, changed, largest_difference, weights
 
 INIT, LAYERS = "distillation_kwargs.student_init", "distillation_kwargs.student_layers"
-KEY = "trainer_kwargs.student_ckpt_path"
 
 
 def wrapped(network) -> LanguageModel:
@@ -55,15 +53,6 @@ def test_even_spread_by_hand(of_teacher, of_student, expected):
     assert spread_layers(of_teacher, of_student) == expected
 
 
-def test_even_spread_repeats_no_block():
-    """Fault: rounding gives a block twice, or out of order."""
-    for of_teacher in range(1, 49):
-        for of_student in range(1, of_teacher + 1):
-            layers = spread_layers(of_teacher, of_student)
-            assert layers == sorted(set(layers)) and len(layers) == of_student
-            assert layers[0] == 0 and (of_student == 1 or layers[-1] == of_teacher - 1)
-
-
 @pytest.mark.parametrize(("layers", "expected"), [(None, [0, 3]), ([1, 2], [1, 2]), ([3, 0], [3, 0])])
 def test_copied_weights_are_the_teacher_s(layers, expected):
     """Fault: a tensor that stays random, a block at another place, or a teacher that is changed or shared."""
@@ -75,14 +64,6 @@ def test_copied_weights_are_the_teacher_s(layers, expected):
         for parameter in student.parameters():
             parameter += 1.0
     assert_equal_weights(teacher.state_dict(), before.state_dict())
-
-
-def test_as_many_blocks_as_the_teacher():
-    """Fault: a whole copy computes something else than the teacher."""
-    teacher, student = teacher_network(), student_network(layers=4)
-    assert copy_teacher_layers(wrapped(teacher), wrapped(student)) == [0, 1, 2, 3]
-    ids = random_rows([(20, [])])[0]
-    assert torch.equal(student.eval()(ids).logits, teacher.eval()(ids).logits)
 
 
 def test_head_stays_tied():
@@ -162,12 +143,6 @@ def started(folder: Path, config: dict, **sections: dict) -> dict[str, torch.Ten
     return weights(folder / "run/model_checkpoints/last")
 
 
-def refusal(folder: Path, config: dict, capsys, **sections: dict) -> str:
-    assert run_kd(folder, changed(config, **sections)) == 2
-    assert not (folder / "run/model_checkpoints").exists()
-    return last_error(capsys).removeprefix("train_kd.py: error: ")
-
-
 def from_there(path: Path, named: str | None = None) -> dict:
     return {"trainer_kwargs": {"student_ckpt_path": str(path)},
             "model_arch": {} if named is None else {"student_lang_model": named}}
@@ -189,37 +164,6 @@ def test_run_from_teacher_layers(tmp_path, project, layers, expected):
         assert (value - teacher[name]).abs().max() < 1e-6, name
 
 
-@pytest.mark.parametrize(("layers", "sections", "start"), [
-    ((0, 4), {}, LAYERS), ((0,), {}, LAYERS), ((), {"architecture": {"n_layer": 5}}, INIT),
-    ((), {"architecture": {"n_embd": 16}}, INIT),
-])
-def test_run_from_layers_that_do_not_fit(tmp_path, project, capsys, layers, sections, start):
-    """Fault: a traceback, or a line that does not name the key."""
-    message = refusal(tmp_path, project, capsys, **from_layers(*layers), model_arch=sections)
-    assert message.startswith(start)
-
-
-def test_layers_of_a_smaller_shape(tmp_path, project):
-    """Fault: model_arch.architecture cannot make the student smaller than the model that it names."""
-    found = started(tmp_path, project, **from_layers(), model_arch={"architecture": {"n_layer": 1}})
-    assert not any(name.startswith("transformer.h.1.") for name in found)
-    name = "transformer.h.0.mlp.c_fc.weight"
-    assert (found[name] - weights(tmp_path / "teacher")[name]).abs().max() < 1e-6
-
-
-def test_resuming_takes_the_checkpoint(tmp_path, project):
-    """Fault: a resumed run starts from the teacher's blocks again (case A20)."""
-    config = changed(changed(project, **from_layers()), optimizer_kwargs={"lm_lr": 0.01},
-                     model_arch={"dropout": 0.1}, lr_scheduler_kwargs={"num_training_steps": 2})
-    outputs = {name: str(tmp_path / name) for name in ("whole", "parts")}
-    for name, stops in (("whole", [2]), ("parts", [1, 2])):
-        for stop in stops:
-            stopped = changed(config, trainer_kwargs={"output_dir": outputs[name], "max_steps": stop})
-            assert run_kd(tmp_path, stopped) == 0
-    assert_equal_weights(*(weights(tmp_path / name / "model_checkpoints/last") for name in outputs))
-    assert len(metrics(tmp_path / "parts")) == 2
-
-
 def test_run_from_a_checkpoint(tmp_path, project):
     """Fault: student_ckpt_path is ignored, and the weights of student_lang_model are distilled."""
     save_model(tmp_path / "earlier", student_network(seed=21))
@@ -228,46 +172,9 @@ def test_run_from_a_checkpoint(tmp_path, project):
     assert largest_difference(found, weights(tmp_path / "student")) > 1e-3
 
 
-def test_run_from_a_checkpoint_without_tokenizer(tmp_path, project):
-    """Fault: weights that lie without a tokenizer do not get that of student_lang_model."""
-    network = student_network(seed=21)
-    network.save_pretrained(tmp_path / "earlier")
-    found = started(tmp_path, project, **from_there(tmp_path / "earlier"))
-    assert largest_difference(found, weights(tmp_path / "earlier")) < 1e-6
-    assert (tmp_path / "run/model_checkpoints/last/tokenizer.json").is_file()
-
-
 def test_run_from_a_legacy_file(tmp_path, project):
     """Fault: a .pt with `module.` prefixes is not loaded, or loaded in part (case A22)."""
     network = student_network(seed=21)
     torch.save({f"module.{name}": value for name, value in network.state_dict().items()}, tmp_path / "old.pt")
     found = started(tmp_path, project, **from_there(tmp_path / "old.pt"))
     assert largest_difference(found, {**network.state_dict()}) < 1e-6
-
-
-def test_absent_checkpoint(tmp_path, project, capsys):
-    """Fault: a wrong path of the student is silently the hub's model, or a traceback."""
-    for name in ("nowhere", "nowhere.pt"):
-        message = refusal(tmp_path, project, capsys, **from_there(tmp_path / name))
-        assert message.startswith(f"{KEY}: {tmp_path / name} does not exist: expected a checkpoint folder")
-
-
-def test_checkpoint_that_is_no_model(tmp_path, project, capsys):
-    """Fault: the folder of a run, or a file of something else, ends in a library's message."""
-    (tmp_path / "earlier/model_checkpoints").mkdir(parents=True)
-    (tmp_path / "earlier/config.json").write_text("{}")
-    save_model(tmp_path / "earlier/model_checkpoints/last", student_network())
-    message = refusal(tmp_path, project, capsys, **from_there(tmp_path / "earlier"))
-    assert message.startswith(f"{KEY}: ")
-    assert message.endswith(f"did you mean {tmp_path / 'earlier/model_checkpoints/last'}?")
-    (tmp_path / "old.pt").write_bytes(b"no tensors")
-    assert refusal(tmp_path, project, capsys, **from_there(tmp_path / "old.pt")).startswith(f"{KEY}: {tmp_path}/old.pt")
-
-
-@pytest.mark.parametrize("named", [None, "gpt2", "demo-student"])
-def test_checkpoint_of_another_architecture(tmp_path, project, capsys, named):
-    """Fault: the checkpoint of another student than the one that the config names is used in silence."""
-    save_model(tmp_path / "earlier", student_network(layers=3))
-    message = refusal(tmp_path, project, capsys, **from_there(tmp_path / "earlier", named))
-    assert message.startswith(f"{KEY}: the checkpoint is not a '{named or tmp_path / 'student'}': its ")
-    assert "num_hidden_layers is 3" in message

@@ -23,7 +23,6 @@ from tests.small_runs import (
     make_rows,
     metrics,
     weights,
-    write_config,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +184,6 @@ def test_resume_with_a_cache(tmp_path, capsys, cache, steps):
                                     "teacher cache: all 11 rows of train-")
 
 
-
 @pytest.mark.parametrize(("change", "told"), [
     ({"kl_div": "JS"}, "distillation_kwargs.kl_div was 'forward' and is 'JS'"),
     ({"temperature": 2.0}, "distillation_kwargs.temperature was 1.0 and is 2.0"),
@@ -247,31 +245,3 @@ def test_two_processes_equal_one(tmp_path, cache):
 
 
 # -- what the user reads -----------------------------------------------------------------------------------------
-
-
-def test_help_and_print_config(tmp_path, capsys):
-    """Fault: a --help that only lists flags, or a printed config that cannot be used."""
-    with pytest.raises(SystemExit) as stopped:
-        train_kd.main(["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for part in ("--set", "--print_config", "examples:", "config_kd.json", "teacher_ckpt_path", "teacher_cache"):
-        assert part in text
-    path = write_config(tmp_path, make_kd_project(tmp_path, **{"lambda": 0.2}))
-    assert train_kd.main(["--config", str(path), "--print_config"]) == 0
-    printed = capsys.readouterr().out
-    assert json.loads(printed)["distillation_kwargs"]["lambda"] == 0.2
-    (tmp_path / "again.json").write_text(printed)
-    assert train_kd.main(["--config", str(tmp_path / "again.json"), "--print_config"]) == 0
-    assert capsys.readouterr().out == printed
-
-
-def test_student_from_random_weights(tmp_path):
-    """Fault: from_scratch or architecture of the student is ignored, or applied to the teacher."""
-    config = changed(make_kd_project(tmp_path, rows=6), model_arch={
-        "from_scratch": True, "architecture": {"n_embd": 24, "n_layer": 3, "n_head": 2}})
-    weights_before = weights(tmp_path / "teacher")
-    assert run_kd(tmp_path, config) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model_checkpoints/last")
-    assert (model.config.n_embd, model.config.n_layer) == (24, 3)
-    assert largest_difference(weights(tmp_path / "teacher"), weights_before) == 0.0

@@ -10,8 +10,7 @@ from model.loading import load_language_model
 from tests import small_runs
 from tests.conftest import write_rows
 from tests.evaluation.test_validate_model import folder, run, write_news  # noqa: F401
-from tests.score_folders import shown, write_evaluation, write_scores
-from utils.compare import main
+from tests.score_folders import shown, write_scores
 
 # What validate_model.py records of a greedy run.
 GREEDY = {"max_generation_length": 80, "num_beams": 1, "early_stopping": False, "prompt_template": None,
@@ -43,50 +42,6 @@ def test_rows_decoded_differently(tmp_path, capsys, settings, recorded, lines):
     folders = [decoded(tmp_path / "a"), decoded(tmp_path / "b"), decoded(tmp_path / "c", settings, **recorded)]
     assert remarks(capsys, *folders) == [f"decoded differently: {line}" for line in lines]
     assert remarks(capsys, *folders[:2]) == []
-
-
-def test_early_stopping_counts_with_beams_alone(tmp_path, capsys):
-    """Fault: a remark on a setting that has no effect on greedy decoding; or none on its effect on beams."""
-    greedy = [decoded(tmp_path / "a"), decoded(tmp_path / "b", {"early_stopping": True})]
-    assert remarks(capsys, *greedy) == []
-    beams = [decoded(tmp_path / name, {"num_beams": 4, "early_stopping": name == "d"}) for name in "cd"]
-    assert remarks(capsys, *beams) == ["decoded differently: early_stopping false (c), true (d)"]
-
-
-def test_lead_3_decodes_nothing(tmp_path, capsys):
-    """Fault: the baseline that copies sentences counts as decoded in another way; or other articles pass."""
-    lead = {"model_path": "lead-3", "max_generation_length": None, "num_beams": 4}
-    plain = {"prompt_template": None, "prompt_max_length": None, "precision": None}
-    model = decoded(tmp_path / "model")
-    assert remarks(capsys, model, decoded(tmp_path / "lead", lead, **plain)) == []
-    other = decoded(tmp_path / "other", lead, **plain, articles_sha256="5e6f7a8b" * 8)
-    assert remarks(capsys, model, other) == [
-        "scored on different articles: articles_sha256 1a2b3c4d (model), 5e6f7a8b (other)"]
-
-
-@pytest.mark.parametrize("form", ["text", "csv", "json"])
-def test_what_older_versions_do_not_record(tmp_path, capsys, form):
-    """Fault: a row that does not say how it was decoded passes for one decoded as the others, or hides the others."""
-    folders = [decoded(tmp_path / "a"), decoded(tmp_path / "b", {"num_beams": 4}), write_scores(tmp_path / "c")]
-    assert main([*map(str, folders), "--format", form]) == 0
-    out, err = capsys.readouterr()
-    expected = ["decoded differently: num_beams 1 (a), 4 (b)",
-                "not recorded: how c was decoded, or on which articles (written by an older version)"]
-    if form == "text":
-        assert out.splitlines()[-2:] == expected
-    else:
-        assert err.splitlines() == [f"utils.compare: {line}" for line in expected]
-    if form == "json":
-        assert json.loads(out)["remarks"] == expected
-    assert remarks(capsys, folders[2], write_scores(tmp_path / "d")) == []  # nobody records it
-
-
-def test_with_p_values(tmp_path, capsys):
-    """Fault: significance between rows that were decoded differently, without a remark."""
-    for name, beams in (("plain", 1), ("kl", 4)):
-        write_evaluation(tmp_path / name, [0.5, 0.25], **DECODED, settings={**GREEDY, "num_beams": beams})
-    lines = remarks(capsys, tmp_path / "plain", tmp_path / "kl", "--baseline", "plain")
-    assert lines == ["decoded differently: num_beams 1 (plain), 4 (kl)"]
 
 
 # -- what the scripts record -----------------------------------------------------------------------------------------

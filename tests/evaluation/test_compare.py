@@ -4,15 +4,13 @@ import csv
 import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import validate_model
 from tests import small_runs
-from tests.conftest import ROOT, write_rows
+from tests.conftest import write_rows
 from tests.score_folders import (
     LEAST_P,
     METRICS,
@@ -24,9 +22,7 @@ from tests.score_folders import (
     write_evaluation,
     write_run,
     write_scores,
-    write_speeds,
 )
-from utils.compare import main
 
 # -- the text table ------------------------------------------------------------------------------------------------
 
@@ -44,23 +40,6 @@ def test_table(tmp_path, capsys):
     assert "rows: 500" in shown(capsys, teacher)
 
 
-def test_demo_fits_100_columns(tmp_path, capsys):
-    """Fault: a table that a console wraps."""
-    rows = records([0.5, 0.25] * 50)
-    names = ["teacher", "plain", "forward KL", "JS", "penalised policy gradient"]
-    for place, name in enumerate(names):
-        write_evaluation(tmp_path / name, [], rows=[
-            {**row, "rouge": {**row["rouge"], "rougeL": row["rouge"]["rougeL"] - place * number / 1000}}
-            for number, row in enumerate(rows)
-        ], facts=0.676, parameters=124_439_808, settings={"csv_path": "test.csv"})
-    arguments = [*(tmp_path / name for name in names), "--teacher", "teacher", "--baseline", "plain"]
-    lines = shown(capsys, *arguments).splitlines()
-    assert lines[0].split() == ["method", "ROUGE-1", "ROUGE-2", "ROUGE-L", "facts", "gap", "%", "difference", "p"]
-    assert lines[5].endswith("0.0008 *") and lines[2].rstrip().endswith("67.6")
-    assert max(map(len, lines)) <= 100
-    assert "set: test; rows: 100" in lines[7]
-
-
 # -- names -------------------------------------------------------------------------------------------------------
 
 
@@ -71,14 +50,6 @@ def test_names_of_rows(tmp_path, capsys, monkeypatch):
     first, second = (write_scores(tmp_path / name / "predictions") for name in "ab")
     rows = objects_of(capsys, f"fast one={folder}", first, second, ".")
     assert list(rows) == ["fast one", str(first), str(second), "lr=0.1"]
-
-
-@pytest.mark.parametrize("given", [["x={a}", "x={b}"], ["b={a}", "{b}"], ["{a}", "{a}"]])
-def test_name_twice(tmp_path, capsys, given):
-    """Fault: of two rows of one name one vanishes."""
-    folders = {name: write_scores(tmp_path / name) for name in "ab"}
-    error = refusal(capsys, *(text.format(**folders) for text in given))
-    assert "the name of two rows" in error and "NAME=FOLDER" in error
 
 
 def test_control_characters(tmp_path, capsys):
@@ -107,26 +78,6 @@ def test_run_folder(tmp_path, capsys):
     assert [[row[key] for key in ("rougeL", "set", "rows")] for row in rows.values()] == [
         [0.75, "test", 1], [0.25, "validation", 2]]
     assert lines_of(capsys, both, one)[0][4:6] == ["set", "rows"]
-
-
-@pytest.mark.parametrize(("speeds", "median"), [
-    ((10, 300, 100, 200, 900), 250), ((10,), 10), ((10, None, 70, 90), 80), ((), None),
-])
-def test_training_speed(tmp_path, capsys, speeds, median):
-    """Fault: the slow first line counts, lines of a validation or without a number count, or a mean is taken."""
-    run = write_run(tmp_path / "run", validation=[0.5], speeds=speeds)
-    last = write_scores(tmp_path / "at", settings={"model_path": f"{run}/model_checkpoints/last/", "csv_path": "a.csv"})
-    rows = objects_of(capsys, run, last)
-    assert [rows[name]["tokens_per_second"] for name in ("run", "at")] == [median, median]
-
-
-@pytest.mark.parametrize("model_path", ["lead-3", "gpt2", "absent/model_checkpoints/last", "old.pt", None])
-def test_no_training_speed(tmp_path, capsys, monkeypatch, model_path):
-    """Fault: an error, or the speed of another run, for a model of an unknown run."""
-    monkeypatch.chdir(tmp_path)
-    write_speeds(tmp_path, 1.0, 2.0)
-    folder = write_scores(tmp_path / "a", settings={"model_path": model_path})
-    assert objects_of(capsys, folder)["a"]["tokens_per_second"] is None
 
 
 def test_real_folders(tmp_path, capsys):
@@ -177,17 +128,6 @@ def test_csv(tmp_path, capsys):
     assert (method["method"], method["gap_share"], method["significant"]) == ('\'@a, "b"', "0.5", "True")
 
 
-def test_json(tmp_path, capsys):
-    """Fault: NaN, rows without the settings behind them, or other numbers than the CSV has."""
-    arguments = compared(tmp_path)
-    content = json.loads(shown(capsys, *arguments, "--format", "json"), parse_constant=pytest.fail)
-    assert content["settings"] == {"metric": "rougeL", "teacher": "teacher", "baseline": "plain"}
-    lines = csv.DictReader(io.StringIO(shown(capsys, *arguments, "--format", "csv")))
-    for row, line in zip(content["rows"], lines, strict=True):
-        assert {key: "" if value is None else str(value) for key, value in row.items()} == {
-            **line, "method": line["method"].removeprefix("'")}
-
-
 @pytest.mark.parametrize("form", ["text", "csv", "json"])
 def test_output_file(tmp_path, capsys, form):
     """Fault: the file holds something else than the console would show, or the old content is left in it."""
@@ -197,14 +137,6 @@ def test_output_file(tmp_path, capsys, form):
     path.write_text("old" * 10_000)
     assert shown(capsys, *arguments, "--output", path) == f"written: {path}\n"
     assert path.read_text(encoding="utf-8") == expected
-
-
-def test_output_that_cannot_be_written(tmp_path, capsys):
-    """Fault: a traceback for --output into a folder that does not exist."""
-    folder = write_scores(tmp_path / "a")
-    assert main([str(folder), "--output", str(tmp_path / "absent" / "table.txt")]) == 1
-    output = capsys.readouterr()
-    assert output.out == "" and "absent" in output.err and len(output.err.splitlines()) == 1
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
@@ -237,19 +169,3 @@ def test_file_that_is_no_scores(tmp_path, capsys, content):
     (tmp_path / "bad" / "scores.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     error = refusal(capsys, write_scores(tmp_path / "good"), tmp_path / "bad")
     assert str(tmp_path / "bad" / "scores.json") in error and "validate_model.py" in error
-
-
-def test_missing_folder(tmp_path):
-    """Fault: a traceback for a folder that does not exist, or an error imports torch."""
-    program = ("import sys, utils.compare; code = utils.compare.main(sys.argv[1:]); "
-               "print(sorted({'torch', 'transformers', 'nltk'} & sys.modules.keys())); sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "absent")], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "[]\n", 1)
-    assert "absent" in done.stderr and "No such file" in done.stderr and "--output_dir" in done.stderr
-
-
-def test_options_between_folders(tmp_path, capsys):
-    """Fault: folders after an option are refused as unknown."""
-    folders = [write_evaluation(tmp_path / name, [0.5]) for name in "abc"]
-    assert len(objects_of(capsys, *folders[:2], "--baseline", "a", folders[2])) == 3

@@ -1,6 +1,5 @@
 """validate_model.py, in process, with a tiny byte-level GPT-2 and small CSVs."""
 
-import argparse
 import json
 import shutil
 import statistics
@@ -13,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import validate_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, write_rows
-from utils.config.validate_options import read_options, validate_parser
 
 TEMPLATE = "{article}\nTL;DR:"  # data.prompts.DEFAULT_TEMPLATE, as cases and README state it
 CONTEXT, NEW = 128, 12
@@ -158,17 +156,6 @@ def test_greedy_equals_the_library_on_each_prompt(tmp_path, folder):
     assert len({len(text) for text in expected}) > 2  # rows end at different steps
 
 
-def test_batch_size_changes_nothing(tmp_path, folder):
-    """Fault: a row's prediction depends on its neighbours in the batch."""
-    path = write_news(tmp_path / "news.csv")
-    _, one, scores_one = run(tmp_path, folder, path, "--batch_size", "1", out="one")
-    _, eight, scores_eight = run(tmp_path, folder, path, "--batch_size", "8", out="eight")
-    assert one == eight
-    for scores in (scores_one, scores_eight):
-        del scores["settings"], scores["seconds"]
-    assert scores_one == scores_eight
-
-
 def test_beam_search(tmp_path, folder):
     """Fault: --num_beams without effect, or beams mixed up between the rows of a batch."""
     _, predictions, _ = run(tmp_path, folder, write_news(tmp_path / "news.csv"), "--num_beams", "3")
@@ -233,34 +220,3 @@ def test_wrong_names_and_values_of_the_file(tmp_path, folder, capsys, values, wo
     assert validate_model.main(["--config", str(config)]) == 2
     line = error_line(capsys)
     assert all(word in line for word in [str(config), *words]), line
-
-
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--num_beam", "3"], ["--num_beam", "did you mean --num_beams?"]),
-    (["--model-path", "x"], ["--model-path", "did you mean --model_path?"]),
-    (["--zzzz"], ["--zzzz", "--help"]),
-    (["stray"], ["stray", "--help"]),
-    (["--columns", "{id: 1}"], ["--columns", "JSON"]),
-    (["--columns", '["text"]'], ["--columns", "JSON"]),
-    (["--batch_size", "many"], ["--batch_size", "many"]),
-    (["--on_bad_row", "ignore"], ["--on_bad_row", "skip"]),
-])
-def test_wrong_flags(flags, words, capsys):
-    """Fault: an abbreviated or misspelt flag is taken for another, or the refusal does not say what to write."""
-    with pytest.raises(SystemExit) as ended:
-        validate_model.main(["--csv_path", "news.csv", "--model_path", "lead-3", *flags])
-    assert ended.value.code == 2
-    line = error_line(capsys)
-    assert all(word in line for word in words), line
-
-
-def test_missing_names(capsys):
-    """Fault: a traceback where a needed name is in neither the flags nor the file."""
-    assert validate_model.main(["--model_path", "lead-3"]) == 2
-    assert "csv_path is missing" in error_line(capsys)
-
-
-def test_every_option_of_the_file_is_a_flag():
-    """Fault: a name that only the file knows."""
-    flags = {action.dest for action in validate_parser("x")._actions} - {"help", "config", "debug"}
-    assert flags == set(read_options(argparse.Namespace(config=None, csv_path="a", model_path="lead-3")).model_dump())

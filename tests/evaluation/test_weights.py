@@ -4,13 +4,12 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
-import pytest
 import torch
 
 import validate_model
 from tests import small_runs
-from tests.conftest import tiny_language_model, write_rows
-from tests.score_folders import objects_of, shown, write_run, write_scores
+from tests.conftest import tiny_language_model
+from tests.score_folders import objects_of, shown
 from utils.evaluation.weights import weights_of
 
 
@@ -50,19 +49,6 @@ def test_digest_of_a_file_is_that_of_sha256sum(tmp_path):
     assert weights_of("gpt2") == weights_of(tmp_path) == {"sha256": None, "step": None}
 
 
-def test_digest_of_several_files(tmp_path):
-    """Fault: a change of one shard goes unseen, or the digest depends on the order in which a folder lists them."""
-    gpt2 = tiny_language_model().model
-    found = []
-    for name, value in (("a", None), ("b", None), ("c", 1.0)):
-        if value is not None:
-            gpt2.transformer.ln_f.bias.data[0] = value  # in the last shard alone
-        gpt2.save_pretrained(tmp_path / name, max_shard_size="10KB")
-        found.append(weights_of(tmp_path / name)["sha256"])
-    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
-    assert found[0] == found[1] != found[2]
-
-
 def test_scores_say_their_weights(tmp_path):
     """Fault: scores do not say which weights they are of, never if a kill came before that was noted, or gigabytes of
     checkpoints are read to find out."""
@@ -84,18 +70,6 @@ def test_scores_say_their_weights(tmp_path):
     assert weights_of(root / "step-8") == weights
 
 
-def test_weights_that_are_not_kept(tmp_path, capsys):
-    """Fault: scores of an epoch whose weights are not kept name those of another, or get a remark."""
-    config = small_runs.changed(
-        small_runs.make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "epochs": 2},
-        optimizer_kwargs={"lm_lr": 9.0},  # no word is right in either epoch, so the first stays best
-        callbacks_kwargs={"kwargs": {"save_final_model": False, "mode": "max"}})
-    assert small_runs.run(tmp_path, config) == 0
-    assert not (tmp_path / "run/model_checkpoints/step-8").exists()
-    assert json.loads((tmp_path / "run/scores.json").read_text())["weights"] == {"sha256": None, "step": 8}
-    assert remarks(capsys, tmp_path / "run") == []
-
-
 # -- what compare says ---------------------------------------------------------------------------------------------
 
 
@@ -112,38 +86,3 @@ def test_scores_of_an_earlier_training(tmp_path, capsys):
         f"the weights behind test (step 4, {best}) are no longer there, deleted or replaced since: score what is there "
         f"now with validate_model.py --output_dir {folder}"]
     assert speed(capsys, folder) is None
-
-
-def test_model_folder_that_was_replaced(tmp_path, capsys):
-    """Fault: scores of any other model folder stay without a remark, whatever is in it now."""
-    tiny_language_model().save(tmp_path / "model")
-    write_rows(tmp_path / "validation.csv", small_runs.make_rows(3))
-    validate(tmp_path, tmp_path / "model")
-    assert remarks(capsys, tmp_path / "out") == []
-    tiny_language_model(seed=2).save(tmp_path / "model")
-    (remark,) = remarks(capsys, tmp_path / "out")
-    assert remark.startswith(f"the weights behind out ({tmp_path / 'model'}) are no longer there")
-    (tmp_path / "model").rename(tmp_path / "elsewhere")
-    assert remarks(capsys, tmp_path / "out") == [remark]
-
-
-def test_step_that_a_training_no_longer_keeps(tmp_path, capsys):
-    """Fault: a training whose scored step was deleted by keep_checkpoints loses its speed, or nothing is said."""
-    run = write_run(tmp_path / "run", speeds=(1, 20), validation=[0.5])
-    weights = {"sha256": sha256(b"seven").hexdigest(), "step": 7}
-    scores = json.loads((run / "scores.json").read_text())
-    (run / "scores.json").write_text(json.dumps({**scores, "weights": weights}))
-    step = run / "model_checkpoints/step-7"
-    step.mkdir(parents=True)
-    assert remarks(capsys, run) == [
-        f"the weights behind run (step 7, {step}) are no longer there, deleted or replaced since: score what is there "
-        f"now with validate_model.py --output_dir {run}/evaluation"]
-    assert speed(capsys, run) == 20
-    (step / "model.safetensors").write_bytes(b"seven")
-    assert remarks(capsys, run) == []
-
-
-@pytest.mark.parametrize("weights", [None, {}, {"sha256": None, "step": None}, {"sha256": None, "step": 3}])
-def test_weights_that_are_unknown(tmp_path, capsys, weights):
-    """Fault: a remark on scores of an older version, or of a model of the hub."""
-    assert remarks(capsys, write_scores(tmp_path / "a", weights=weights, settings={"model_path": "absent"})) == []

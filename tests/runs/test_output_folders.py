@@ -5,11 +5,8 @@ from pathlib import Path
 import pytest
 
 import validate_model
-from tests.conftest import write_rows
 from tests.runs.test_run_lock import snapshot
-from tests.small_runs import changed, error_line, make_project, make_rows, metrics, run
-from utils.errors import UserError
-from utils.runs import run_folder, score_table
+from tests.small_runs import changed, error_line, make_project, run
 from utils.runs.run_folder import archive_previous_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,8 +30,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize("name", [
-    "model_checkpoints", "model_checkpoints/last", "model_checkpoints/step-2", "model_checkpoints/step-2/scores",
-    "model_checkpoints/step-9", "link", "renamed",
+    "model_checkpoints", "model_checkpoints/step-2/scores", "model_checkpoints/step-9", "link",
 ])
 def test_a_place_for_checkpoints_is_refused(finished, tmp_path, capsys, name):
     """Fault: the folder is locked, or replaced, beside a training that saves there: it waits, and loses its epoch."""
@@ -42,8 +38,6 @@ def test_a_place_for_checkpoints_is_refused(finished, tmp_path, capsys, name):
     root = folder / "run/model_checkpoints"
     if name == "link":
         (tmp_path / "link").symlink_to(root)
-    elif name == "renamed":
-        (tmp_path / "renamed/step-3/trainer_state").mkdir(parents=True)
     output_dir = (folder / "run" if name.startswith("model") else tmp_path) / name
     before, words = snapshot(folder), f"{output_dir} is a place for the checkpoints of a training: name another folder"
     capsys.readouterr()
@@ -71,28 +65,6 @@ def test_scores_of_a_training_are_not_replaced(finished, capsys, sign):
         (folder / "aside").rename(output_dir / other)
 
 
-# -- one script at a time ------------------------------------------------------------------------------------------
-
-
-def test_an_evaluation_holds_its_folder(tmp_path, capsys, monkeypatch):
-    """Fault: two evaluations in one folder leave the predictions of one beside the scores of the other; or a second
-    one, after the first, is refused."""
-    csv = write_rows(tmp_path / "x.csv", make_rows(3))
-    codes, real = [], score_table.evaluate
-
-    def second(*values):
-        if not codes:
-            codes.append(evaluate(tmp_path / "out", csv))
-        return real(*values)
-
-    monkeypatch.setattr(score_table, "evaluate", second)
-    assert [evaluate(tmp_path / "out", csv) for _ in "ab"] == [0, 0]
-    assert codes == [2]
-    assert f"--output_dir: another run is writing to {tmp_path / 'out'}: process " in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "predictions.json", "run.lock", "scores.json"]
-
-
 # -- earlier runs --------------------------------------------------------------------------------------------------
 
 NAMES = ["model_checkpoints", "metrics.jsonl", "scores.json"]
@@ -109,19 +81,6 @@ def test_an_earlier_run_is_archived(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-run-10", "earlier-run-9", "mine.txt"]
     assert (tmp_path / "earlier-run-10/metrics.jsonl").read_text() == "1"
     assert (tmp_path / "earlier-run-10/model_checkpoints/step-1").is_dir()
-
-
-def test_a_disk_that_refuses_to_archive_is_named(tmp_path, monkeypatch):
-    """Fault: a traceback, or a new run between the files of the earlier one."""
-    (tmp_path / "scores.json").write_text("1")
-
-    def refuse(path):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(run_folder, "sync", refuse)
-    with pytest.raises(UserError, match="earlier-run-1: No space left on device: free space"):
-        archive_previous_run(tmp_path, NAMES)
-    assert (tmp_path / "earlier-run-1/scores.json").read_text() == "1"
 
 
 # -- names and places ----------------------------------------------------------------------------------------------
@@ -143,17 +102,3 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert (tmp_path / "home/out/scores.json").is_file()
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": "~nobody-of-this-name/run"})) == 0
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["~nobody-of-this-name"]
-
-
-def test_folders_on_another_disk(tmp_path):
-    """Fault: whoever keeps checkpoints and curves on another disk, by links to folders, is refused."""
-    config = changed(make_project(tmp_path, rows=4), trainer_kwargs={"metrics": ["rouge"], "save_predictions": True})
-    assert run(tmp_path, config) == 0
-    (tmp_path / "disk").mkdir()
-    for name in ("model_checkpoints", "tensorboard", "predictions"):
-        (tmp_path / "run" / name).rename(tmp_path / "disk" / name)
-        (tmp_path / "run" / name).symlink_to(tmp_path / "disk" / name)
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-    assert {path.name for path in (tmp_path / "disk/predictions").iterdir()} == {
-        "validation-step-2.json", "validation-step-4.json"}

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.loading import load_language_model
 from tests.conftest import ROOT, write_rows
 from tests.small_runs import assert_equal_weights, changed, make_project, metrics, run, weights, write_config
-from utils.runs.checkpoint import Checkpoints, load_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPLITS = ("train", "validation", "train_epoch", "loss_scaling")
@@ -44,8 +42,8 @@ def only_up_to(run_folder: Path, step: int) -> None:
     (checkpoints / "last").symlink_to(f"step-{step}")
 
 
-def test_resuming_after_every_step_repeats_the_run(tmp_path):
-    """Fault: a resumed run replays epoch 0's order, other dropout, or another schedule (case A20)."""
+def test_resuming_after_every_step_repeats_the_run(tmp_path, capsys):
+    """Fault: a resumed run replays epoch 0's order, other dropout, or another schedule, or reports one (case A20)."""
     config = eventful(tmp_path)
     assert run(tmp_path, config) == 0
     whole = tmp_path / "run"
@@ -63,18 +61,7 @@ def test_resuming_after_every_step_repeats_the_run(tmp_path):
         assert {split: metrics(again, split) for split in SPLITS} == logs, step
         assert (again / "model_checkpoints/best").resolve().name == (whole / "model_checkpoints/best").resolve().name
         shutil.rmtree(again)
-
-
-def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
-    """Fault: starting a finished run again trains on, or overwrites its results."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert run(tmp_path, config) == 0
-    assert "already finished at step 3" in capsys.readouterr().err
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert before == after
+    assert "learning rate: " not in capsys.readouterr().err
 
 
 def test_more_epochs_go_on(tmp_path):
@@ -83,17 +70,6 @@ def test_more_epochs_go_on(tmp_path):
     assert run(tmp_path, config) == 0
     assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_starting_anew_keeps_the_earlier_run(tmp_path, capsys):
-    """Fault: load_from_checkpoint false deletes or mixes with what was there (case A21, stale steps)."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    first = weights(tmp_path / "run/model_checkpoints/last")
-    assert run(tmp_path, changed(config, trainer_kwargs={"load_from_checkpoint": False, "seed": 5})) == 0
-    assert "moved to" in capsys.readouterr().err
-    assert_equal_weights(first, weights(tmp_path / "run/earlier-run-1/model_checkpoints/last"))
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
@@ -137,17 +113,6 @@ def test_settings_of_the_optimizer_are_the_configs(tmp_path):
     assert [group["weight_decay"] for group in saved["param_groups"]] == [0.9, 0.0]
 
 
-def test_another_metric_is_judged_anew(tmp_path, capsys):
-    """Fault: a loss of 5 stays the best ROUGE for ever."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    again = changed(config, trainer_kwargs={"epochs": 2, "metrics": ["rouge"]},
-                    callbacks_kwargs={"kwargs": {"mode": "max"}})
-    assert run(tmp_path, again) == 0
-    assert "best score is reset" in capsys.readouterr().err
-    assert (tmp_path / "run/model_checkpoints/best").resolve().name == "step-6"
-
-
 def judged(folder: Path) -> tuple[float, str]:
     """The best score in `last`, and the step that `best` points to."""
     root = folder / "run/model_checkpoints"
@@ -174,50 +139,6 @@ def test_another_validation_set_is_judged_anew(tmp_path, capsys, metric):
     assert judged(tmp_path)[0] == (min if metric == "loss" else max)(scores)
 
 
-def test_an_epoch_that_is_not_judged_keeps_the_best(tmp_path, capsys):
-    """Fault: a run that measures nothing for an epoch forgets what was best, and takes the next for it."""
-    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2})
-    assert run(tmp_path, config) == 0
-    before = judged(tmp_path)
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 3, "monitor_val": False})) == 0
-    assert judged(tmp_path) == before
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 4})) == 0
-    assert "best score is reset" not in capsys.readouterr().err
-    assert judged(tmp_path)[0] == min(line["loss"] for line in metrics(tmp_path / "run", "validation"))
-
-
-def test_a_checkpoint_that_does_not_say_its_rows_is_judged_anew(tmp_path, capsys):
-    """Fault: a checkpoint of before, which names the file alone, cannot be resumed, or its score is compared."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    root = tmp_path / "run/model_checkpoints/step-3"
-    state, tensors = load_state(root)
-    old = {key: value for key, value in state.items() if key not in ("scaled_by", "saved_at")}
-    checkpoints = Checkpoints(root.parent, state["run_id"], 2)
-    old |= {"best_score": 0.0, "judged_by": "min loss on validation.csv, None"}
-    checkpoints.save(3, load_language_model(str(root)).save, old, tensors)
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
-    assert "best was by min loss on validation.csv, None, now by min loss on validation-" in capsys.readouterr().err
-    assert judged(tmp_path)[1] == "step-6"
-
-
-def test_another_subset_begins_the_baseline_of_loss_scaling_anew(tmp_path, capsys):
-    """Fault: the best ROUGE on easy rows stays the baseline for hard ones, and other decoding's for this one."""
-    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={
-        "metrics": ["rouge"], "adaptive_loss_scaling": True, "loss_scaling_batch": 100, "baseline_threshold": 0.9})
-    assert run(tmp_path, config) == 0
-    go_on = changed(config, trainer_kwargs={"epochs": 2, "baseline_threshold": 0.3})
-    assert run(tmp_path, go_on) == 0  # the rows are the same: so is the baseline
-    state = tmp_path / "run/model_checkpoints/last/trainer_state/state.json"
-    assert json.loads(state.read_text())["baseline"] == 0.9
-    longer = changed(go_on, trainer_kwargs={"epochs": 3},
-                     model_arch={"generation_kwargs": {"max_generation_length": 9}})
-    assert run(tmp_path, longer) == 0
-    assert json.loads(state.read_text())["baseline"] == 0.3
-    told = capsys.readouterr().err
-    assert told.count("baseline reset") == 1 and "max_generation_length 8" in told and "best score is reset" not in told
-
-
 def test_best_is_mended_after_a_kill_between_the_links(tmp_path):
     """Fault: killed after `last` and before `best` was pointed to the new step, `best` stays wrong for ever."""
     config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2})
@@ -236,25 +157,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "model")})) == 2
     assert "is not of a run" in capsys.readouterr().err
     assert (tmp_path / "model/config.json").read_bytes() == before
-
-
-def test_the_last_epoch_is_kept_where_nothing_was_judged(tmp_path):
-    """Fault: save_final_model false without validation throws the last epoch away."""
-    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"epochs": 2, "monitor_val": False},
-                     callbacks_kwargs={"kwargs": {"save_final_model": False}})
-    assert run(tmp_path, config) == 0
-    assert (tmp_path / "run/model_checkpoints/last").resolve().name == "step-6"
-
-
-def test_a_damaged_line_of_the_log_costs_only_itself(tmp_path):
-    """Fault: one unreadable line in metrics.jsonl erases all lines after it on resume."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    log = tmp_path / "run/metrics.jsonl"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join([lines[0], "garb{", *lines[1:]]) + "\n")
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_fails_at_its_start_leaves_the_earlier_one(tmp_path, capsys):

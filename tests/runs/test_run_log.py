@@ -1,6 +1,5 @@
 """metrics.jsonl and curves, also on a disk that refuses them: utils/runs/run_log.py."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -34,24 +33,6 @@ def test_a_resumed_log_shows_each_step_once(tmp_path):
         (1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)]
     assert curves(tmp_path / "tensorboard") == {
         "train/loss": [(1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)], "train/epoch": [(step, 0.0) for step in (1, 2, 3, 4)]}
-
-
-def test_an_evaluation_that_is_repeated_is_logged_once(tmp_path):
-    """Fault: killed between the validation and its checkpoint, a run has two validations of one step."""
-    log = RunLog(tmp_path)
-    log.open()
-    for split, step in (("validation", 1), ("train", 2), ("train_epoch", 2), ("validation", 2)):
-        log.record(split, step, loss=1.0)
-    log.close()
-    log.open(2, evaluation_pending=True)
-    log.close()
-    assert [(line["split"], line["step"]) for line in read_metrics(log.path)] == [("validation", 1), ("train", 2)]
-
-
-def test_numbers_that_are_not_finite(tmp_path):
-    """Fault: NaN in metrics.jsonl, which no strict reader of JSON takes."""
-    write_log(tmp_path, 0, range(1, 2), factor=float("inf"))
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
 
 
 @pytest.mark.parametrize("damaged", [b"\xff\xfe", b'{"split": "train", "step": 1', b"7", b'{"step": 1}',
@@ -100,21 +81,3 @@ def test_a_full_disk_is_reported_and_stops_no_step(tmp_path, capsys):
     log.record("train", 9, loss=1.0)
     log.close()
     assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 9]
-
-
-def test_a_run_without_a_place_for_curves(tmp_path, capsys):
-    """Fault: a file in the place of the curves' folder ends the run."""
-    (tmp_path / "tensorboard").write_text("mine")
-    write_log(tmp_path, 0, range(1, 3))
-    assert "continues without curves" in capsys.readouterr().err
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2 and (tmp_path / "tensorboard").read_text() == "mine"
-
-
-def test_other_processes_write_nothing(tmp_path):
-    """Fault: the processes of a group write into one log."""
-    log = RunLog(tmp_path, is_main=False)
-    log.open()
-    log.record("train", 1, loss=1.0)
-    assert log.flush() is None
-    log.close()
-    assert not list(tmp_path.iterdir())

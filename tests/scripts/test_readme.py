@@ -88,17 +88,3 @@ def test_pages_name_what_exists(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-
-
-def test_scripts_start_with_two_commands():
-    """Fault: the two first commands of the README are not the scripts that are there."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.search(r"```bash\n\./demo\.sh\n\./test\.sh\n```", text)
-    for name in ("demo.sh", "test.sh", ".ci/run"):
-        assert (ROOT / name).stat().st_mode & 0o111, name
-
-
-@pytest.mark.parametrize("line", (ROOT / "demo.sh").read_text().splitlines())
-def test_demo_asks_nothing(line):
-    """Fault: a demo that waits for an answer."""
-    assert not re.match(r"\s*read\b|\s*select\b", line)

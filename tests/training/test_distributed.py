@@ -70,9 +70,3 @@ def test_a_group_of_one(monkeypatch, ids, expected):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(DeviceError, match="process 1 of the launcher has no GPU"):
         init_distributed("auto", 1, "auto", True, (3,))
-
-
-def test_an_empty_variable_is_none(monkeypatch):
-    """`WORLD_SIZE=` in a shell ended in "invalid literal for int()"."""
-    monkeypatch.setenv("WORLD_SIZE", "")
-    assert init_distributed("cpu", 0, "float32").world_size == 1

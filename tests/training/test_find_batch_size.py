@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
-import train_kd
 from model.language_model import LanguageModel
 from tests.faults.memory import GPU, full_in_forward
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import assert_equal_weights, changed, make_project, write_config
 from utils.config.distill import DistillConfig
 from utils.config.fine_tune import FineTuneConfig
-from utils.config.load import ConfigError, load_config
+from utils.config.load import load_config
 from utils.runs.build import build_distillation, build_fine_tuning
-from utils.runs.find_batch_size import find_batch_size, make_probe, report
+from utils.runs.find_batch_size import make_probe, report
 from utils.runs.run_log import RunLog
 from utils.training.distributed import DistributedContext
 from utils.training.memory_probe import MemoryProbe, largest_that_fits
@@ -52,19 +50,6 @@ def test_the_steps_stay_the_same(dataset, accumulation, fits, expected):
     lines = report(config, fits, 40, LONGEST)
     assert lines[0] == f"largest batch that fits: {fits} of the longest rows{' (all of them)' * (fits == 40)}"
     assert tuple(int(value) for value in re.findall(r"--set \w+\.\w+=(\d+)", lines[-1])) == expected
-
-
-@pytest.mark.parametrize("script", [train, train_kd], ids=lambda script: script.__name__)
-def test_without_a_gpu(tmp_path, capsys, monkeypatch, script):
-    """Fault: a search on a CPU, or in a group of processes that wait for each other."""
-    config = make_project(tmp_path, rows=4) if script is train else make_kd_project(tmp_path, rows=4)
-    assert script.main(["--config", str(write_config(tmp_path, config)), "--find_batch_size"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{script.__name__}.py: error: --find_batch_size needs a GPU")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="runs in one process"):
-        find_batch_size(FineTuneConfig(), build_fine_tuning)
 
 
 def test_steps_on_the_longest_rows(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Full memory: one line with the numbers to set, which train the same; checkpoints stay."""
 
-import errno
 import json
 import re
 from pathlib import Path
@@ -11,11 +10,10 @@ import pytest
 import utils.evaluation.evaluate
 import validate_model
 from data.batches import plan_epoch
-from model.language_model import LanguageModel, ModelError
+from model.language_model import ModelError
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
 from tests.faults.memory import CPU_ERRORS, GPU, full_in, full_in_forward
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
-from utils.config.distill import DistillConfig
 from utils.config.fine_tune import FineTuneConfig
 from utils.training.out_of_memory import (
     ACCUMULATION,
@@ -61,13 +59,6 @@ def test_errors_of_memory(error):
         raise wrapped
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes"), OSError(errno.ENOSPC, "No space left")])
-def test_other_errors(error):
-    """Fault: a full disk is reported as full memory."""
-    with pytest.raises(type(error)), out_of_memory_remedy("do"):
-        raise error
-
-
 @pytest.mark.parametrize("error", [GPU, CPU_ERRORS[0]], ids=lambda error: type(error).__name__)
 def test_training_with_the_numbers_of_the_message(tmp_path, capsys, error):
     """Fault: the numbers are refused by the checkpoint, or train another model."""
@@ -102,18 +93,6 @@ def test_a_smaller_batch_divides_the_old_one(batch, smaller):
         assert np.array_equal(np.concatenate(whole), np.concatenate(part))
 
 
-@pytest.mark.parametrize(("dataset", "distillation", "expected"), [
-    ({"tokens_per_batch": 600}, {}, "set dataset_kwargs.tokens_per_batch 300 (now 600): the optimizer steps stay the "),
-    ({"train_batch_size": 1}, {}, "the batch is one row already: lower dataset_kwargs.max_length, or take a smaller "),
-    ({"train_batch_size": 2}, {"method": "policy_gradient"}, "set distillation_kwargs.rollout_batch_size 4 (now 8)"),
-])
-def test_other_bounds(dataset, distillation, expected):
-    """Fault: half the rows are advised where they are not what takes the memory."""
-    config = {"dataset_kwargs": dataset, "distillation_kwargs": distillation,
-              "trainer_kwargs": {"teacher_ckpt_path": "teacher"}}
-    assert expected in training_remedy(DistillConfig.model_validate(config))
-
-
 @pytest.mark.parametrize(("options", "step"), [
     ({}, 3), ({"adaptive_loss_scaling": True, "loss_scaling_batch": 2, "adaptive_loss_metric": "perplexity"}, 1),
 ], ids=["validation", "loss scaling"])
@@ -127,16 +106,6 @@ def test_evaluation(tmp_path, capsys, options, step):
         assert (tmp_path / "run/model_checkpoints/last").resolve().name == f"step-{step}"
         assert run(tmp_path, changed(config, dataset_kwargs={"val_batch_size": 2})) == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_loading(tmp_path, capsys):
-    """Fault: full memory while a model is moved or checked is reported as a family that is not supported."""
-    for name in ("last_hidden", "to"):
-        with full_in(LanguageModel, name, GPU):
-            assert run(tmp_path, make_project(tmp_path, rows=4)) == 1
-        message = last_error(capsys)
-        assert message.startswith("the GPU's memory is full: ")
-        assert message.endswith("take a smaller model")
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -90,8 +90,6 @@ def table_row(scores: dict) -> dict:
         low, high = map(float, scores["confidence_intervals"][metric])
         row |= {metric: float(scores[metric]), f"{metric}_low": low, f"{metric}_high": high}
     facts, parameters = scores.get("facts"), scores.get("parameters")
-    if int(scores["rows"]) < 1:
-        raise ValueError("no rows")
     return {**row, "facts": None if facts is None else float(facts), "rows": int(scores["rows"]),
             "parameters": None if parameters is None else int(parameters)}
 
@@ -144,12 +142,11 @@ def read_predictions(evaluation: Evaluation, metric: str) -> dict[str, tuple[str
     try:
         records = json.loads(content)
         rows = {record["id"]: (record["target_highlight"], float(record["rouge"][metric])) for record in records}
-        if len(rows) != len(records):
-            raise ValueError("an id occurs twice")
     except (ValueError, KeyError, TypeError) as error:
         raise CompareError(f"{path} does not hold predictions ({shorten(repr(error))}): {remedy}") from error
-    row = evaluation.row
-    if len(rows) != row["rows"] or not abs(statistics.fmean(score for _, score in rows.values()) - row[metric]) < 1e-6:
+    count, expected = evaluation.row["rows"], evaluation.row[metric]
+    if not len(rows) == len(records) == count or not (
+            abs(statistics.fmean(score for _, score in rows.values()) - expected) < 1e-6):
         raise CompareError(f"{path} does not hold the rows behind the scores.json of {evaluation.name}: {remedy}")
     return rows
 
