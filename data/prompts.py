@@ -194,16 +194,13 @@ def start_ids(backend: Tokenizer) -> list[int]:
 
 def backends_of(variants: list[dict]) -> list[Tokenizer]:
     """Tokenizers of their own, which read the text of special tokens as ordinary text; one for equal values."""
-    made: list[Tokenizer] = []
-    for index, values in enumerate(variants):
-        if (equal := variants.index(values)) < index:
-            made.append(made[equal])
-            continue
-        made.append(Tokenizer.from_str(json.dumps(values)))
-        made[-1].no_truncation()
-        made[-1].no_padding()
-        made[-1].encode_special_tokens = True
-    return made
+    texts = list(map(json.dumps, variants))
+    made = {text: Tokenizer.from_str(text) for text in dict.fromkeys(texts)}
+    for backend in made.values():
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+    return [made[text] for text in texts]
 
 
 def without_space_before(values: dict, behind_token: bool = False) -> dict:

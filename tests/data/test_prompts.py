@@ -51,22 +51,9 @@ def tokenizer_that_begins_texts() -> PreTrainedTokenizerFast:
 
 def test_a_long_article_is_cut_at_its_end():
     """Right truncation that removes the summary, or a row longer than the context (A15)."""
-    ids, boundary = training_row(case_format(), "C" * 500, "0123456789")
-    assert ids == list(b"C" * 109) + SEPARATOR + list(b"0123456789") + [END]
+    ids, boundary = training_row(case_format(), "start" + "C" * 500, "0123456789")
+    assert ids == list(b"start" + b"C" * 104) + SEPARATOR + list(b"0123456789") + [END]
     assert (len(ids), boundary, len(ids) - boundary) == (128, 117, 11)
-
-
-def test_the_beginning_of_an_article_is_kept():
-    """The beginning of the article cut off in place of its end (A15)."""
-    ids, _ = training_row(case_format(), "start" + "C" * 500, "0123456789")
-    assert bytes(ids[:5]) == b"start"
-
-
-def test_a_prompt_for_generation_leaves_room_and_keeps_its_separator():
-    """A prompt that fills the window, so that generation runs out of positions; a separator cut with the article."""
-    (prompt,) = case_format().prediction_prompts(["C" * 500], 20)
-    assert prompt == list(b"C" * 100) + SEPARATOR
-    assert len(prompt) == 108
 
 
 @pytest.mark.parametrize(("characters", "length", "kept"), [(108, 127, 108), (109, 128, 109), (110, 128, 109)])
@@ -77,11 +64,12 @@ def test_rows_about_as_long_as_the_window(characters, length, kept):
     assert ids[kept : kept + 8] == SEPARATOR
 
 
-@pytest.mark.parametrize("characters", [99, 100, 101])
+@pytest.mark.parametrize("characters", [99, 100, 101, 500])
 def test_prompts_about_as_long_as_the_window(characters):
-    """Off by one at the edge of a prompt that shares the window with 20 new tokens (A15)."""
+    """Off by one at the edge of a prompt that shares the window with 20 new tokens; a separator cut with the article
+    (A15)."""
     (prompt,) = case_format().prediction_prompts(["C" * characters], 20)
-    assert len(prompt) == min(characters, 100) + 8
+    assert prompt == list(b"C" * min(characters, 100)) + SEPARATOR
 
 
 def words_and_no_more() -> PreTrainedTokenizerFast:
