@@ -25,7 +25,6 @@ class Teacher:
     autocast: context of its forward pass.
     """
 
-    name = "the teacher's outputs"  # in messages
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """NaN and infinities: a run stops, or skips the step, before they reach weights, optimizer or checkpoints."""
 
+import hashlib
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from model.objective import LossTerms
@@ -16,12 +18,15 @@ from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import (
     assert_equal_weights,
     changed,
+    largest_difference,
+    launch,
     metrics,
     run,
     weights,
 )
 from utils.runs.checkpoint import load_state
 from utils.training.distributed import DistributedContext
+from utils.training.state import TrainState
 from utils.training.step import optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,6 +64,15 @@ def test_a_step_that_is_not_finite_changes_nothing(inputs, rate, bad):
     assert metrics.skipped and metrics.bad_micro_batches == bad
     assert torch.equal(objective.w, before) and not before.equal(torch.ones(2))
     assert all(torch.equal(optimizer.state[objective.w][name], value) for name, value in moments.items())
+
+
+def test_a_perplexity_that_overflows():
+    """Fault: a perplexity of infinity becomes the best score, which no checkpoint can hold."""
+    state = TrainState(step=3)
+    assert not state.update_best(math.inf, "min", 0.0)
+    assert state.best_score is None and state.num_bad_evals == 1
+    assert state.update_best(7.0, "min", 0.0) and not state.update_best(math.nan, "min", 0.0)
+    assert (state.best_score, state.num_bad_evals) == (7.0, 1)
 
 
 # -- runs that stop ----------------------------------------------------------------------------------------------
@@ -116,6 +130,15 @@ def test_a_row_that_gives_nan(tmp_path, capsys, every):
     assert "set trainer_kwargs.skip_nonfinite_steps to skip such steps" in error
 
 
+def test_a_learning_rate(tmp_path, capsys):
+    """Fault: a learning rate that float32 cannot hold makes every weight NaN in one step, or is skipped again and
+    again."""
+    config = changed(fine_tuning(tmp_path, skip_nonfinite_steps=5), optimizer_kwargs={"lm_lr": 1e308})
+    assert run(tmp_path, config) == 1
+    error = last_error(capsys)
+    assert error.startswith("optimizer step 1: learning rate 1e+308; stopped") and "lm_lr" in error
+
+
 def test_a_validation_loss(tmp_path, capsys):
     """Fault: a validation loss of NaN counts as no worse, is saved over good checkpoints, or hides its rows."""
     config = fine_tuning(tmp_path, max_steps=4)
@@ -128,6 +151,85 @@ def test_a_validation_loss(tmp_path, capsys):
     assert error.startswith(f"the validation loss after optimizer step 6 is nan; rows: {ids[0]} (row 3); ")
     assert (tmp_path / "run/model_checkpoints/last").resolve().name == "step-5"
     assert not [line for line in strict(tmp_path) if line["split"] == "validation" and line["step"] == 6]
+
+
+def test_a_score_of_loss_scaling(tmp_path, capsys):
+    """Fault: the scale of the loss becomes NaN by the perplexity of a row, and every further loss with it."""
+    config = fine_tuning(tmp_path, adaptive_loss_scaling=True, loss_scaling_batch=2, adaptive_loss_metric="perplexity")
+    ids = write_marked(tmp_path / "subset.csv", 3, [1], seed=9)
+    assert run(tmp_path, changed(config, dataset_kwargs={"validation_subset": "subset.csv"})) == 1
+    error = last_error(capsys)
+    assert error.startswith("the loss scaling loss after optimizer step 1 is nan;") and ids[0] in error
+    assert all(line["loss"] is not None for line in strict(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "value"), [("exp_avg", math.nan), ("exp_avg_sq", math.inf)])
+def test_an_optimizer_state(tmp_path, capsys, name, value):
+    """Fault: a moment that is not finite in a checkpoint ruins the weights in the first step after a resume."""
+    config = fine_tuning(tmp_path, max_steps=2)
+    assert run(tmp_path, config) == 0
+    checkpoint = tmp_path / "run/model_checkpoints/step-2/trainer_state"
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    state["state"][0][name].view(-1)[0] = value
+    torch.save(state, checkpoint / "optimizer.pt")
+    content = (checkpoint / "optimizer.pt").read_bytes()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["trainer_state/optimizer.pt"] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.pop("sha256", None)
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    more = changed(config, trainer_kwargs={"max_steps": 4})
+    assert run(tmp_path, more) == 2
+    assert f"the optimizer's {name} is not finite" in last_error(capsys)
+    earlier = {"resume_from": str(tmp_path / "run/model_checkpoints/step-1")}
+    assert run(tmp_path, changed(more, trainer_kwargs=earlier)) == 0
+
+
+def test_weights_in_a_file(tmp_path, capsys):
+    """Fault: NaN in a file is reported as "this family is not supported", or found after an hour."""
+    def spoil(folder: Path, name: str, index: tuple) -> None:
+        values = load_file(folder / "model.safetensors")
+        values[name][index] = math.nan
+        save_file(values, folder / "model.safetensors", {"format": "pt"})
+
+    config = distilling(tmp_path)
+    spoil(tmp_path / "teacher", "transformer.h.1.mlp.c_fc.bias", (7,))
+    assert run_kd(tmp_path, config) == 2
+    error = last_error(capsys)
+    assert error.startswith("trainer_kwargs.teacher_ckpt_path: ") and "not finite" in error
+    assert "transformer.h.1.mlp.c_fc.bias" in error and not (tmp_path / "run/config.json").exists()
+
+
+def test_a_teacher_whose_outputs_overflow(tmp_path, capsys):
+    """Fault: NaN of the teacher reaches the student's weights."""
+    config = changed(distilling(tmp_path), dataset_kwargs={"train_batch_size": 1})
+    overflow_at_mark(tmp_path / "teacher")
+    ids = write_marked(tmp_path / "train.csv", ROWS, [9])
+    assert f"rows: {ids[0]} (row 10)" in assert_stopped(tmp_path, run_kd, config, capsys)
+
+
+def test_a_cache_of_a_teacher_whose_outputs_overflow(tmp_path, capsys):
+    """Fault: NaN is stored, and every later run with this cache stops at the same row."""
+    config = distilling(tmp_path, teacher_cache={"kind": "hidden"})
+    overflow_at_mark(tmp_path / "teacher")
+    ids = write_marked(tmp_path / "train.csv", ROWS, [9])
+    assert run_kd(tmp_path, config) == 2
+    error = last_error(capsys)
+    assert error.startswith("the teacher's outputs are not finite") and f"{ids[0]} (row 10)" in error
+
+
+def test_rewards_of_a_policy_gradient_stop_a_run_that_may_skip_steps(tmp_path, capsys):
+    """Fault: steps without rewards are skipped one after the other, or the student is blamed for the teacher's."""
+    config = changed(distilling(tmp_path, method="policy_gradient", rollout="labels"),
+                     trainer_kwargs={"skip_nonfinite_steps": 9})
+    overflow_at_mark(tmp_path / "teacher")
+    ids = write_marked(tmp_path / "train.csv", ROWS, [9])
+    assert run_kd(tmp_path, config) == 1
+    error = last_error(capsys)
+    assert re.match(r"optimizer step \d+: rewards .* (\d+) rollout tokens are not finite, the teacher's log p of \1 of "
+                    rf"them; rows: {ids[0]} ", error)
+    assert skipped(tmp_path) == []
 
 
 # -- runs that skip steps ----------------------------------------------------------------------------------------
@@ -199,3 +301,19 @@ def test_one_step_more_than_allowed_stops(tmp_path, capsys):
     assert assert_stopped(tmp_path, run, config, capsys) == error
     assert run(tmp_path, changed(config, trainer_kwargs={"skip_nonfinite_steps": 3})) == 0
     assert [line["skipped_steps"] for line in skipped(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_skip_the_same_steps(tmp_path):
+    """Fault: the process without the bad row takes the step, and the weights of the two differ for ever."""
+    config = fine_tuning(tmp_path, [5, 11], skip_nonfinite_steps=2, gradient_accumulation_steps=4)
+    printed = {}
+    for processes in (1, 2):
+        own = changed(config, trainer_kwargs={"output_dir": str(tmp_path / str(processes))})
+        printed[processes] = launch("train.py", tmp_path, own, processes)
+    one, two = (tmp_path / name for name in "12")
+    assert metrics(one, "skipped_step") == metrics(two, "skipped_step") != []
+    assert largest_difference(*(weights(each / "model_checkpoints/last") for each in (one, two))) < 1e-5
+    rows = [sorted(re.findall(r"row-\d+", " ".join(line for line in text.splitlines() if "skipped optim" in line)))
+            for text in printed.values()]
+    assert rows[0] == rows[1] == ["row-11", "row-5"]

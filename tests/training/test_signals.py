@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.small_runs import assert_equal_weights, make_project, run, weights
 from utils.training.signals import StopRequest
+from utils.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,17 @@ def handlers():
 
 def hang_up() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_terminal_that_closes_is_heard_once(handlers, capsys):
+    """A closed terminal kills the run, at once or with the second of the signals that it sends."""
+    with StopRequest() as stop:
+        assert not stop.requested
+        for _ in range(3):
+            hang_up()
+        assert stop.requested and stop.number == signal.SIGHUP
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert capsys.readouterr().err.count("SIGHUP: stopping at the next step") == 1
 
 
 TOGETHER = """
@@ -61,6 +74,15 @@ def default_handlers() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def test_the_second_does_what_it_does_elsewhere(handlers):
+    """Fault: a second Ctrl-C is only noted too, so that nothing ends a step that hangs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGTERM
+
+
 def test_nohup_is_respected():
     """A run under nohup ends when its user logs out."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -68,3 +90,24 @@ def test_nohup_is_respected():
         hang_up()
         assert not stop.requested
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_training_whose_terminal_closes_goes_on_later(tmp_path, monkeypatch, capsys, one_thread):
+    """An epoch of training is lost with the connection to the machine."""
+    config = make_project(tmp_path, rows=8, dropout=0.1)
+    assert run(tmp_path, config) == 0
+    (tmp_path / "run").rename(tmp_path / "whole")
+    train_step = Trainer.train_step
+
+    def closing(trainer, *arguments):
+        if trainer.state.step == 2:
+            hang_up()
+        return train_step(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", closing)
+        assert run(tmp_path, config) == 128 + signal.SIGHUP
+    assert "stopped at optimizer step 3 by SIGHUP, checkpoint written; " in capsys.readouterr().err
+    assert run(tmp_path, config) == 0
+    assert_equal_weights(weights(tmp_path / "whole/model_checkpoints/last"),
+                         weights(tmp_path / "run/model_checkpoints/last"))

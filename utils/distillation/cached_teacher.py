@@ -49,7 +49,6 @@ class CachedTeacher:
         self.load, self.vocabulary, self.temperature = load, vocabulary, options.temperature
         self.chunk_size, self.context, self.log = options.chunk_size, context, log
         self.cache_dir, self.kind = Path(cache_dir), cache.kind
-        self.name = f"the teacher's outputs, kept in {cache_dir} (delete that folder to compute them again)"
         self.key = [fingerprint, cache.kind, context.precision, vocabulary]
         if cache.kind == "hidden":
             stored = context.precision if cache.dtype == "auto" else cache.dtype
@@ -119,7 +118,12 @@ class CachedTeacher:
                     end = min(start + WINDOW, len(table))
                     batches = micro_batches(np.arange(start, end), table.lengths, batch_size, tokens_per_batch)
                     for batch in load_batches(table, batches[context.rank :: context.world_size], pad_id):
-                        cache.write(batch["rows"], self._to_arrays(teacher, teacher.hidden(*arguments_of(batch))))
+                        hidden = teacher.hidden(*arguments_of(batch))
+                        if not hidden.isfinite().all():
+                            raise DataError(f"the teacher's outputs are not finite in {table.name}, rows: "
+                                            f"{', '.join(table.names(batch['rows']))}: look at these rows, or set "
+                                            "trainer_kwargs.precision to float32")
+                        cache.write(batch["rows"], self._to_arrays(teacher, hidden))
                         bar.update(len(batch["rows"]))
                     cache.flush()
                     context.barrier()
