@@ -25,7 +25,6 @@ class Teacher:
     autocast: context of its forward pass.
     """
 
-
     def __init__(
         self,
         language_model: LanguageModel,
