@@ -111,11 +111,10 @@ class BatchDataset(Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """A terminal sends Ctrl-C and its closing to every process: workers ignore them, the main process ends them."""
-    for name in ("SIGINT", "SIGHUP"):
+    """Terminals and schedulers signal every process: workers ignore it, the main process stops in order and ends them."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def load_batches(

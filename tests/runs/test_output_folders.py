@@ -39,7 +39,7 @@ def test_a_place_for_checkpoints_is_refused(finished, tmp_path, capsys, name):
     if name == "link":
         (tmp_path / "link").symlink_to(root)
     output_dir = (folder / "run" if name.startswith("model") else tmp_path) / name
-    before, words = snapshot(folder), f"{output_dir} is a place for the checkpoints of a training: name another folder"
+    before, words = snapshot(folder), f"{output_dir} is reserved for checkpoints of a training run: name another folder"
     capsys.readouterr()
     assert evaluate(output_dir, folder / "validation.csv") == 2
     assert f"--output_dir: {words}" in error_line(capsys)
@@ -58,7 +58,7 @@ def test_scores_of_a_training_are_not_replaced(finished, capsys, sign):
         before = snapshot(folder)
         capsys.readouterr()
         assert evaluate(output_dir, folder / "validation.csv") == 2
-        assert f"--output_dir: {output_dir} is the folder of a training" in (line := error_line(capsys))
+        assert f"--output_dir: {output_dir} is a training run's folder" in (line := error_line(capsys))
         assert snapshot(folder) == before
         assert evaluate(Path(line.rpartition("such as ")[2]), folder / "validation.csv") == 0
     finally:

@@ -155,7 +155,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     config = make_project(tmp_path, rows=6)
     before = (tmp_path / "model/config.json").read_bytes()
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "model")})) == 2
-    assert "is not of a run" in capsys.readouterr().err
+    assert "was not written by a run" in capsys.readouterr().err
     assert (tmp_path / "model/config.json").read_bytes() == before
 
 

@@ -106,6 +106,8 @@ class Trainer:
             self.finish_epoch()
         if self.saved is None:
             self.save()
+        if problem := self.log.flush():
+            raise TrainingError(f"{problem}; the training is finished and saved, the last lines of its log are missing")
 
     def train_epoch(self) -> None:
         """The rest of the epoch's optimizer steps."""
@@ -273,10 +275,10 @@ class Trainer:
         """`measure(interrupted)`, an evaluation. The work since the last checkpoint is saved if it is interrupted, runs
         out of memory or cannot write its results."""
         # In a group a process that stops alone would leave the others waiting: it neither stops nor saves.
-        alone = self.context.world_size == 1
+        alone, problem, result = self.context.world_size == 1, None, None
         try:
             with out_of_memory_remedy(evaluation_remedy(self.config)):
-                return measure((lambda: self.stop.requested) if alone else never)
+                result = measure((lambda: self.stop.requested) if alone else never)
         except NotFinite as error:
             self.nonfinite.stop(error, self.state.step)
         except Interrupted:
@@ -286,10 +288,12 @@ class Trainer:
             if alone:
                 self.save()
             raise
-        except OSError as error:
-            if alone:
-                self.save()
-            raise TrainingError(f"{describe(error)}; {self.where_stopped()}") from error
+        except OSError as error:  # of the results, which the main process writes last
+            problem = describe(error)
+        if problem := self.context.broadcast_object(problem):
+            self.save()
+            raise TrainingError(f"{problem}; {self.where_stopped()}")
+        return result
 
     def where_stopped(self) -> str:
         return f"stopped at optimizer step {self.state.step}, checkpoint written; {self.stop.resume_hint}"
