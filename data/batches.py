@@ -111,7 +111,7 @@ class BatchDataset(Dataset):
 
 
 def ignore_signals(worker: int) -> None:
-    """Terminals and schedulers signal every process: workers ignore it, the main process stops in order and ends them."""
+    """Terminals and schedulers signal every process: workers ignore it, the main process stops and ends them."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
