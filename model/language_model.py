@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +12,10 @@ from transformers import DynamicCache, GenerationConfig
 from model.errors import ModelError
 from model.gpt2.packed_forward import can_pack, packed_hidden_states, plan_packing
 from model.gpt2.tied_weight import tied
+from model.label_shift import label_positions
 from model.losses.output_head import OutputHead
 from model.transfer import to_device
 from model.vocabulary import all_end_ids, check_tokenizer, embedding_rows, real_tokens, token_rows
-
-IGNORED = -100  # label of a position that takes no loss
-
-
-class LabelPositions(NamedTuple):
-    """index [N] int64: hidden states, flattened to [B * T, D], that predict a label; targets [N] int64: the labels."""
-
-    index: Tensor
-    targets: Tensor
-
-
-def label_positions(labels: Tensor) -> LabelPositions:
-    """Which hidden states predict which label; the one place where the shift by one lives.
-
-    labels [B, T] int64, -100 where no loss is taken. The hidden state at t predicts labels[:, t + 1], so labels[:, 0]
-    is never predicted. Both results lie on the device of `labels`, in row order.
-    """
-    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return LabelPositions(rows * labels.shape[1] + columns, labels[rows, columns + 1])
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

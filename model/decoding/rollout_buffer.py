@@ -20,7 +20,8 @@ from model.decoding.rollouts import (
     token_mask,
 )
 from model.decoding.sampling import row_uniforms
-from model.language_model import LanguageModel, evaluating, label_positions
+from model.label_shift import label_positions
+from model.language_model import LanguageModel, evaluating
 from model.losses.policy_loss import PolicyTokens
 from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, prefix_weights, whiten
 from model.losses.vocabulary_loss import TeacherHidden
