@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import ModelError
-from model.language_model import IGNORED, LanguageModel, evaluating
+from model.label_shift import IGNORED
+from model.language_model import LanguageModel, evaluating
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.decoding.loop import Decoder, Progress, check_prompts, decode
 from model.decoding.sampling import SamplingOptions, log_prob_of, sample
-from model.language_model import IGNORED
+from model.label_shift import IGNORED
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 
