@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.kd_work import number_tokenizer
 from model.fine_tuning import FineTuning
-from model.language_model import IGNORED, LanguageModel
+from model.label_shift import IGNORED
+from model.language_model import LanguageModel
 from utils.cli import quiet_libraries
 
 SIZES = {"small": {"n_layer": 4, "n_embd": 256, "n_head": 4}, "real": {"n_layer": 12, "n_embd": 768, "n_head": 12}}

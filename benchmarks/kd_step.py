@@ -57,7 +57,8 @@ from benchmarks.interleaved import (
     take_turns,
 )
 from benchmarks.kd_work import SIZES, Batch, Work, make_models, make_work, padding, row_lengths
-from model.language_model import IGNORED, LanguageModel
+from model.label_shift import IGNORED
+from model.language_model import LanguageModel
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from utils.cli import OneLineParser, quiet_libraries

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from model.language_model import IGNORED, LanguageModel
+from model.label_shift import IGNORED
+from model.language_model import LanguageModel
 
 SIZES = {  # blocks, width and heads of teacher and student, vocabulary
     "tiny": ((2, 32, 2), (1, 16, 2), 211),

@@ -44,7 +44,7 @@ from benchmarks.interleaved import (
     print_times,
     take_turns,
 )
-from model.language_model import IGNORED
+from model.label_shift import IGNORED
 from model.losses.divergences import choose_divergence
 from model.losses.output_head import OutputHead
 from model.losses.vocabulary_loss import TeacherHidden, vocabulary_loss

@@ -46,7 +46,8 @@ from model.decoding.loop import left_padded, make_decoder
 from model.decoding.rollout_buffer import RolloutBuffer
 from model.decoding.rollouts import RolloutConfig, Rollouts, draw_rollouts
 from model.decoding.sampling import SamplingOptions, row_uniforms
-from model.language_model import IGNORED, LanguageModel, position_ids
+from model.label_shift import IGNORED
+from model.language_model import LanguageModel, position_ids
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from utils.cli import OneLineParser, quiet_libraries
