@@ -1,1 +1,0 @@
-"""From CSV files to batches of token ids."""

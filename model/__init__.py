@@ -1,1 +1,0 @@
-"""The mathematics: language models, objectives, decoding. Takes tensors and plain values, never a config."""

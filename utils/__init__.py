@@ -1,1 +1,0 @@
-"""Running an experiment: configuration, training, checkpoints, logs, evaluation and reports."""
