@@ -140,7 +140,8 @@ def test_full_demo_runs(demo):
     """Fault: a row of the full tables that cannot be made."""
     output = demo("--full", DEMO_STEPS="1")
     assert "students trained on clean highlights" in output
-    assert all(re.search(rf"^{name} +\d", output, re.MULTILINE) for name in ("forward KL", "on-policy JS", "longer"))
+    names = "forward KL", "on-policy JS", "longer tuning"
+    assert all(re.search(rf"^{name} +\d", output, re.MULTILINE) for name in names)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,6 +26,7 @@ class RunLog:
     def __init__(self, output_dir: Path, is_main: bool = True):
         self.path, self.is_main = Path(output_dir) / "metrics.jsonl", is_main
         self._file = self._curves = self._failure = None
+        self._excepthook = threading.excepthook
 
     def open(self, step: int = 0, evaluation_pending: bool = False) -> None:
         """Start, or resume after optimizer step `step`.
@@ -49,6 +51,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # here, because the import takes seconds
 
             self._curves = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
+            threading.excepthook = self._thread_failed
         except OSError as error:
             self._drop_curves(error)
 
@@ -92,7 +95,13 @@ class RunLog:
                 self._drop_curves(error)
         return self._failure
 
+    def _thread_failed(self, args) -> None:
+        """TensorBoard's writer thread would print a traceback for a full disk; the next flush reports it in a line."""
+        if not isinstance(args.exc_value, OSError):
+            self._excepthook(args)
+
     def close(self) -> None:
+        threading.excepthook = self._excepthook
         files, self._file, self._curves = (self._curves, self._file), None, None
         for file in files:
             try:
