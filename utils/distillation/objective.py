@@ -13,7 +13,7 @@ from utils.training.distributed import DistributedContext
 
 
 def samples_rollouts(kwargs: DistillationKwargs) -> bool:
-    """Whether sequences are drawn in training."""
+    """Whether sequences are sampled in training."""
     return kwargs.rollout != "labels" if kwargs.method == "policy_gradient" else kwargs.on_policy_fraction > 0
 
 
@@ -24,20 +24,20 @@ def make_objective(
     """prompt_format: a `PromptFormat`, for the prompts of rollouts.
 
     Raises:
-        DataError: max_generation_length leaves no room for an article, where sequences are drawn.
+        DataError: max_generation_length leaves no room for an article, if sequences are sampled.
     """
-    kwargs, most = config.distillation_kwargs, config.model_arch.generation_kwargs.max_generation_length
-    slots = kwargs.rollout_batch_size or config.dataset_kwargs.val_batch_size
+    kwargs, max_new_tokens = config.distillation_kwargs, config.model_arch.generation_kwargs.max_generation_length
+    batch_size = kwargs.rollout_batch_size or config.dataset_kwargs.val_batch_size
     if samples_rollouts(kwargs):
-        prompt_format.prediction_prompts([], most)
+        prompt_format.prediction_prompts([], max_new_tokens)
 
     source = kwargs.rollout if kwargs.method == "policy_gradient" else "student"
     rollout = RolloutConfig(
-        source, kwargs.alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, most, slots,
-        kwargs.rollout_epochs, config.trainer_kwargs.seed,
+        source, kwargs.alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, max_new_tokens,
+        batch_size, kwargs.rollout_epochs, config.trainer_kwargs.seed,
     )
     options = {
-        "truncate_prompt": lambda prompt: prompt_format.shorten(prompt, most), "autocast": context.autocast,
+        "truncate_prompt": lambda prompt: prompt_format.shorten(prompt, max_new_tokens), "autocast": context.autocast,
         "all_reduce": context.all_reduce, "log": log.info,
     }
     if kwargs.method == "policy_gradient":

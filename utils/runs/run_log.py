@@ -116,11 +116,6 @@ class RunLog:
                   "the same numbers")
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The readable lines of a `metrics.jsonl`. Raises OSError."""
-    return split_lines(path.read_bytes())[0]
-
-
 def split_lines(content: bytes) -> tuple[list[dict], list[int]]:
     """(the lines of a `metrics.jsonl`, numbers from 1 of the damaged ones).
 
