@@ -16,9 +16,10 @@ narrow for many rows, some differ from those that were wanted.
 
 --precision bfloat16: ours under autocast, as validate_model.py runs it, the others with weights in bfloat16.
 
-All variants must give the same tokens, in float32, but for ties; in bfloat16, where rounding decides more, it is told
-how many rows differ. Then they take turns, so that a busy machine slows all of them; the first round is dropped. Large
-temporaries are mapped anew at each step by glibc's default allocator; so that this does not slow `generate`, time with
+In float32 all variants must give the same tokens, except for ties; in bfloat16, where rounding decides more, the number
+of rows that differ is printed. Then they take turns, so that a busy machine slows all of them; the first round is
+dropped. glibc's default allocator maps large temporaries again in each step; so that this does not slow `generate`, time
+with
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
@@ -90,7 +91,7 @@ def make_model(size: str, device: str = "cpu") -> LanguageModel:
 def spread(lowest: int, highest: int, count: int, seed: int) -> list[int]:
     """Whole numbers in even steps from lowest to highest, both included where there are several, in random order."""
     steps = [lowest + (highest - lowest) * (row / (count - 1) if count > 1 else 0.5) for row in range(count)]
-    return random.Random(seed).sample([round(each) for each in steps], count)
+    return random.Random(seed).sample([round(step) for step in steps], count)
 
 
 def make_prompts(options: argparse.Namespace) -> Rows:
@@ -137,7 +138,7 @@ def end_after(language_model: LanguageModel, states: list[Tensor], lengths: list
     with torch.no_grad():
         # No other logit is larger than the product of the norms; the sign of the fit alone decides where rows end.
         largest = head.weight.norm(dim=1).max() * hidden.norm(dim=1).max()
-        weight, bias = (each.detach().to(head.weight) for each in (weight, bias))
+        weight, bias = (tensor.detach().to(head.weight) for tensor in (weight, bias))
         head.weight[END], head.bias[END] = weight * largest, bias * largest
 
 
@@ -178,7 +179,7 @@ def make_variant(name: str, language_model: LanguageModel, prompts: Rows, new: i
 
 
 @torch.inference_mode()
-def apart(language_model: LanguageModel, prompt: list[int], one: list[int], other: list[int]) -> float:
+def logit_gap(language_model: LanguageModel, prompt: list[int], one: list[int], other: list[int]) -> float:
     """How far the logits of the first different tokens of two continuations are apart, as a share of the largest."""
     one, other = [*one, END], [*other, END]
     place = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
@@ -197,13 +198,13 @@ def check_equal(made: dict[str, Rows], language_model: LanguageModel, prompts: R
     for name in others:
         different = [row for row, ids in enumerate(made[name]) if ids != made[first][row]]
         for row in different if precision == "float32" else ():
-            gap = apart(language_model, prompts[row], made[name][row], made[first][row])
+            gap = logit_gap(language_model, prompts[row], made[name][row], made[first][row])
             if not gap <= TIE:
                 raise SystemExit(f"{name}: other tokens than {first} in {len(different)} rows, in row {row} with "
                                  f"logits {gap:.1e} apart")
-        told = f"{len(different)} rows differ from a tie on" if precision == "float32" else f"{len(different)} differ"
+        result = f"{len(different)} rows differ from a tie on" if precision == "float32" else f"{len(different)} differ"
         print(f"{name}: {sum(map(len, made[name]))} new tokens, {first} {sum(map(len, made[first]))}; "
-              f"{told if different else 'the same'}")
+              f"{result if different else 'the same'}")
 
 
 # -- the program ---------------------------------------------------------------------------------------------------
@@ -219,13 +220,13 @@ def target(options: argparse.Namespace, variant: str) -> Target | None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser("python -m benchmarks.decode", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model (default: %(default)s)")
-    for name, default, told in (
+    for name, default, text in (
         ("prompts", 32, "how many"), ("shortest", 200, "tokens of the shortest prompt"),
         ("longest", 500, "tokens of the longest prompt"), ("new", 100, "most new tokens of a row"),
         ("batch", 8, "rows at a time, slots of ours"), ("rounds", 6, "the first is dropped"),
         ("threads", torch.get_num_threads(), "of the CPU"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     add_device_option(parser)

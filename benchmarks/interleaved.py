@@ -87,15 +87,15 @@ def compare(name: str, result: tuple, reference: tuple, precision: str) -> None:
     (loss, gradients), (expected, expected_gradients) = result, reference
     pairs = list(zip(gradients, expected_gradients, strict=True))
     norm = sum(right.double().square().sum().item() for _, right in pairs) ** 0.5
-    apart = sum((left - right).double().square().sum().item() for left, right in pairs) ** 0.5
+    distance = sum((left - right).double().square().sum().item() for left, right in pairs) ** 0.5
     largest = max((left - right).abs().max().item() for left, right in pairs)
-    of_loss, of_gradients = abs(loss - expected) / abs(expected), apart / norm
-    told = (f"{name:<15} loss {loss:.7f}, off by {of_loss:.1e} of it; gradients off by {of_gradients:.1e} of their "
+    of_loss, of_gradients = abs(loss - expected) / abs(expected), distance / norm
+    result = (f"{name:<15} loss {loss:.7f}, off by {of_loss:.1e} of it; gradients off by {of_gradients:.1e} of their "
             f"norm, at most {largest:.1e}")
     allowed = TOLERANCES[precision]
     if not (of_loss <= allowed[0] and of_gradients <= allowed[1]):
-        raise SystemExit(f"not equal to full logits in float32: {told}")
-    print(told)
+        raise SystemExit(f"not equal to full logits in float32: {result}")
+    print(result)
 
 
 # -- time ----------------------------------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ def peak_above_rest(step: Step) -> float:
         SystemExit: this system does not tell (Linux does).
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew: what making the models took is not in it
+        Path("/proc/self/clear_refs").write_text("5")  # reset the mark: what making the models took is not in it
         rest = high_water()
     except (OSError, ValueError) as error:
-        raise SystemExit(f"peak memory is told by Linux's /proc alone: give --skip_memory ({error})") from None
+        raise SystemExit(f"peak memory is read from Linux's /proc alone: give --skip_memory ({error})") from None
     step()
     return (high_water() - rest) / 1024
 
@@ -169,8 +169,8 @@ def cuda_peak_of_each(steps: dict[str, Step], parameters: Sequence[Tensor]) -> d
     """
     peaks = {}
     for name, step in steps.items():
-        for each in parameters:
-            each.grad = None
+        for parameter in parameters:
+            parameter.grad = None
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

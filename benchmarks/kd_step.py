@@ -21,7 +21,7 @@ student's for its backward pass; causal attention counts what is seen alone), as
 
 Loss and gradients are compared first, with full logits in float32. Variants take turns, the first round is dropped.
 Peak memory is measured in a process of its own for each variant, with the default allocator, gradients included; on a
-GPU it is what torch allocates. Large temporaries are mapped anew in each step by glibc's default allocator; so that
+GPU it is what torch allocates. Large temporaries are mapped again in each step by glibc's default allocator; so that
 this does not slow the peers, time with
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
@@ -77,25 +77,25 @@ def autocast(precision: str, device: str):
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: each.to(device) for name, each in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def plain_step(teacher: LanguageModel, student: LanguageModel, work: Work, precision: str) -> tuple[float, list]:
     student.zero_grad(set_to_none=True)
     total, device = 0.0, student.device
-    for batch in (on_device(each, device) for each in work.of_peers):
+    for batch in (on_device(collated, device) for collated in work.of_peers):
         ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         with autocast(precision, device.type):
             with torch.no_grad():
                 teacher_logits = teacher.model(**ids).logits
             logits = student.model(**ids).logits
-        log_p, log_q = (F.log_softmax(each[:, :-1].float(), -1) for each in (teacher_logits, logits))
+        log_p, log_q = (F.log_softmax(values[:, :-1].float(), -1) for values in (teacher_logits, logits))
         log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
         values = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m))
         loss = values[batch["labels"][:, 1:] != IGNORED].sum() / work.tokens
         loss.backward()
         total += loss.item()
-    return total, [each.grad for each in student.parameters()]
+    return total, [parameter.grad for parameter in student.parameters()]
 
 
 def gkd_step(size: str, work: Work, precision: str, device: str) -> tuple[Step, list[Tensor]]:
@@ -120,7 +120,7 @@ def gkd_step(size: str, work: Work, precision: str, device: str) -> tuple[Step, 
     def step() -> tuple[float, list[Tensor]]:
         prepared.zero_grad(set_to_none=True)
         losses = [trainer.training_step(prepared, dict(batch), work.tokens) for batch in work.of_peers]
-        return sum(loss.item() for loss in losses), [each.grad for each in parameters]
+        return sum(loss.item() for loss in losses), [parameter.grad for parameter in parameters]
 
     folder.cleanup()
     return step, parameters
@@ -130,8 +130,8 @@ def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work:
              chunk_size: int, compiles: bool = False) -> Step:
     precise = partial(autocast, precision, student.device.type)
     if compiles:
-        for each in (teacher, student):
-            each.compile_forward()
+        for model in (teacher, student):
+            model.compile_forward()
     own = Teacher(teacher if precision == "float32" else deepcopy(teacher), autocast=precise)
     objective = TeacherStudent(
         student, own, kl_div="JS", kd_weight=1.0, chunk_size=chunk_size,
@@ -143,8 +143,8 @@ def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work:
             given = [(objective.teacher.outputs(**batch),) for batch in work.ours]
 
     def step() -> tuple[float, list[Tensor]]:
-        for each in (own.language_model, student):
-            each.pack_rows = each.prune_last_block = variant != "gathered"
+        for model in (own.language_model, student):
+            model.pack_rows = model.prune_last_block = variant != "gathered"
         student.zero_grad(set_to_none=True)
         total = 0.0
         for batch, outputs in zip(work.ours, given, strict=True):
@@ -153,7 +153,7 @@ def our_step(variant: str, teacher: LanguageModel, student: LanguageModel, work:
             loss = terms.loss_sum / work.tokens
             loss.backward()
             total = total + loss.detach()
-        return float(total), [each.grad for each in student.parameters()]
+        return float(total), [parameter.grad for parameter in student.parameters()]
 
     return step
 
@@ -174,7 +174,7 @@ def make_steps(options: argparse.Namespace, variants: list[str]) -> tuple[dict[s
         else:
             steps[variant] = our_step(variant, teacher, student, work, options.precision, options.chunk_size,
                                       options.compile)
-    alone = [{name: each[row : row + 1] for name, each in batch.items()} for batch in work.of_peers
+    alone = [{name: tensor[row : row + 1] for name, tensor in batch.items()} for batch in work.of_peers
              for row in range(len(batch["labels"]))]  # full logits of a large batch do not fit into a GPU's memory
     return steps, partial(plain_step, teacher, student, work._replace(of_peers=alone), "float32"), parameters
 
@@ -224,7 +224,7 @@ def print_ratios(options: argparse.Namespace, seconds: dict[str, list[float]], m
                 target = MOST_MEMORY if of_trl and options.size == "real" and on_cpu else None
                 print_memory_ratio(f"{name} / {peer}", memory[name], memory[peer], target)
     if {"trl_gkd", "packed", "cached"} <= seconds.keys():
-        five = [5 * each for each in seconds["trl_gkd"]]
+        five = [5 * second for second in seconds["trl_gkd"]]
         mine = [first + 4 * later for first, later in zip(seconds["packed"], seconds["cached"], strict=True)]
         equal = options.precision == options.peer_precision
         real = options.size == options.lengths == "real" and on_cpu

@@ -14,8 +14,8 @@ gradients of the student's hidden states and head; random weights, float32. A ba
   ours            model/losses/vocabulary_loss.py on the gathered label positions
 Loss and gradients are compared first. Variants take turns, the first round is dropped. Peak memory is measured in a
 process of its own for each variant, with the default allocator, gradients included; on a GPU it is
-what torch allocates. Large temporaries are mapped anew in each step by glibc's default allocator; so that this does not
-slow the peers, time with
+what torch allocates. glibc's default allocator maps large temporaries again in each step; so that this does not slow
+the peers, time with
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
@@ -74,12 +74,12 @@ def make_inputs(size: str, total: int, positions: int, device: str = "cpu") -> I
     """Hidden states as a final layer norm leaves them, weights as GPT-2's are drawn; random label positions."""
     width, teacher_width, vocabulary = SIZES[size]
     draw = torch.Generator().manual_seed(0)
-    hidden, teacher_hidden = (torch.randn(total, each, generator=draw) for each in (width, teacher_width))
-    weight, teacher_weight = (torch.randn(vocabulary, each, generator=draw) * 0.02 for each in (width, teacher_width))
+    hidden, teacher_hidden = (torch.randn(total, size, generator=draw) for size in (width, teacher_width))
+    weight, teacher_weight = (torch.randn(vocabulary, size, generator=draw) * 0.02 for size in (width, teacher_width))
     index = torch.randperm(total, generator=draw)[:positions].sort().values
     labels = torch.full((total,), IGNORED)
     labels[index] = torch.randint(vocabulary, (positions,), generator=draw)
-    inputs = Inputs(*(each.to(device) for each in (hidden, weight, teacher_hidden, teacher_weight, index, labels)))
+    inputs = Inputs(*(tensor.to(device) for tensor in (hidden, weight, teacher_hidden, teacher_weight, index, labels)))
     inputs.hidden.requires_grad_()
     inputs.weight.requires_grad_()
     return inputs

@@ -23,7 +23,7 @@ alone, forward and backward, no optimizer:
 
 Compared first: log-probabilities with those of forward passes over each row alone, the processor's also with what ours
 noted; loss and gradients of a step with full logits on the tokens it drew. Variants take turns, the first round is
-dropped. Large temporaries are mapped anew by glibc's default allocator; so that this does not slow the peers, time
+dropped. Large temporaries are mapped again by glibc's default allocator; so that this does not slow the peers, time
 with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
@@ -170,12 +170,12 @@ def of_drawn(log_probs: Tensor, tokens: Rows) -> Tensor:
     return log_probs.gather(-1, torch.tensor(tokens, device=log_probs.device)[..., None])[..., 0]
 
 
-def check_close(told: str, values: Tensor, right: Tensor) -> None:
-    """Raises SystemExit for log-probabilities further apart than TOLERANCE, or not numbers."""
-    apart = (values.double() - right.double()).abs().max().item()
-    if not apart <= TOLERANCE:
-        raise SystemExit(f"not equal to forward passes over each row alone: {told}, off by {apart:.1e}")
-    print(f"{told} off by at most {apart:.1e}")
+def check_close(name: str, values: Tensor, right: Tensor) -> None:
+    """Raises SystemExit for log-probabilities differing by more than TOLERANCE, or not numbers."""
+    largest = (values.double() - right.double()).abs().max().item()
+    if not largest <= TOLERANCE:
+        raise SystemExit(f"not equal to forward passes over each row alone: {name}, off by {largest:.1e}")
+    print(f"{name} off by at most {largest:.1e}")
 
 
 def check_length(name: str, tokens: Rows, new: int) -> None:
@@ -234,7 +234,7 @@ def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
         loss = terms.loss_sum / terms.token_count
         loss.backward()
         drawn = arguments[-1]
-        return loss.item(), [each.grad for each in student.parameters()], {
+        return loss.item(), [parameter.grad for parameter in student.parameters()], {
             name: getattr(drawn, name) for name in ("input_ids", "attention_mask", "labels")}
 
     return step
@@ -263,7 +263,7 @@ def trl_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
         drawn = trainer._buffered_inputs[0]
         prompt_mask, mask = drawn["prompt_mask"], drawn["completion_mask"]
         labels = torch.where(mask == 1, drawn["completion_ids"], IGNORED)
-        return loss.item(), [each.grad for each in prepared.parameters()], {
+        return loss.item(), [parameter.grad for parameter in prepared.parameters()], {
             "input_ids": torch.cat([drawn["prompt_ids"], drawn["completion_ids"]], 1),
             "attention_mask": torch.cat([prompt_mask, mask], 1),
             "labels": torch.cat([torch.full_like(prompt_mask, IGNORED), labels], 1),
@@ -279,7 +279,7 @@ def check_step(name: str, step: Step, pair: tuple, new: int) -> None:
     """Compares loss and gradients with full logits on the tokens that were drawn; raises SystemExit."""
     loss, gradients, batch = step()
     check_length(name, [row[row != IGNORED].tolist() for row in batch["labels"]], new)
-    rows = [{key: each[row : row + 1].cpu() for key, each in batch.items()} for row in range(len(batch["labels"]))]
+    rows = [{key: tensor[row : row + 1].cpu() for key, tensor in batch.items()} for row in range(len(batch["labels"]))]
     compare(name, (loss, gradients), plain_step(*pair, Work(rows, [], len(rows) * new), "float32"), "float32")
 
 
@@ -292,8 +292,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "longest": (300, 1, "tokens of the longest prompt"), "new": (64, 1, "tokens drawn for each prompt"),
         "rounds": (6, 2, "the first is dropped"), "threads": (torch.get_num_threads(), 1, "of the CPU"),
     }
-    for name, (default, _, told) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} (default: %(default)s)")
+    for name, (default, _, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.2, help="the teacher's share (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=list(PACKAGES | STEP_PACKAGES), help="default: all here")
     interleaved.add_device_option(parser)

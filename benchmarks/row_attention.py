@@ -46,8 +46,8 @@ def make_variants(lengths: list[int], device: torch.device, precision: str) -> d
         padded_rows = RowLayout(lengths, padded_index(lengths))
 
     def nested(heads: Tensor) -> Tensor:
-        parts = (torch.nested.nested_tensor_from_jagged(each, offsets, min_seqlen=min(lengths), max_seqlen=longest)
-                 .transpose(1, 2) for each in heads.unbind(1))
+        parts = (torch.nested.nested_tensor_from_jagged(part, offsets, min_seqlen=min(lengths), max_seqlen=longest)
+                 .transpose(1, 2) for part in heads.unbind(1))
         return F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale).transpose(1, 2).values()
 
     def varlen(heads: Tensor) -> Tensor:
@@ -72,11 +72,11 @@ def make_variants(lengths: list[int], device: torch.device, precision: str) -> d
 
 def check_equal(name: str, pair: tuple[Tensor, ...], expected: tuple[Tensor, ...], precision: str) -> None:
     """Raises SystemExit where output or gradient are others."""
-    apart = [float((found.double() - right.double()).norm() / right.double().norm())
+    errors = [float((found.double() - right.double()).norm() / right.double().norm())
              for found, right in zip(pair, expected, strict=True)]
-    if not max(apart) <= TOLERANCES[precision]:
-        raise SystemExit(f"{name}: output off by {apart[0]:.1e} of its norm, gradient by {apart[1]:.1e}")
-    print(f"{name:<12} output off by {apart[0]:.1e} of its norm, gradient by {apart[1]:.1e}")
+    if not max(errors) <= TOLERANCES[precision]:
+        raise SystemExit(f"{name}: output off by {errors[0]:.1e} of its norm, gradient by {errors[1]:.1e}")
+    print(f"{name:<12} output off by {errors[0]:.1e} of its norm, gradient by {errors[1]:.1e}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
         return step
 
-    steps = {name: step_of(each) for name, each in make_variants(lengths, device, options.precision).items()}
+    steps = {name: step_of(variant) for name, variant in make_variants(lengths, device, options.precision).items()}
     expected = steps["row_by_row"]()
     for name, step in steps.items():
         check_equal(name, step(), expected, options.precision)

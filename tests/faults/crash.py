@@ -104,12 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
                 operations = file_operations(run, case)
                 chosen = spread(operations, options.operations)
                 found += report(f"{case.name}: {len(chosen)} of {len(operations)} file operations", chosen,
-                                lambda each, case=case: at_operations(run, case, [each]))
+                                lambda operation, case=case: at_operations(run, case, [operation]))
             moments = [rng.random() for _ in range(options.moments // len(names)
                                                    + (index < options.moments % len(names)))]
             if moments:
                 found += report(f"{case.name}: {len(moments)} random moments", moments,
-                                lambda each, case=case: at_moments(run, case, [each], rng))
+                                lambda moment, case=case: at_moments(run, case, [moment], rng))
     print(f"{len(found)} wrong")
     return 1 if found else 0
 

@@ -144,8 +144,8 @@ def comparisons(run: Run, case: Case, tries: int, rng: random.Random) -> Iterato
 def attempts(run: Run, folder: Path, tries: int, seed: int = 1) -> list[Attempt]:
     rng, cases = random.Random(seed), make_cases(folder)
     return [*resumptions(run, cases["train"], tries, rng),
-            *(each for name in ("hidden cache", "top-k cache")
-              for each in resumptions(run, cases[name], tries, rng, "teacher_cache")),
+            *(resumption for name in ("hidden cache", "top-k cache")
+              for resumption in resumptions(run, cases[name], tries, rng, "teacher_cache")),
             *evaluations(run, cases["train"], tries, rng), *comparisons(run, cases["validate"], tries, rng)]
 
 

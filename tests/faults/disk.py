@@ -3,7 +3,7 @@
     python -m tests.faults.disk                              every file operation of every program, each error
     python -m tests.faults.disk --operations 20 --cases train --errors ENOSPC
 
-The program ends with one line that names the cause or the file and exit code 1 or 2, or goes on to the right results.
+The program ends with one line that names the cause or the file and exit code 1 or 2, or continues to the right results.
 No result is half written, and the same command, on a good disk, resumes from the newest checkpoint and brings what an
 undisturbed run brings, bit for bit. Exit code 1 if anything was wrong.
 """
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             for index, error in enumerate(options.errors):
                 chosen = spread(operations, options.operations, index)
                 found += report(f"{case.name}, {error}: {len(chosen)} of {len(operations)} file operations", chosen,
-                                lambda each, case=case, error=error: at_operation(run, case, each, error))
+                                lambda operation, case=case, error=error: at_operation(run, case, operation, error))
     print(f"{len(found)} wrong")
     return 1 if found else 0
 

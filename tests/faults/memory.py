@@ -1,4 +1,4 @@
-"""Memory that runs out where it is told to: torch's errors, raised by patched parts of the product."""
+"""Memory that runs out on demand: torch's errors, raised by patched parts of the product."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def full_in(owner, name: str, error: Exception, when: Callable[..., bool] = alwa
 
 def full_in_forward(error: Exception, most_tokens: int, training: bool = True):
     """Batches of more than so many tokens, padding included, do not fit into the model that is trained (while it is
-    trained, or else measured). Models are told apart by whether their weights can be trained."""
+    trained, or else measured). Models are distinguished by whether their weights can be trained."""
     def when(model: LanguageModel, input_ids: torch.Tensor, *others) -> bool:
         trained = next(model.parameters()).requires_grad
         return trained and model.training == training and input_ids.numel() > most_tokens

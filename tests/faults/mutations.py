@@ -105,7 +105,7 @@ def prepare(example: Example, folder: Path) -> list[str]:
     """Applies the mutations to a copy of the project; the arguments of the run."""
     start = STARTS[example.start]
     config, arguments = deepcopy(start.config), list(start.arguments)
-    of_config = [each for each in example.mutations if each[0] in ("value", "delete", "rename", "swap")]
+    of_config = [mutation for mutation in example.mutations if mutation[0] in ("value", "delete", "rename", "swap")]
     if config is not None:
         for mutation in of_config:
             change_config(config, *mutation)

@@ -60,9 +60,9 @@ def soak(run: Run, name: str, folder: Path, steps: int, every: int) -> list[str]
     others = [path for path in (folder / "run").rglob("*") if not PASSING.search(str(path.relative_to(folder / "run")))]
     if checkpoints > 3 or len(others) > 50:  # two, and the best one
         found.append(f"{checkpoints} checkpoints and {len(others)} files are left")
-    first, last = ([f"{value:,}" for value in sample] for sample in (outcome.samples[len(outcome.samples) // 3],
-                                                                    outcome.samples[-2]))
-    print(f"{name}: {steps} steps, (memory, open files, threads) {first} after a third, {last} at the end")
+    alive = [sample for sample in outcome.samples if sample[0] > 0]
+    first, last = (", ".join(f"{value:,}" for value in sample) for sample in (alive[len(alive) // 3], alive[-1]))
+    print(f"{name}: {steps} steps, memory in bytes, open files, threads: {first} after a third, {last} at the end")
     return found
 
 

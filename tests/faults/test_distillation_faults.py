@@ -42,7 +42,7 @@ def distil(project, output, teacher=None, **kwargs) -> tuple[int, dict]:
 
 
 def test_runs_of_the_other_script_are_not_continued(project, tmp_path, capsys):
-    """Fault: train_kd.py goes on in the folder of a train.py run, whose model becomes the student; or the reverse."""
+    """Fault: train_kd.py continues in the folder of a train.py run, whose model becomes the student; or the reverse."""
     folder, fine_tuning = project
     shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
     assert distil(project, tmp_path / "run", trainer={"epochs": 2})[0] == 2
@@ -54,7 +54,7 @@ def test_runs_of_the_other_script_are_not_continued(project, tmp_path, capsys):
 
 
 def test_another_start_of_the_student_is_not_continued(project, tmp_path, capsys):
-    """Fault: a run with another student_ckpt_path goes on with the old student."""
+    """Fault: a run with another student_ckpt_path continues with the old student."""
     folder, _ = project
     assert distil(project, tmp_path / "kd")[0] == 0
     again = {"epochs": 2, "student_ckpt_path": str(folder / "student")}

@@ -117,8 +117,6 @@ def test_a_run_stays_flat(run, folder, name):
     assert soak.soak(run, name, folder / "soak", steps=120, every=15) == []
 
 
-
-
 @pytest.mark.parametrize("name", ["train", "hidden cache"])
 def test_two_runs_at_once_share_caches(run, cases, name):
     """Fault: two runs that fill one token or teacher cache at the same time spoil it, or one of them ends for it."""

@@ -70,7 +70,7 @@ def on_device(module, dtype=torch.float32):
 
 
 def near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, name: str = "") -> None:
-    """Relative to the largest entry of `theirs`; told with the figure where it is not."""
+    """Relative to the largest entry of `theirs`; fails with the figure if it is not."""
     found = relative(ours.detach().cpu().double(), theirs.detach().double())
     assert found <= tolerance, f"{name}: {found:.2e} > {tolerance}"
 
@@ -82,7 +82,7 @@ def near_all(ours: dict, theirs: dict, tolerance: float) -> None:
 
 
 def on_cpu(tensors: dict) -> dict:
-    return {name: each.cpu() for name, each in tensors.items()}
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 # -- the forward pass ------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_fine_tuning_equals_the_formula(device_of_batch):
     ours = on_device(reference)
     expected = test_fine_tuning.formula(reference, rows)
     expected.backward()
-    batch = [each.to(device_of_batch) for each in test_fine_tuning.right_padded(rows, columns=3)]
+    batch = [tensor.to(device_of_batch) for tensor in test_fine_tuning.right_padded(rows, columns=3)]
     terms = FineTuning(LanguageModel(ours, byte_tokenizer()), chunk_size=5)(*batch)
     terms.loss_sum.backward()
     assert terms.loss_sum.item() == pytest.approx(expected.item(), rel=FLOAT32)
@@ -127,7 +127,7 @@ def test_fine_tuning_equals_the_formula(device_of_batch):
 @pytest.mark.parametrize(("kl_div", "temperature"), [("forward", 1.0), ("reverse", 2.0), ("JS", 2.0)])
 def test_divergence_equals_the_formula(kl_div, temperature, device_of_teacher):
     """Fault: the teacher's states or head stay on its device, or are copied before they are computed."""
-    student, teacher = (each.double() for each in (test_teacher_student.student_network(),
+    student, teacher = (network.double() for network in (test_teacher_student.student_network(),
                                                    test_teacher_student.teacher_network()))
     batch = random_rows(test_teacher_student.ROWS, columns=2)
     cross_entropy, divergence = test_teacher_student.formula(teacher, student, batch, kl_div, temperature)
@@ -167,7 +167,7 @@ def test_vocabulary_loss_equals_full_logits(name, k, autocast, tolerance):
         given = TeacherHidden(put(teacher.hidden), put_head(teacher.head))
         if k is not None:
             ids = p.argsort(-1, descending=True)[:, :k]
-            given = TeacherTopK(*(each.to(DEVICE) for each in top_k_of(p.log().float(), k)))
+            given = TeacherTopK(*(tensor.to(DEVICE) for tensor in top_k_of(p.log().float(), k)))
             p, q = bucketed(p, ids), bucketed(q, ids)
         expected = 0.7 * plain_cross_entropy(hidden, head, targets, V, products)
         expected = expected + 0.3 * temperature**2 * FORMULAS[name](p, q).sum()
@@ -196,7 +196,7 @@ def test_policy_steps_on_the_device_equal_the_formula(options):
     objective = test_policy_gradient.objective_of(on_device(student, torch.float64), on_device(teacher, torch.float64),
                                                   chunk_size=4, **options)
     means, slopes, sequences = take_step(objective, in_batches(ROWS, 3))
-    assert all(each.device.type == DEVICE.type for each in slopes.values())
+    assert all(slope.device.type == DEVICE.type for slope in slopes.values())
     right = test_policy_gradient.formula(student, teacher, ROWS, sequences, **options)
     test_policy_gradient.assert_same((means, on_cpu(slopes)), right)
 
@@ -209,12 +209,12 @@ def test_policy_loss_of_given_rollouts(options, autocast):
     student, teacher = network(1), network(2, width=12)
     reference = test_policy_gradient.objective_of(student, teacher, chunk_size=4, **options)
     ours = test_policy_gradient.objective_of(on_device(student), on_device(teacher), chunk_size=4, **options)
-    ((arguments,),) = (list(each) for each in reference.iter_steps(None, in_batches(ROWS, 4), [1]))
+    ((arguments,),) = (list(step) for step in reference.iter_steps(None, in_batches(ROWS, 4), [1]))
     *batch, rollout = arguments
     expected = reference(*batch, rollout)
     expected.loss_sum.backward()
-    drawn = rollout.drawn._replace(**{name: each.float() for name, each in rollout.drawn._asdict().items()
-                                      if isinstance(each, torch.Tensor) and each.is_floating_point()})
+    drawn = rollout.drawn._replace(**{name: value.float() for name, value in rollout.drawn._asdict().items()
+                                      if isinstance(value, torch.Tensor) and value.is_floating_point()})
     states = TeacherHidden(rollout.teacher.hidden.to(DEVICE, torch.float32), ours.teacher.head)
     with precision_of(autocast):
         terms = ours(*batch, rollout._replace(drawn=drawn, teacher=states))
@@ -224,7 +224,7 @@ def test_policy_loss_of_given_rollouts(options, autocast):
     for name, value in expected.parts.items():
         assert terms.parts[name].item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
     theirs = gradients(student)
-    largest = max(each.abs().max() for each in theirs.values())
+    largest = max(tensor.abs().max() for tensor in theirs.values())
     for name, found in on_cpu(gradients(ours.language_model.model)).items():
         assert (found - theirs[name]).abs().max() <= tolerance * largest, name
 
@@ -242,14 +242,14 @@ def test_greedy_decoding_equals_generate():
     for slots in (1, 3, 10):
         assert greedy_decode(language_model, prompts, 20, slots) == expected, slots
     equal = random_prompts([12] * 5)
-    assert greedy_decode(language_model, equal, 15, 4) == [generated(language_model, each, 15) for each in equal]
+    assert greedy_decode(language_model, equal, 15, 4) == [generated(language_model, prompt, 15) for prompt in equal]
 
 
 @pytest.mark.parametrize("options", [OPTIONS[2], OPTIONS[4], OPTIONS[6]], ids=str)
 def test_rollouts_equal_a_plain_sampler(options):
     """Fault: tokens drawn behind a row's end spoil what was noted, or slots change what a row draws."""
-    student, teacher = (each.to(DEVICE) for each in (word_model(8, SIZE), word_model(18, SIZE, width=16, layers=3)))
-    right = [sampled(student, teacher, *each, options) for each in zip(PROMPTS, UNIFORMS, strict=True)]
+    student, teacher = (model.to(DEVICE) for model in (word_model(8, SIZE), word_model(18, SIZE, width=16, layers=3)))
+    right = [sampled(student, teacher, *row, options) for row in zip(PROMPTS, UNIFORMS, strict=True)]
     for slots in (1, 3, 50):
         rollouts = rolled(student, teacher, options, slots)
         assert rollouts.tokens == [tokens for tokens, _ in right], slots
@@ -261,14 +261,14 @@ def test_rollouts_equal_a_plain_sampler(options):
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-4), (True, 0.12)], ids=["float32", "bfloat16"])
 def test_what_rollouts_note_is_what_forward_passes_give(autocast, tolerance):
     """Fault: log q, log p, log p~ or the teacher's states belong to another place or another row."""
-    student, teacher = (each.to(DEVICE, torch.float32) for each in (
+    student, teacher = (model.to(DEVICE, torch.float32) for model in (
         word_model(8, SIZE), word_model(18, SIZE, width=16, layers=3)))
     with precision_of(autocast):
         rollouts = rolled(student, teacher, OPTIONS[2], temperature=1.5)
     assert {len(tokens) for tokens in rollouts.tokens} != {MOST}
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, rollouts.tokens, strict=True)):
         places, picked = np.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1), (np.arange(len(tokens)), tokens)
-        q, p = (forward(each, prompt + tokens)[1][places] for each in (student, teacher))
+        q, p = (forward(model, prompt + tokens)[1][places] for model in (student, teacher))
         mixed = 0.3 * np.exp(log_softmax(p, 0.7)) + 0.7 * np.exp(log_softmax(q, 0.7))
         states = forward(teacher, prompt + tokens)[0][places]
         for name, right in (("log_q", log_softmax(q, 1.5)[picked]), ("log_p", log_softmax(p, 1.5)[picked]),
@@ -299,9 +299,9 @@ def objectives() -> dict:
         ("policy gradient", test_policy_gradient.TeacherStudent(own, of_teacher, **policy)),
         ("on policy", TeacherStudent(own, of_teacher, on_policy_fraction=1.0, rollouts=drawing)),
     ):
-        ((arguments,),) = (list(each) for each in objective.train().iter_steps(None, [rows], [1]))
+        ((arguments,),) = (list(step) for step in objective.train().iter_steps(None, [rows], [1]))
         found[name] = objective, arguments
-    return {name: (objective, tuple(each.pin_memory() if isinstance(each, torch.Tensor) else each for each in given))
+    return {name: (objective, tuple(part.pin_memory() if isinstance(part, torch.Tensor) else part for part in given))
             for name, (objective, given) in found.items()}
 
 

@@ -120,11 +120,11 @@ def test_full_memory_and_the_size_that_fits(tmp_path, capsys, limit_memory):
 
     limit_memory(600_000_000)
     assert find(tmp_path, config) == 0
-    told = capsys.readouterr()
-    size = int(re.search(r"largest batch that fits: (\d+) of the longest rows", told.out)[1])
-    assert 2 <= size < 48 and f"train_batch_size {size + 1}: does not fit" in told.err, told.err
-    assert f"train_batch_size {size}: fits, peak " in told.err
-    batch, accumulation = (int(value) for value in re.findall(r"--set \S+=(\d+)", told.out))
+    printed = capsys.readouterr()
+    size = int(re.search(r"largest batch that fits: (\d+) of the longest rows", printed.out)[1])
+    assert 2 <= size < 48 and f"train_batch_size {size + 1}: does not fit" in printed.err, printed.err
+    assert f"train_batch_size {size}: fits, peak " in printed.err
+    batch, accumulation = (int(value) for value in re.findall(r"--set \S+=(\d+)", printed.out))
     assert batch <= size and batch * accumulation == 48
     fitting = changed(config, dataset_kwargs={"train_batch_size": batch},
                       trainer_kwargs={"gradient_accumulation_steps": accumulation})

@@ -77,14 +77,14 @@ def test_the_demo_model(tmp_path, capsys):
         "dataset_kwargs": {"data_dir": str(tmp_path / "news"), "train_dataset": "student.csv", "train_batch_size": 4},
     }
     assert run(tmp_path, config) == 0
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if DEVICE.type == "cuda":
-        assert re.search(r"device: cuda:0 \(NVIDIA .*\), bfloat16 autocast", told)
+        assert re.search(r"device: cuda:0 \(NVIDIA .*\), bfloat16 autocast", printed)
     lines, validation = metrics(tmp_path / "run"), metrics(tmp_path / "run", "validation")
     assert_finite(lines + validation)
     assert lines[-1]["cross_entropy"] < 0.9 * lines[0]["cross_entropy"] and len(validation) == 3
     assert {"perplexity", "rougeL"} <= validation[0].keys()
-    assert {each.dtype for each in last(tmp_path / "run").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in last(tmp_path / "run").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
@@ -158,8 +158,8 @@ def test_a_killed_run_goes_on(tmp_path):
     process = start(write_config(tmp_path, config))
     wait_for_step(tmp_path / "run", 25, process)
     process.send_signal(signal.SIGKILL)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == -signal.SIGKILL, told
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGKILL, printed
     assert 20 <= int((tmp_path / "run/model_checkpoints/last").resolve().name[5:]) < 200
     assert run(tmp_path, config) == 0
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "whole")})) == 0
@@ -242,6 +242,6 @@ def test_one_process_of_the_launcher(tmp_path):
     """Fault: started through torch's launcher the one process trains elsewhere, or something else."""
     config = changed(make_project(tmp_path, rows=8), optimizer_kwargs=SMOOTH, trainer_kwargs={"device": DEVICE.type})
     assert run(tmp_path, changed(config, trainer_kwargs={"output_dir": str(tmp_path / "plain")})) == 0
-    told = launch("train.py", tmp_path, config, 1)
-    assert f"device: {'CPU' if DEVICE.type == 'cpu' else 'cuda:0'} (" in told
+    printed = launch("train.py", tmp_path, config, 1)
+    assert f"device: {'CPU' if DEVICE.type == 'cpu' else 'cuda:0'} (" in printed
     assert largest_difference(last(tmp_path / "plain"), last(tmp_path / "run")) < 1e-5
