@@ -18,8 +18,8 @@ narrow for many rows, some differ from those that were wanted.
 
 In float32 all variants must give the same tokens, except for ties; in bfloat16, where rounding decides more, the number
 of rows that differ is printed. Then they take turns, so that a busy machine slows all of them; the first round is
-dropped. glibc's default allocator maps large temporaries again in each step; so that this does not slow `generate`, time
-with
+dropped. glibc's default allocator maps large temporaries again in each step; so that this does not slow `generate`,
+time with
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=268435456.
 """
 
