@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -90,12 +91,13 @@ def change_table(content: bytes, kind: str, *what) -> bytes:
 
 def change_file(path: Path, kind: str, *what) -> None:
     if kind == "file":
-        path.unlink(missing_ok=True)
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)  # an earlier mutation may have made it a folder
         if what[0] != "delete":
             path.mkdir() if what[0] == "folder" else path.write_bytes(b"")
     elif path.is_file() and kind == "model key":
         key, value = what[0]
-        path.write_text(json.dumps(json.loads(path.read_bytes() or b"{}") | {key: value}))
+        with suppress(ValueError):  # an earlier mutation may have damaged it
+            path.write_text(json.dumps(json.loads(path.read_bytes() or b"{}") | {key: value}))
     elif path.is_file():
         change = change_bytes if kind == "bytes" else lambda content, *rest: change_table(content, kind, *rest)
         path.write_bytes(change(path.read_bytes(), *what))
