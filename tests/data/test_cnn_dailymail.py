@@ -189,7 +189,7 @@ def test_wrong_arguments(tmp_path, capsys):
     """Fault: tracebacks, wrong exit codes, or two inputs of one name of which the second wins."""
     news = write_csv(tmp_path / "in" / "news.csv", make_rows(4))
     out = ["--output_dir", tmp_path / "out"]
-    assert "none.csv: no such file" in error_of(capsys, "--from_csv", tmp_path / "none.csv", *out, code=2)
+    assert "none.csv: cannot be read (No" in error_of(capsys, "--from_csv", tmp_path / "none.csv", *out, code=2)
     for twin in ("other/News.csv", "in/news_subset.csv"):
         twin = write_csv(tmp_path / twin, make_rows(4))
         assert "two tables would be named news" in error_of(capsys, "--from_csv", news, twin, *out, code=2)

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from data.articles import DEFAULT_COLUMNS, complete_columns
 from utils.config.checks import contradictions, monitored_metric
 
-COLUMNS = ("id", "article", "highlights")
 MOST_BEAMS = 1000
 
 
@@ -37,21 +37,15 @@ def check_template(template: str) -> str:
     return template
 
 
-def complete_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
-    """All three columns; the default name of a column is its key."""
-    for key in ("article", "highlights"):
-        if columns.get(key, key) is None:
-            raise ValueError(f"{key} should be the name of a column: only id may be null")
-    return {key: columns.get(key, key) for key in COLUMNS}
-
-
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrOff = Annotated[int, Field(ge=-1)] | None  # null, 0 and -1: off
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]  # a path, file name or hub id
-ColumnName = Annotated[str, Field(min_length=1)]  # a header may hold newlines
-Columns = Annotated[dict[Literal["id", "article", "highlights"], ColumnName | None], AfterValidator(complete_columns)]
+Columns = Annotated[  # a header may hold newlines
+    dict[Literal["id", "article", "highlights"], Annotated[str, Field(min_length=1)] | None],
+    AfterValidator(complete_columns)]
+Template = Annotated[str, AfterValidator(check_template)]
 
 # -- keys of both configs ----------------------------------------------------------------------------------------
 
@@ -243,12 +237,11 @@ class DatasetKwargs(Section):
         None, description="maximum number of tokens per micro-batch, padding included; the rows of a step "
         "(train_batch_size x gradient_accumulation_steps) are then split by this limit instead of by "
         "train_batch_size; null: no limit")
-    prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
+    prompt_template: Template = Field(
         "{article}\nTL;DR:", description="the prompt; contains {article} exactly once; special tokens in it, such as "
         "<|sum|> or those of a chat format, are read as special tokens")
     columns: Columns = Field(
-        default={key: key for key in COLUMNS},
-        description="names of the columns in your tables; id may be null: rows are numbered")
+        default=DEFAULT_COLUMNS, description="names of the columns in your tables; id may be null: rows are numbered")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="error: a bad row stops the run; skip: bad rows are skipped and listed")
     max_length: Count | None = Field(

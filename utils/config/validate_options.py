@@ -3,12 +3,12 @@
 import argparse
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from utils.cli import OneLineParser, user_path
-from utils.config.fine_tune import MOST_BEAMS, ColumnName, Name, check_template
+from utils.config.fine_tune import MOST_BEAMS, Columns, Name, Template
 from utils.config.load import ConfigError, parse, read_json, validate_model
 from utils.text import shorten
 
@@ -44,10 +44,10 @@ class ValidateOptions(BaseModel):
     num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the table is an error, or skipped")
-    columns: dict[Literal["id", "article", "highlights"], ColumnName | None] | None = Field(
+    columns: Columns | None = Field(
         None, description='other column names, as JSON: {"article": "text", "id": null} (null: number the rows)'
     )
-    prompt_template: Annotated[str, AfterValidator(check_template)] | None = Field(
+    prompt_template: Template | None = Field(
         None, description="default: the one that the model was trained on"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
