@@ -16,11 +16,6 @@ POLICY_KEYS = ("rollout", "alpha", "rollout_epochs", "importance_weight", "lm_we
 OWNERS = {key: [name for name, entry in DIVERGENCES.items() if key in entry.parameters] for key in PARAMETERS}
 
 
-def monitored_metric(stopping) -> str:
-    """The validation metric that decides about best and about stopping, from `callbacks_kwargs.kwargs`."""
-    return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
-
-
 # -- contradictions ----------------------------------------------------------------------------------------------
 
 
@@ -43,7 +38,7 @@ def contradictions(config) -> Iterator[str]:
                 yield (f"{key} is set but trainer_kwargs.monitor_val is false: set monitor_val to true, or "
                        f"{key.rpartition('.')[2]} to {off}")
 
-    metric = monitored_metric(stopping)
+    metric = config.monitored_metric
     mode, other = ("max", "loss") if metric.startswith("rouge") else ("min", "rougeL")
     if stopping.mode != mode:
         yield (f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is "{metric}": '

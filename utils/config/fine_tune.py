@@ -11,9 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from data.articles import DEFAULT_COLUMNS, complete_columns
-from utils.config.checks import contradictions, monitored_metric
-
-MOST_BEAMS = 1000
+from utils.config.checks import contradictions
 
 
 class Section(BaseModel):
@@ -39,6 +37,7 @@ def check_template(template: str) -> str:
 
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Beams = Annotated[int, Field(ge=1, le=1000)]
 CountOrOff = Annotated[int, Field(ge=-1)] | None  # null, 0 and -1: off
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]  # a path, file name or hub id
@@ -64,7 +63,7 @@ class GenerationKwargs(Section):
     """Decoding during evaluation."""
 
     max_generation_length: Count = Field(80, description="maximum number of tokens of a generated summary")
-    num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1: greedy decoding; more: beam search")
+    num_beams: Beams = Field(1, description="1: greedy decoding; more: beam search")
     early_stopping: bool = Field(False, description="beam search ends as soon as num_beams summaries are complete")
 
 
@@ -265,7 +264,8 @@ class FineTuneConfig(Section):
     @property
     def monitored_metric(self) -> str:
         """The validation metric that decides about best and about stopping."""
-        return monitored_metric(self.callbacks_kwargs.kwargs)
+        stopping = self.callbacks_kwargs.kwargs
+        return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
 
     @model_validator(mode="after")
     def check_together(self):
