@@ -89,6 +89,8 @@ def table_row(scores: dict) -> dict:
     for metric in METRICS:
         low, high = map(float, scores["confidence_intervals"][metric])
         row |= {metric: float(scores[metric]), f"{metric}_low": low, f"{metric}_high": high}
+    if scores["rows"] < 1:
+        raise ValueError("no rows")
     facts, parameters = scores.get("facts"), scores.get("parameters")
     return {**row, "facts": None if facts is None else float(facts), "rows": int(scores["rows"]),
             "parameters": None if parameters is None else int(parameters)}
