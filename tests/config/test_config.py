@@ -146,37 +146,24 @@ def test_lambda_keeps_its_name(tmp_path):
 # -- wrong keys and values ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("trainer_kwargs.epoch", "trainer_kwargs.epochs"),
-        ("epochs", "trainer_kwargs.epochs"),
-        ("trainer_kwargs.train_dataset", "dataset_kwargs.train_dataset"),
-        ("trainer_kwargs.type", "optimizer_kwargs.type or lr_scheduler_kwargs.type"),
-        ("model_arch.generation_kwargs.num_beam", "model_arch.generation_kwargs.num_beams"),
-        ("trainer_kwargs.max-generation-length", "model_arch.generation_kwargs.max_generation_length"),
-        ("trainer_kwargs.dataset_kwargs", "dataset_kwargs"),
-    ],
-)
-def test_unknown_keys(tmp_path, key, nearest):
-    """Fault: a mistyped or misplaced key is ignored, or refused without the key that was meant."""
-    assert refusal(tmp_path, nested(key, 1)) == [f"config.json: {key} is unknown: did you mean {nearest}?"]
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("model_arch.lang_model", "model_arch.student_lang_model"),
-        ("model_arch.gpu_device_id", "model_arch.student_gpu_device_id"),
-        ("trainer_kwargs.teacher_checkpoint_path", "trainer_kwargs.teacher_ckpt_path"),
-        ("trainer_kwargs.temperature", "distillation_kwargs.temperature"),
-        ("distillation_kwargs.top_k", "distillation_kwargs.teacher_cache.top_k"),
-    ],
-)
-def test_unknown_keys_of_distillation(tmp_path, key, nearest):
-    """Fault: a mistyped key, or one of config.json, is refused without the key that was meant."""
-    content = nested(key, 1)
-    assert refusal_kd(tmp_path, content) == [f"config.json: {key} is unknown: did you mean {nearest}?"]
+@pytest.mark.parametrize(("refuse", "key", "nearest"), [
+    (refusal, "trainer_kwargs.epoch", "trainer_kwargs.epochs"),
+    (refusal, "epochs", "trainer_kwargs.epochs"),
+    (refusal, "trainer_kwargs.train_dataset", "dataset_kwargs.train_dataset"),
+    (refusal, "trainer_kwargs.type", "optimizer_kwargs.type or lr_scheduler_kwargs.type"),
+    (refusal, "model_arch.generation_kwargs.num_beam", "model_arch.generation_kwargs.num_beams"),
+    (refusal, "trainer_kwargs.max-generation-length", "model_arch.generation_kwargs.max_generation_length"),
+    (refusal, "trainer_kwargs.dataset_kwargs", "dataset_kwargs"),
+    (refusal_kd, "model_arch.lang_model", "model_arch.student_lang_model"),
+    (refusal_kd, "model_arch.gpu_device_id", "model_arch.student_gpu_device_id"),
+    (refusal_kd, "trainer_kwargs.teacher_checkpoint_path", "trainer_kwargs.teacher_ckpt_path"),
+    (refusal_kd, "trainer_kwargs.temperature", "distillation_kwargs.temperature"),
+    (refusal_kd, "distillation_kwargs.top_k", "distillation_kwargs.teacher_cache.top_k"),
+])
+def test_unknown_keys(tmp_path, refuse, key, nearest):
+    """Fault: a key that is mistyped, misplaced or of the other config is ignored, or the key that was meant is not
+    named."""
+    assert refuse(tmp_path, nested(key, 1)) == [f"config.json: {key} is unknown: did you mean {nearest}?"]
 
 
 @pytest.mark.parametrize("key", ["distillation_kwargs", "trainer_kwargs.teacher_ckpt_path",

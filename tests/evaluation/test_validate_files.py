@@ -47,24 +47,6 @@ def test_skipped_rows_are_counted_and_named(tmp_path, folder, capsys):
     assert "skipped: " in said and "row 3 (line 4, id 'n2'): empty article" in said
 
 
-AWKWARD = {
-    "04_bom_book_chapters.csv": (["--columns", '{"id": "title", "article": "full_chapter", "highlights": '
-                                  '"human_summary"}'], 3),
-    "06_nepali_no_id.csv": (["--columns", '{"id": null, "highlights": "summary"}'], 50),
-    "08_xsum_extra_columns_int_ids.csv": ([], 50),
-}
-
-
-@pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_file_is_read(tmp_path, folder, shared, name):
-    """Fault: byte order mark, other column names, other scripts, extra columns or line ends break the run."""
-    flags, rows = AWKWARD[name]
-    code, predictions, scores = run(tmp_path, folder, shared / "data" / "awkward" / name, *flags)
-    assert (code, scores["rows"], scores["skipped_rows"]) == (0, rows, 0)
-    assert len({record["id"] for record in predictions}) == rows
-    assert all(record["article"].strip() and record["target_highlight"].strip() for record in predictions)
-
-
 # -- models ------------------------------------------------------------------------------------------------------
 
 
