@@ -97,7 +97,7 @@ def test_overrides(tmp_path):
         "dataset_kwargs.columns.article=text", "trainer_kwargs._description=note",
     )
     trainer = config.trainer_kwargs
-    assert (trainer.epochs, trainer.seed, trainer.metrics, trainer.clip_norm) == (5, 5, [], None)
+    assert (trainer.epochs, trainer.seed, trainer.metrics, trainer.gradient_clipping) == (5, 5, [], None)
     assert config.callbacks_kwargs.kwargs.patience == 3
     assert (config.model_arch.lang_model, config.model_arch.tokenizer) == ("runs/a=b c", "7")
     assert config.optimizer_kwargs.kwargs == {"weight_decay": 0.1, "amsgrad": True}
@@ -138,8 +138,8 @@ def test_shipped_distillation_config_is_the_recipe():
     assert (arch.student_lang_model, arch.teacher_gpu_device_id, arch.student_gpu_device_id) == ("gpt2", 0, 0)
     assert (kwargs.kl_div, kwargs.kd_weight, kwargs.temperature, kwargs.teacher_cache) == ("forward", 0.5, 1.0, None)
     assert trainer.output_dir != teacher.trainer_kwargs.output_dir
-    rows = config.dataset_kwargs.train_batch_size * trainer.accumulation_steps
-    assert rows == teacher.dataset_kwargs.train_batch_size * teacher.trainer_kwargs.accumulation_steps == 32
+    rows = config.dataset_kwargs.train_batch_size * trainer.gradient_accumulation_steps
+    assert rows == teacher.dataset_kwargs.train_batch_size * teacher.trainer_kwargs.gradient_accumulation_steps == 32
     assert config.dataset_kwargs == teacher.dataset_kwargs.model_copy(update={"train_batch_size": 4})
     assert warnings_of(config) == []
 

@@ -47,13 +47,13 @@ def contradictions(config) -> Iterator[str]:
         yield (f'{metric} is monitored (callbacks_kwargs.kwargs.mode is "{stopping.mode}") but trainer_kwargs.metrics '
                'lacks "rouge": add it, or set mode to "min" and metric to "loss"')
 
-    if trainer.adaptive_loss_scaling and trainer.scaling_metric.startswith("rouge"):
+    if trainer.adaptive_loss_scaling and trainer.adaptive_loss_metric.startswith("rouge"):
         if trainer.monitor_val and "rouge" not in trainer.metrics:
             yield ('trainer_kwargs.adaptive_loss_scaling is true but trainer_kwargs.metrics lacks "rouge": add it, set '
                    'adaptive_loss_metric to "perplexity", or adaptive_loss_scaling to false')
-        if trainer.scaling_baseline > 1:
-            yield (f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
-                   f"trainer_kwargs.adaptive_loss_metric is {trainer.scaling_metric}, from 0 to 1, and "
+        if trainer.baseline_threshold > 1:
+            yield (f"trainer_kwargs.baseline_threshold is {trainer.baseline_threshold:g} but "
+                   f"trainer_kwargs.adaptive_loss_metric is {trainer.adaptive_loss_metric}, from 0 to 1, and "
                    "trainer_kwargs.adaptive_loss_scaling is true: set baseline_threshold to a score, such as 0.15")
 
     if hasattr(config, "distillation_kwargs"):

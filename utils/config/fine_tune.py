@@ -29,6 +29,10 @@ def check_name(name: str) -> str:
     return os.path.expanduser(name)  # noqa: PTH111 (that of Path fails for an unknown ~user)
 
 
+def minus_one_is(value) -> AfterValidator:
+    return AfterValidator(lambda given: value if given == -1 else given)
+
+
 def check_template(template: str) -> str:
     if template.count("{article}") != 1:
         raise ValueError("should contain the text {article} exactly once")
@@ -38,7 +42,8 @@ def check_template(template: str) -> str:
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Beams = Annotated[int, Field(ge=1, le=1000)]
-CountOrOff = Annotated[int, Field(ge=-1)] | None  # null, 0 and -1: off
+CountOrOff = Annotated[  # null, 0 and -1: None
+    Annotated[int, Field(ge=-1)] | None, AfterValidator(lambda count: None if count in (0, -1) else count)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]  # a path, file name or hub id
 Columns = Annotated[  # a header may hold newlines
@@ -99,12 +104,13 @@ class TrainerKwargs(Section):
     compile: bool = Field(
         False, description="compile the models with torch.compile: a minute longer to start, then faster steps")
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of all random numbers")
-    gradient_clipping: Annotated[float, Field(ge=0)] | None = Field(
-        1.0, description="maximum gradient norm; null or 0: no clipping")
+    gradient_clipping: Annotated[
+        Annotated[float, Field(ge=0)] | None, AfterValidator(lambda norm: norm or None)
+    ] = Field(1.0, description="maximum gradient norm; null or 0: no clipping")
     skip_nonfinite_steps: Index = Field(
         0, description="how many optimizer steps of a run may be skipped, with a notice, because their loss or "
         "gradient is NaN or infinite; the next one stops the run")
-    gradient_accumulation_steps: Index | None = Field(
+    gradient_accumulation_steps: Annotated[Index | None, AfterValidator(lambda steps: steps or 1)] = Field(
         1, description="micro-batches per optimizer step; null or 0: 1")
     output_dir: Name = Field("runs/fine_tune", description="folder for logs and checkpoints; created if missing")
     load_from_checkpoint: bool = Field(
@@ -128,11 +134,12 @@ class TrainerKwargs(Section):
         False, description="every loss_scaling_batch micro-batches, score validation_subset and scale the loss by "
         "sigmoid(baseline - score); a better score becomes the baseline; with metric perplexity, scale by "
         "sigmoid(perplexity)")
-    loss_scaling_batch: Literal[-1] | Count = Field(
+    loss_scaling_batch: Annotated[Literal[-1] | Count, minus_one_is(1024)] = Field(
         1024, description="with adaptive_loss_scaling: micro-batches between two scores; -1: 1024")
-    adaptive_loss_metric: Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity", -1] = Field(
-        "rougeL", description="with adaptive_loss_scaling: the score; -1: rougeL")
-    baseline_threshold: Literal[-1] | Annotated[float, Field(ge=0)] = Field(
+    adaptive_loss_metric: Annotated[
+        Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity", -1], minus_one_is("rougeL")
+    ] = Field("rougeL", description="with adaptive_loss_scaling: the score; -1: rougeL")
+    baseline_threshold: Annotated[Literal[-1] | Annotated[float, Field(ge=0)], minus_one_is(0.15)] = Field(
         0.15, description="with adaptive_loss_scaling: the first baseline; -1: 0.15")
     multi_gpu: bool = Field(False, description="data-parallel training, with one process per GPU")
     multi_gpu_ids: list[Index] = Field(default=[], description="with multi_gpu: GPU indices; empty: all")
@@ -140,41 +147,6 @@ class TrainerKwargs(Section):
         None, exclude=True, description="accepted without effect: training scripts train")
     use_cache: bool | None = Field(
         None, exclude=True, description="accepted without effect: the KV cache is always used")
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step, at least 1."""
-        return self.gradient_accumulation_steps or 1
-
-    @property
-    def clip_norm(self) -> float | None:
-        """Maximum gradient norm; None: no clipping."""
-        return self.gradient_clipping or None
-
-    @property
-    def checkpoint_every(self) -> int | None:
-        """Micro-batches between two checkpoints within an epoch; None: off."""
-        return self.n_batch_ckpt_save if (self.n_batch_ckpt_save or -1) > 0 else None
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Maximum number of micro-batches per epoch; None: no limit."""
-        return self.ckpt_training_batch if (self.ckpt_training_batch or -1) > 0 else None
-
-    @property
-    def loss_scaling_interval(self) -> int:
-        """Micro-batches between two scores of adaptive loss scaling."""
-        return 1024 if self.loss_scaling_batch == -1 else self.loss_scaling_batch
-
-    @property
-    def scaling_metric(self) -> str:
-        """The score of adaptive loss scaling."""
-        return "rougeL" if self.adaptive_loss_metric == -1 else self.adaptive_loss_metric
-
-    @property
-    def scaling_baseline(self) -> float:
-        """The first baseline of adaptive loss scaling."""
-        return 0.15 if self.baseline_threshold == -1 else self.baseline_threshold
 
 
 class OptimizerKwargs(Section):

@@ -20,7 +20,7 @@ def measured_datasets(config: FineTuneConfig) -> dict[str, str]:
     data, options, files = config.dataset_kwargs, config.trainer_kwargs, {}
     if options.monitor_val:
         files["validation"] = data.validation_dataset
-        if options.adaptive_loss_scaling and options.scaling_metric == "perplexity":
+        if options.adaptive_loss_scaling and options.adaptive_loss_metric == "perplexity":
             files["loss scaling"] = data.validation_subset or data.validation_dataset
     if options.monitor_test:
         files["test"] = data.test_dataset
@@ -128,5 +128,5 @@ def score_identities(config: FineTuneConfig, validation: Validation) -> dict[str
     """What the scores that a checkpoint remembers are of; None if they are not measured."""
     options = config.trainer_kwargs
     judged_by = validation.score_identity(config.monitored_metric)
-    scaled_by = validation.score_identity(options.scaling_metric) if options.adaptive_loss_scaling else None
+    scaled_by = validation.score_identity(options.adaptive_loss_metric) if options.adaptive_loss_scaling else None
     return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}
