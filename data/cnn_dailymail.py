@@ -76,11 +76,11 @@ def read_local(paths: list[Path], on_bad_row: str) -> Iterator[tuple]:
 
 def check_outputs(folder: Path, names: list[str], inputs: list[Path], overwrite: bool) -> None:
     """Raises DataError if a file would be lost."""
-    repeated = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
-    if repeated:
-        raise DataError(f"--from_csv: two tables would be named {repeated[0]}: rename a file or convert it separately")
+    name, count = Counter(map(str.casefold, names)).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"--from_csv: two tables would be named {name}: rename a file or convert it separately")
     for path in (folder / name for name in names):
-        if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+        if path.resolve() in [source.resolve() for source in inputs]:
             raise DataError(f"{path} is an input: choose another --output_dir")
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists: choose another --output_dir, or replace it with --overwrite")

@@ -214,7 +214,7 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
             # Behind another one, which splits text into words, it is before each word that the space is put.
             return {**part, "pretokenizers": [*map(changed, part["pretokenizers"][:1]), *part["pretokenizers"][1:]]}
         if part["type"] == "Sequence":
-            return {**part, "normalizers": [each for each in map(changed, part["normalizers"]) if each is not None]}
+            return {**part, "normalizers": list(filter(None, map(changed, part["normalizers"])))}
         if part["type"] == "Metaspace" and (not behind_token or part["prepend_scheme"] == "first"):
             return {**part, "prepend_scheme": "never"}
         if part["type"] == "ByteLevel" and not behind_token:
