@@ -44,16 +44,16 @@ def draw_value(rng: random.Random, pool: str, used: set[str]) -> str:
 
 
 def draw_unseen_slots(
-    rng: random.Random, kind: str, taken: Iterable[str], seen: set[tuple[str, ...]]
+    rng: random.Random, category: str, taken: Iterable[str], seen: set[tuple[str, ...]]
 ) -> tuple[dict[str, str], set[str]]:
     """({slot of the key facts: value}, all words used), without words of `taken`.
 
-    seen: (kind, values) of earlier rows, none of which is drawn again; the new one is added.
+    seen: (category, values) of earlier rows, none of which is drawn again; the new one is added.
     """
     while True:
         used = set(taken)
-        slots = {slot: draw_value(rng, pool, used) for slot, pool in EVENTS[kind]["slots"].items()}
-        content = (kind, *slots.values())
+        slots = {slot: draw_value(rng, pool, used) for slot, pool in EVENTS[category]["slots"].items()}
+        content = (category, *slots.values())
         if content not in seen:
             seen.add(content)
             return slots, used
@@ -65,20 +65,20 @@ def fill_distractor(rng: random.Random, template: str, used: set[str]) -> str:
     return template.format(**{slot: draw_value(rng, pool, used) for slot, pool in slots.items()})
 
 
-def write_highlights(rng: random.Random, kind: str, slots: dict[str, str]) -> str:
+def write_highlights(rng: random.Random, category: str, slots: dict[str, str]) -> str:
     """Three lines, one per key fact."""
-    return "\n".join(rng.choice(wordings).format(**slots) for wordings in EVENTS[kind]["highlights"])
+    return "\n".join(rng.choice(wordings).format(**slots) for wordings in EVENTS[category]["highlights"])
 
 
-def write_article(rng: random.Random, kind: str, slots: dict[str, str], used: set[str], short: bool) -> str:
+def write_article(rng: random.Random, category: str, slots: dict[str, str], used: set[str], short: bool) -> str:
     """One paragraph. Key fact 1 comes first or, in half of the full articles, second after a distractor.
 
     short: hold the three key facts and nothing else. Full articles add 2-5 distractors of the event and 0-2 generic.
     """
-    first, *rest = (rng.choice(wordings).format(**slots) for wordings in EVENTS[kind]["facts"])
+    first, *rest = (rng.choice(wordings).format(**slots) for wordings in EVENTS[category]["facts"])
     before = []
     if not short:
-        of_event = rng.sample(EVENTS[kind]["distractors"], len(EVENTS[kind]["distractors"]))
+        of_event = rng.sample(EVENTS[category]["distractors"], len(EVENTS[category]["distractors"]))
         if rng.random() < 0.5:
             before = [fill_distractor(rng, of_event.pop(), used)]
         distractors = of_event[: rng.randint(2, 5)] + rng.sample(GENERIC, rng.randint(0, 2))
@@ -91,13 +91,13 @@ def make_rows(split: str, size: int, seed: int, seen: set[tuple[str, ...]]) -> l
     """`size` rows of a split, the event kinds in turn. seen: as in `draw_unseen_slots`, of all splits."""
     rng = random.Random(f"{split}/{seed}")  # a string seed is hashed with SHA-512: the same in every process
     rows = []
-    for index, kind in zip(range(size), itertools.cycle(EVENTS), strict=False):
-        slots, used = draw_unseen_slots(rng, kind, (), seen)
+    for index, category in zip(range(size), itertools.cycle(EVENTS), strict=False):
+        slots, used = draw_unseen_slots(rng, category, (), seen)
         rows.append({
             "id": f"{split}-{index:05d}",
-            "article": write_article(rng, kind, slots, used, short=split.endswith("_short")),
-            "highlights": write_highlights(rng, kind, slots),
-            "category": kind,
+            "article": write_article(rng, category, slots, used, short=split.endswith("_short")),
+            "highlights": write_highlights(rng, category, slots),
+            "category": category,
             "facts": json.dumps(list(slots.values())),
         })
     return rows
@@ -124,7 +124,7 @@ def generate(sizes: dict[str, int], seed: int = 7, test_seed: int | None = None)
     """All tables of the demo: {name: rows}, in the order in which they are written.
 
     sizes: {split: number of rows}. test_seed: seed of the test split, the only table that it changes; None: `seed`.
-    No two rows share their kind and key facts, except the clean rows that a `_noisy` table repeats.
+    No two rows share their category and key facts, except the clean rows that a `_noisy` table repeats.
     """
     tables, seen = {}, set()
     for split in SIZES:  # the test split is last: its seed changes no other table

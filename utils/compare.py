@@ -92,7 +92,7 @@ def cells(row: dict, rows: list[dict], baseline: str | None) -> dict[str, str]:
     """A row of the text table, in per cent. Columns in which every row has the same value are notes instead."""
     shown = {"method": row["method"], **{HEADINGS[metric]: with_interval(row, metric) for metric in METRICS[:3]}}
     shown["facts"] = per_cent(row["facts"])
-    shown |= {key: str(row[key] or "") for key in ("set", "rows") if len({each[key] for each in rows}) > 1}
+    shown |= {key: str(row[key] or "") for key in ("set", "rows") if len({other[key] for other in rows}) > 1}
     if baseline is None:
         shown["params"] = "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.3g} M"
         shown["tokens/s"] = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"

@@ -142,7 +142,7 @@ def test_output_file(tmp_path, capsys, form):
 # -- errors --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.parametrize(("options", "words"), [
     (["--baseline", "c"], "--baseline c names no row: the rows are a, b"),
     (["--teacher", "c", "--baseline", "a"], "--teacher c names no row: the rows are a, b"),
     (["--teacher", "a"], "--baseline"),
@@ -150,10 +150,10 @@ def test_output_file(tmp_path, capsys, form):
     (["--metric", "rouge3"], "rougeLsum"),
     (["--base", "a"], "--base"),
 ])
-def test_wrong_options(tmp_path, capsys, options, said):
+def test_wrong_options(tmp_path, capsys, options, words):
     """Fault: a traceback, several lines of usage, or a table without what was asked."""
     folders = [write_evaluation(tmp_path / name, [0.5]) for name in "ab"]
-    assert said in refusal(capsys, *folders, *options)
+    assert words in refusal(capsys, *folders, *options)
 
 
 @pytest.mark.parametrize("content", [

@@ -43,8 +43,8 @@ def test_skipped_rows_are_counted_and_named(tmp_path, folder, capsys):
     code, predictions, scores = run(tmp_path, folder, news_with_a_bad_row(tmp_path), "--on_bad_row", "skip")
     assert (code, [record["id"] for record in predictions]) == (0, ["n0", "n1", "n3"])
     assert (scores["rows"], scores["skipped_rows"], scores["settings"]["on_bad_row"]) == (3, 1, "skip")
-    said = capsys.readouterr().err
-    assert "skipped: " in said and "row 3 (line 4, id 'n2'): empty article" in said
+    output = capsys.readouterr().err
+    assert "skipped: " in output and "row 3 (line 4, id 'n2'): empty article" in output
 
 
 # -- models ------------------------------------------------------------------------------------------------------
