@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from utils.cli import OneLineParser, user_path
-from utils.config.fine_tune import Beams, Columns, Count, Name, Template
+from utils.config.fine_tune import Beams, Columns, Count, Name, Section, Template
 from utils.config.load import ConfigError, read_json, validate_model
 from utils.text import shorten
 
@@ -23,10 +23,8 @@ examples:
 """
 
 
-class ValidateOptions(BaseModel):
+class ValidateOptions(Section):
     """What to decode, with which model, and how."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     csv_path: Name = Field(description="table with id, article, highlights: .csv, .tsv, .jsonl (also .gz) or .parquet")
     model_path: Name = Field(

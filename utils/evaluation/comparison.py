@@ -196,7 +196,7 @@ def origin_remarks(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric: str, baseline: str) -> list[str]:
-    """Adds what `compare` says to every row; None where predictions are missing. Returns remarks."""
+    """Adds what `compare` says to every row; None if predictions are missing. Returns remarks."""
     scores = {evaluation.name: read_predictions(evaluation, metric) for evaluation in evaluations}
     other, base = next(one for one in evaluations if one.name == baseline), scores[baseline]
     compared = []
