@@ -146,11 +146,11 @@ def json_rows(path: Path, file) -> Iterator[list[str] | Row]:
             continue
         number += 1
         where = f"{path}: row {number} (line {line})"
-        check_text(where, [text])
         try:
             row = {key: as_text(value) for key, value in json.loads(text).items()}
         except (ValueError, RecursionError, AttributeError) as error:
-            raise DataError(f"{where}: is no JSON object ({error}): expected {{\"article\": ...}}") from None
+            raise DataError(f"{where}: is not a JSON object ({error}): expected {{\"article\": ...}}") from None
+        check_text(where, row.values())
         if number == 1:
             yield list(row)
         yield number, line, row, None
@@ -167,7 +167,7 @@ def parquet_rows(path: Path) -> Iterator[list[str] | Row]:
             for number, values in enumerate(rows, 1):
                 yield number, number, {key: as_text(value) for key, value in values.items()}, None
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is no Parquet file that can be read ({error})") from None
+        raise DataError(f"{path}: is not a readable Parquet file ({error})") from None
 
 
 def as_text(value) -> str:

@@ -154,15 +154,16 @@ def test_values_of_other_types_become_text(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("a.jsonl", b'{"article": "a"}\n', "no column 'id', 'highlights' (columns found: 'article')"),
-    ("a.jsonl", b'{"id": 1,\n', "row 1 (line 1): is no JSON object (Expecting property name"),
-    ("a.jsonl", b'\n[1, 2]\n', "row 1 (line 2): is no JSON object"),
+    ("a.jsonl", b'{"id": 1,\n', "row 1 (line 1): is not a JSON object (Expecting property name"),
+    ("a.jsonl", b'\n[1, 2]\n', "row 1 (line 2): is not a JSON object"),
     ("a.jsonl", b'{"id": 1, "article": "\xe9"}\n', "row 1 (line 1): holds the byte 0xE9"),
+    ("a.jsonl", b'{"id": 1, "article": "half of an emoji \\ud83d"}\n', "row 1 (line 1): holds the byte 0x3D"),
     ("a.jsonl", b"", "the file is empty"),
-    ("a.parquet", b"PAR1 not really", "is no Parquet file"),
+    ("a.parquet", b"PAR1 not really", "is not a readable Parquet file"),
     ("a.csv.gz", HEADER, "cannot be read"),
     ("a.csv.gz", gzip.compress(HEADER + b"1,a,h\n" * 50)[:40], "cannot be read"),
     ("a.csv.gz", gzip.compress(HEADER)[:10] + b"\xff" * 40, "cannot be read"),
-], ids=map(str, range(9)))
+], ids=map(str, range(10)))
 def test_damaged_tables_are_one_line(tmp_path, name, content, words):
     """Fault: a traceback of a library in place of file, row and reason."""
     (tmp_path / name).write_bytes(content)
