@@ -63,9 +63,10 @@ def build_distillation(
             lambda: load_teacher(source, config, context), f"{fingerprint} without {gaps}" if gaps else fingerprint,
             source.width(), vocabulary, kwargs, folder, context, log.info,
         )
-        names = [config.dataset_kwargs.train_dataset, *(measured_datasets(config).values() if keep else [])]
+        measured = measured_datasets(config).values() if keep else []
+        names = dict.fromkeys([config.dataset_kwargs.train_dataset, *measured])
         if keep or teacher.is_complete(train_table):
-            teacher.prepare(map(tables.open, dict.fromkeys(names)), config.dataset_kwargs.train_batch_size,
+            teacher.prepare(map(tables.open, names), config.dataset_kwargs.train_batch_size,
                             config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id, progress_bar)
         else:
             teacher = None
