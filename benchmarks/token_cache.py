@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from benchmarks.rouge_speed import interleaved
 from data.articles import DataError, read_articles
 from data.batches import collate, plan_epoch
-from data.demo_news import SIZES, generate, teacher_texts, train_tokenizer
+from data.demo_news import SIZES, generate, train_tokenizer
 from data.prompts import PromptFormat
 from data.tokenized import CHUNK, open_token_table
 from utils.cli import OneLineParser
@@ -64,7 +64,7 @@ def load_rows(path: Path | None, folder: Path | None, most: int) -> tuple[Texts,
     else:
         texts = [(row.article, row.highlights) for row in read_articles(path, on_bad_row="skip")[0][:most]]
     if folder is None:
-        return texts, train_tokenizer(teacher_texts(tables))
+        return texts, train_tokenizer(tables)
     if not (folder / "tokenizer.json").is_file():
         raise DataError(f"--tokenizer is {folder}: no tokenizer.json in it: give a folder of save_pretrained")
     return texts, AutoTokenizer.from_pretrained(folder)

@@ -20,26 +20,19 @@ from data.articles import DataError, describe_bad_rows, read_articles
 HUB_DATASET, CONFIGURATION = "abisee/cnn_dailymail", "3.0.0"
 SPLITS = ("train", "validation", "test")
 COLUMNS = ["id", "article", "highlights"]
-LENGTHS = ["article_length", "length_bucket"]
+BUCKET_WIDTH = 100  # words
 
 
-class HubError(DataError):
-    """The hub's data set is not available. The message is one line for the user."""
+def with_lengths(frame):
+    """The table with `article_length` and `length_bucket` after id, article and highlights, in place of its own.
 
-    exit_code = 1
-
-
-def length_bucket(words: int, width: int) -> str:
-    """The bucket of an article length: "300-399" holds 300 to 399 words for width 100."""
-    first = words // width * width
-    return f"{first}-{first + width - 1}"
-
-
-def with_lengths(frame, width: int):
-    """The table with the columns of LENGTHS after those of COLUMNS; columns of these names are replaced."""
+    The bucket "300-399" has the articles of 300 to 399 words.
+    """
     words = frame["article"].map(lambda text: len(text.split()))
-    frame = frame.assign(article_length=words, length_bucket=words.map(lambda count: length_bucket(count, width)))
-    return frame[[*COLUMNS, *LENGTHS, *(name for name in frame if name not in (*COLUMNS, *LENGTHS))]]
+    first = words // BUCKET_WIDTH * BUCKET_WIDTH
+    buckets = first.astype(str) + "-" + (first + BUCKET_WIDTH - 1).astype(str)
+    others = frame.drop(columns=[*COLUMNS, "article_length", "length_bucket"], errors="ignore")
+    return frame[COLUMNS].assign(article_length=words, length_bucket=buckets).join(others)
 
 
 def stratified_subset(frame, fraction: float, seed: int):
@@ -54,7 +47,7 @@ def stratified_subset(frame, fraction: float, seed: int):
 
 
 def read_hub() -> Iterator[tuple]:
-    """(split, DataFrame) for each split. Raises HubError."""
+    """(split, DataFrame) for each split. Raises DataError."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs a warning at each retry
     try:
         import datasets
@@ -65,10 +58,8 @@ def read_hub() -> Iterator[tuple]:
             yield split, frame.replace("\r\n?", "\n", regex=True)
     except Exception as error:  # the clients of the hub, of the files and of Arrow share no class of error
         reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise HubError(
-            f"cannot load {HUB_DATASET} {CONFIGURATION} from the hub ({reason}): "
-            "--from_csv works on local files, and ./demo.sh shows everything without the hub"
-        ) from error
+        raise DataError(f"cannot load {HUB_DATASET} {CONFIGURATION} from the hub ({reason}): --from_csv works on local "
+                        "files, and ./demo.sh shows everything without the hub") from error
 
 
 def read_local(paths: list[Path], on_bad_row: str) -> Iterator[tuple]:
@@ -85,17 +76,17 @@ def read_local(paths: list[Path], on_bad_row: str) -> Iterator[tuple]:
 
 def check_outputs(folder: Path, names: list[str], inputs: list[Path], overwrite: bool) -> None:
     """Raises DataError if a file would be lost."""
-    repeated = [name for name, count in Counter(map(str.casefold, names)).items() if count > 1]
-    if repeated:
-        raise DataError(f"--from_csv: two tables would be named {repeated[0]}: rename a file or convert it separately")
+    name, count = Counter(map(str.casefold, names)).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"--from_csv: two tables would be named {name}: rename a file or convert it separately")
     for path in (folder / name for name in names):
-        if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+        if path.resolve() in [source.resolve() for source in inputs]:
             raise DataError(f"{path} is an input: choose another --output_dir")
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists: choose another --output_dir, or replace it with --overwrite")
 
 
-def make_tables(options: argparse.Namespace) -> None:
+def write_tables(options: argparse.Namespace) -> None:
     """Write all tables; they get their names only when all are complete. Raises DataError or OSError."""
     folder, sources = options.output_dir, options.from_csv
     endings = ("", "_subset") if options.fraction < 1 else ("",)
@@ -105,7 +96,7 @@ def make_tables(options: argparse.Namespace) -> None:
     temporaries = {name: folder / f".tmp-{name}" for name in names}
     try:
         for stem, frame in read_hub() if sources is None else read_local(sources, options.on_bad_row):
-            full = with_lengths(frame, options.bucket_width)
+            full = with_lengths(frame)
             tables = [full, stratified_subset(full, options.fraction, options.seed)]
             folder.mkdir(parents=True, exist_ok=True)
             for ending, table in zip(endings, tables, strict=False):
@@ -119,21 +110,15 @@ def make_tables(options: argparse.Namespace) -> None:
             temporary.unlink(missing_ok=True)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"cnn_dailymail: error: {message}\n")
-
-
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="python -m data.cnn_dailymail",
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m data.cnn_dailymail",
         description="Write train.csv, validation.csv and test.csv of the hub's CNN/DailyMail, or the same for local"
         " tables, with article lengths; and train_subset.csv, validation_subset.csv and test_subset.csv beside them.",
     )
     parser.add_argument("--output_dir", type=Path, default=Path("data/cnn_dailymail"), help="default: %(default)s")
     parser.add_argument("--fraction", type=float, default=0.1, help="share of each table's rows in its"
                         " NAME_subset.csv, stratified by length; 1: write no subsets; default: %(default)s")
-    parser.add_argument("--bucket_width", type=int, default=100, help="in words; default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="of the subsets; default: %(default)s")
     parser.add_argument("--from_csv", type=Path, nargs="+", metavar="FILE", help="local files with the columns id,"
                         " article, highlights, instead of the hub: NAME.csv gives NAME.csv and NAME_subset.csv")
@@ -142,26 +127,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.fraction <= 1:
         parser.error(f"--fraction must be above 0 and at most 1, not {options.fraction}")
-    if options.bucket_width < 1:
-        parser.error(f"--bucket_width must be 1 or more, not {options.bucket_width}")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The exit code: 0, 2 for the arguments or a table, 1 for the hub or the file system, 130 for Ctrl-C."""
-    options = parse_arguments(arguments)
     try:
-        make_tables(options)
-    except DataError as error:
-        print(f"cnn_dailymail: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"cnn_dailymail: error: cannot write {error.filename or options.output_dir} ({error.strerror or error}):"
-              " free space, or choose another --output_dir", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("cnn_dailymail: interrupted", file=sys.stderr)
-        return 130
+        write_tables(options)
+    except (DataError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
     return 0
 
 

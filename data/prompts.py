@@ -180,7 +180,7 @@ def ids_of(texts: list[str], backend: Tokenizer) -> list[list[int]]:
 def token_places(encoding, text: str, backend: Tokenizer) -> list[int]:
     """Indices of special tokens that a text spells out; an unknown character may have the id of one without that."""
     special = {token: added.content for token, added in backend.get_added_tokens_decoder().items() if added.special}
-    return [place for place, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True))
+    return [index for index, (token, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True))
             if token in special and special[token] in text[start:end]]
 
 
@@ -211,10 +211,10 @@ def without_space_before(values: dict, behind_token: bool = False) -> dict:
         if part is None:
             return None
         if part["type"] == "Sequence" and "pretokenizers" in part:
-            # Behind another one, which splits text into words, it is before each word that the space is put.
+            # Behind another one, which splits text into words, the space is put before each word.
             return {**part, "pretokenizers": [*map(changed, part["pretokenizers"][:1]), *part["pretokenizers"][1:]]}
         if part["type"] == "Sequence":
-            return {**part, "normalizers": [each for each in map(changed, part["normalizers"]) if each is not None]}
+            return {**part, "normalizers": list(filter(None, map(changed, part["normalizers"])))}
         if part["type"] == "Metaspace" and (not behind_token or part["prepend_scheme"] == "first"):
             return {**part, "prepend_scheme": "never"}
         if part["type"] == "ByteLevel" and not behind_token:

@@ -80,7 +80,8 @@ def open_token_table(
     highlights do not fit is a bad row. progress is called with the number of rows just tokenised.
 
     Raises:
-        DataError: the CSV cannot be read, has bad rows ("error"), or has no good row; cache_dir cannot be written.
+        DataError: the CSV has bad rows ("error"), or has no good row; cache_dir cannot be written.
+        OSError: the CSV cannot be read.
     """
     path = Path(cache_dir) / f"{cache_key(csv_path, prompt_format, columns, on_bad_row)}.arrow"
     try:
@@ -97,11 +98,8 @@ def open_token_table(
 
 def cache_key(csv_path, prompt_format: PromptFormat, columns: dict | None, on_bad_row: str) -> str:
     """`stem-hash` with 32 hexadecimal digits of everything that decides the rows."""
-    try:
-        with Path(csv_path).open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{csv_path}: cannot be read ({error.strerror or error}): check the path") from error
+    with Path(csv_path).open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
     options = json.dumps([VERSION, content, prompt_format.fingerprint(), columns, on_bad_row], sort_keys=True)
     return f"{Path(csv_path).stem}-{hashlib.sha256(options.encode()).hexdigest()[:32]}"
 

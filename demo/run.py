@@ -11,9 +11,7 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -24,12 +22,29 @@ from typing import NamedTuple
 PARALLEL = 2  # steps at a time: models this small gain little from a second core
 LIBRARIES = ("train", "train_kd", "validate_model", "utils.runs.build", "utils.runs.run", "utils.runs.find_batch_size",
              "utils.runs.score_table", "utils.compare", "data.demo_news", "transformers.models.gpt2.modeling_gpt2")
-KL_DIVS = {"forward": 0.5, "reverse": 0.5, "JS": 0.9}  # kd_weight: near equality JS is about a quarter of KL
 # --full: optimizer steps by config; the default demo takes those of the config files.
 FULL_STEPS = {"train_teacher_short": 450, "train_teacher": 700, "train_student_short": 300, "train_student": 450,
               "continue_student": 150, "distil_student": 150, "on_policy": 150, "policy_gradient": 150}
 EQUAL_TIME_STEPS = 600  # of fine-tuning: they take as long as policy gradient's 150 (benchmarks/RESULTS.md)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+# What trains the student further: row of the table, folder, config, the tables that have it (of the default demo, of
+# --full with noisy labels, with clean ones), changes to the config. Near equality JS is about a quarter of KL.
+METHODS = [
+    ("fine-tuning", "fine_tuning", "continue_student", "default noisy clean", {}),
+    ("forward KL", "forward", "distil_student", "noisy clean",
+     {"distillation_kwargs.kl_div": "forward", "distillation_kwargs.kd_weight": 0.5}),
+    ("reverse KL", "reverse", "distil_student", "noisy clean",
+     {"distillation_kwargs.kl_div": "reverse", "distillation_kwargs.kd_weight": 0.5}),
+    ("JS", "JS", "distil_student", "default noisy clean",
+     {"distillation_kwargs.kl_div": "JS", "distillation_kwargs.kd_weight": 0.9}),
+    ("on-policy JS", "on_policy", "on_policy", "noisy", {}),
+    ("policy gradient", "policy_gradient", "policy_gradient", "noisy", {"distillation_kwargs.penalty": False}),
+    ("PG + penalties", "policy_gradient_penalties", "policy_gradient", "default noisy", {}),
+    ("longer tuning", "fine_tuning_longer", "continue_student", "noisy",
+     {"trainer_kwargs.epochs": 20, "trainer_kwargs.max_steps": EQUAL_TIME_STEPS}),
+]
 
 
 class Step(NamedTuple):
@@ -52,15 +67,17 @@ class Step(NamedTuple):
 
 
 class Plan:
-    """The steps of the demo, in order of preference, and the tables to print at the end: (title, command)."""
+    """The steps of the demo, in order of preference, and the tables to print at the end: (title, command).
 
-    def __init__(self, full: bool, max_steps: int | None):
+    max_steps: optimizer steps of every training; 0: as the configs say.
+    """
+
+    def __init__(self, full: bool, max_steps: int = 0):
         self.full, self.max_steps, self.root = full, max_steps, Path("runs/demo/full" if full else "runs/demo")
         self.steps = [Step("news", ["-m", "data.demo_news", "--output_dir", "data/demo"])]
         self.tables: list[tuple[str, list[str]]] = []
-        self.train("teacher_short", "train_teacher_short", "teacher_short.csv", ("news",))
-        self.train("teacher", "train_teacher", "teacher.csv", ("teacher_short",),
-                   {"model_arch.lang_model": self.last("teacher_short")})
+        self.train("teacher_short", "train_teacher_short", "teacher_short.csv")
+        self.train("teacher", "train_teacher", "teacher.csv", "teacher_short")
         for labels in ("noisy", "clean") if full else ("noisy",):
             self.add_students(labels)
         self.predict("teacher")
@@ -69,32 +86,14 @@ class Plan:
     def add_students(self, labels: str) -> None:
         """A student, and each method from its weights on. labels: "noisy" or "clean" highlights."""
         folder, ending = f"{labels}/" if self.full else "", "_noisy.csv" if labels == "noisy" else ".csv"
-        student, rows = f"{folder}student", {}
-        self.train(f"{student}_short", "train_student_short", f"student_short{ending}", ("news",))
-        self.train(student, "train_student", f"student{ending}", (f"{student}_short",),
-                   {"model_arch.lang_model": self.last(f"{student}_short")})
-
-        def method(title: str, name: str, config: str, settings: dict) -> None:
-            rows[title] = folder + name
-            alone = config == "continue_student"
-            models = {"model_arch.lang_model": self.last(student)} if alone else {
-                "trainer_kwargs.student_ckpt_path": self.last(student),
-                "trainer_kwargs.teacher_ckpt_path": self.last("teacher")}
-            self.train(folder + name, config, f"student{ending}", (student,) if alone else (student, "teacher"),
-                       {**models, **settings})
-
-        method("fine-tuning", "fine_tuning", "continue_student", {})
-        for kl_div, kd_weight in KL_DIVS.items() if self.full else [("JS", KL_DIVS["JS"])]:
-            method(kl_div if kl_div == "JS" else f"{kl_div} KL", kl_div, "distil_student",
-                   {"distillation_kwargs.kl_div": kl_div, "distillation_kwargs.kd_weight": kd_weight})
-        if self.full and labels == "noisy":
-            method("on-policy JS", "on_policy", "on_policy", {})
-            method("policy gradient", "policy_gradient", "policy_gradient", {"distillation_kwargs.penalty": False})
-        if labels == "noisy":
-            method("PG + penalties", "policy_gradient_penalties", "policy_gradient", {})
-        if self.full and labels == "noisy":
-            method("longer tuning", "fine_tuning_longer", "continue_student",
-                   {"trainer_kwargs.epochs": 20, "trainer_kwargs.max_steps": EQUAL_TIME_STEPS})
+        student = f"{folder}student"
+        self.train(f"{student}_short", "train_student_short", f"student_short{ending}")
+        self.train(student, "train_student", f"student{ending}", f"{student}_short")
+        rows = {}
+        for title, name, config, tables, settings in METHODS:
+            if (labels if self.full else "default") in tables.split():
+                rows[title] = folder + name
+                self.train(folder + name, config, f"student{ending}", student, settings)
         for name in rows.values():
             self.predict(name)
         rows = {"lead-3": "lead-3", "teacher": "teacher", **rows}
@@ -104,14 +103,23 @@ class Plan:
              *(f"{title}={self.root}/predictions/{name}" for title, name in rows.items())],
         ))
 
-    def train(self, name: str, config: str, rows: str, after: tuple[str, ...], settings: dict | None = None) -> None:
-        """A training that writes to `root/name`. Settings that the config has already are left out of the command."""
-        settings = {"trainer_kwargs.output_dir": f"{self.root}/{name}", "dataset_kwargs.train_dataset": rows,
-                    **({"trainer_kwargs.max_steps": FULL_STEPS[config]} if self.full else {}), **(settings or {})}
-        if self.max_steps:
-            settings["trainer_kwargs.max_steps"] = self.max_steps
+    def train(self, name: str, config: str, rows: str, start: str | None = None, settings: dict | None = None) -> None:
+        """A training that writes to `root/name`. Settings that the config has already are left out of the command.
+
+        start: the training whose weights it starts from; None: random weights.
+        """
         own = json.loads(Path(f"demo/{config}.json").read_text(encoding="utf-8"))
-        command = ["train_kd.py" if "distillation_kwargs" in own else "train.py", "--config", f"demo/{config}.json"]
+        script, after, models = "train.py", ("news",), {}
+        if "distillation_kwargs" in own:
+            script, after = "train_kd.py", (start, "teacher")
+            models = {"trainer_kwargs.student_ckpt_path": self.last(start),
+                      "trainer_kwargs.teacher_ckpt_path": self.last("teacher")}
+        elif start:
+            after, models = (start,), {"model_arch.lang_model": self.last(start)}
+        settings = {"trainer_kwargs.output_dir": f"{self.root}/{name}", "dataset_kwargs.train_dataset": rows,
+                    **({"trainer_kwargs.max_steps": FULL_STEPS[config]} if self.full else {}), **models,
+                    **(settings or {}), **({"trainer_kwargs.max_steps": self.max_steps} if self.max_steps else {})}
+        command = [script, "--config", f"demo/{config}.json"]
         for key, value in settings.items():
             section, option = key.split(".")
             if own[section].get(option) != value:
@@ -173,8 +181,11 @@ class Runner:
                     if process.exitcode is None:
                         continue
                     del self.running[name]
-                    if process.exitcode:
-                        return self.fail(name, process.exitcode)
+                    if code := process.exitcode:
+                        code = code if code > 0 else 128 - code
+                        self.say(f"failed {name} with exit code {code}; the end of {self.log(name)}:")
+                        print("\n".join(self.lines(name)[-15:]), file=sys.stderr)
+                        return code
                     self.finished.add(name)
                     result = self.lines(name)[-1].partition(";")[0]
                     self.say(f"done   {name} ({time.monotonic() - started:.0f} s): {result}")
@@ -210,31 +221,16 @@ class Runner:
         text = self.log(name).read_bytes().decode("utf-8", "replace") if self.log(name).exists() else ""
         return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n") if line.strip()] or [""]
 
-    def fail(self, name: str, exitcode: int) -> int:
-        code = exitcode if exitcode > 0 else 128 - exitcode
-        self.say(f"failed {name} with exit code {code}; the end of {self.log(name)}:")
-        print("\n".join(self.lines(name)[-15:]), file=sys.stderr)
-        return code
-
     def say(self, line: str) -> None:
         seconds = int(time.monotonic() - self.started)
-        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-        print(f"{clear}[{seconds // 60}:{seconds % 60:02}] {line}", flush=True)
+        print(f"[{seconds // 60}:{seconds % 60:02}] {line}", flush=True)
 
     def show_progress(self) -> None:
-        """How far the running steps are: on a terminal one line that is rewritten, else a line every 15 seconds."""
-        states = []
-        for name in self.running:
-            line = self.lines(name)[-1]
-            share, loss = re.search(r"^(.*?): +(\d+)%", line), re.search(r"loss [\d.]+", line)
-            state = f"{share[1]} {share[2]} %" if share else "..."
-            states.append(f"{name} {state}{f', {loss[0]}' if loss else ''}")
-        text = "   ".join(states)
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        elif states and time.monotonic() - self.shown > 15:
+        """How far the running steps are, every 15 seconds."""
+        if self.running and time.monotonic() - self.shown > 15:
             self.shown = time.monotonic()
-            self.say(f"       {text}")
+            bars = {name: re.sub(r"\|.*\|", "", self.lines(name)[-1]) for name in self.running}
+            self.say("       " + "   ".join(f"{name}: {bar[:60]}" for name, bar in bars.items()))
 
 
 def stop(number: int, frame) -> None:
@@ -244,10 +240,8 @@ def stop(number: int, frame) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser("./demo.sh", description="A teacher, students with and without it, and a table.")
     parser.add_argument("--full", action="store_true", help="longer trainings, all methods, noisy and clean labels")
-    parser.add_argument("--steps", type=int, default=os.environ.get("DEMO_STEPS") or None,
-                        help="optimizer steps of every training, to see that it runs (default: DEMO_STEPS)")
     options = parser.parse_args()
-    plan = Plan(options.full, options.steps)
+    plan = Plan(options.full, int(os.environ.get("DEMO_STEPS") or 0))
     for number in SIGNALS:
         signal.signal(number, stop)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -269,8 +263,7 @@ def main() -> int:
     if options.full:
         print(f"\nlonger tuning: {EQUAL_TIME_STEPS} steps, about as long a time as policy gradient's 150 with rollouts")
     seconds = int(time.monotonic() - started)
-    cpu = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"\ntook {seconds // 60} min {seconds % 60} s ({cpu / 60:.1f} min of CPU), without the installation")
+    print(f"\ntook {seconds // 60} min {seconds % 60} s, without the installation")
     print(f"models:       {plan.root}/NAME/model_checkpoints/last (folders for AutoModelForCausalLM.from_pretrained)")
     print(f"predictions:  {plan.root}/predictions/NAME/predictions.json")
     print("curves:       .venv/bin/tensorboard --logdir runs/demo")

@@ -1,7 +1,6 @@
 """What the scripts share: arguments, exit codes, and errors in one line. Imports nothing of torch or transformers."""
 
 import argparse
-import difflib
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils.errors import describe
-from utils.text import one_line, shorten
+from utils.text import one_line
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -26,16 +25,6 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see --help)\n")
-
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
-        """For an unknown argument, name the most similar flag."""
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            wrong = next((text for text in unknown if text.startswith("--")), unknown[0]).partition("=")[0]
-            near = difflib.get_close_matches(wrong[:50], self._option_string_actions, n=1)
-            self.error(f"unknown argument {shorten(wrong) or repr(wrong)}"
-                       + (f": did you mean {near[0]}?" if near else ""))
-        return options
 
 
 def training_parser(name: str, description: str, examples: str, default_config: str) -> argparse.ArgumentParser:
@@ -70,20 +59,15 @@ def run_command(name: str, command: Callable[[], int], debug: bool = False) -> i
         if code > 128:
             print(f"{name}: {error}", file=sys.stderr)
             return code
-        lines = str(error).split("\n") if getattr(error, "one_line_each", False) else [message_of(error)]
-        return fail(name, lines, code, debug)
+        if debug:
+            traceback.print_exc()
+        for line in str(error).split("\n") if getattr(error, "one_line_each", False) else [message_of(error)]:
+            print(f"{name}: error: {one_line(line)}", file=sys.stderr)
+        return code
     finally:
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def fail(name: str, lines: list[str], code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    for line in lines:
-        print(f"{name}: error: {one_line(line)}", file=sys.stderr)
-    return code
 
 
 def message_of(error: Exception) -> str:

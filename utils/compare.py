@@ -42,10 +42,7 @@ def print_table(options: argparse.Namespace) -> int:
         width = {heading: len(heading) + 1 for heading in table}  # two spaces between columns
         text = "\n".join([table.to_string(col_space=width), "", *notes(rows, **settings), *remarks]) + "\n"
     elif options.format == "csv":
-        table = pandas.DataFrame(rows, dtype=object)
-        for column in ("method", "set"):  # an apostrophe keeps spreadsheet programs from running a name as a formula
-            table[column] = table[column].str.replace(r"^(\s*[=+\-@])", r"'\1", regex=True)
-        text = table.to_csv(index=False)
+        text = pandas.DataFrame(rows, dtype=object).to_csv(index=False)
     else:
         text = json.dumps({"settings": settings, "rows": rows, "remarks": remarks}, indent=2, ensure_ascii=False) + "\n"
     if options.format != "text":
@@ -95,7 +92,7 @@ def cells(row: dict, rows: list[dict], baseline: str | None) -> dict[str, str]:
     """A row of the text table, in per cent. Columns in which every row has the same value are notes instead."""
     shown = {"method": row["method"], **{HEADINGS[metric]: with_interval(row, metric) for metric in METRICS[:3]}}
     shown["facts"] = per_cent(row["facts"])
-    shown |= {key: str(row[key] or "") for key in ("set", "rows") if len({each[key] for each in rows}) > 1}
+    shown |= {key: str(row[key] or "") for key in ("set", "rows") if len({other[key] for other in rows}) > 1}
     if baseline is None:
         shown["params"] = "" if row["parameters"] is None else f"{row['parameters'] / 1e6:.3g} M"
         shown["tokens/s"] = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}"

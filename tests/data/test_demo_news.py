@@ -58,7 +58,7 @@ def test_splits_are_disjoint(tables):
 
 
 def test_articles_hold_their_facts(tables):
-    """Fault: a fact missing from the article or its highlights, or told in its distractors too."""
+    """Fault: a fact missing from the article or its highlights, or stated in its distractors too."""
     for name in CLEAN:
         for row in tables[name]:
             facts = json.loads(row["facts"])

@@ -14,7 +14,6 @@ CASE_TEMPLATE = "{article} TL;DR: "
 SEPARATOR = list(b" TL;DR: ")
 TEMPLATES = [CASE_TEMPLATE, DEFAULT_TEMPLATE, "{article}", "Sum up.\n{article}\n\nSummary:\n"]
 BYTES = byte_tokenizer()
-BYTE_FORMATS = [PromptFormat(BYTES, template, 64) for template in TEMPLATES]
 some_texts = st.text(max_size=80)
 
 
@@ -25,6 +24,11 @@ def gpt2() -> PreTrainedTokenizerFast:
     if not folder.is_dir():
         pytest.skip("GPT-2's vocabulary is not here (folder shared/data beside the project)")
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["bytes", "gpt2"])
+def tokenizer(request) -> PreTrainedTokenizerFast:
+    return BYTES if request.param == "bytes" else request.getfixturevalue("gpt2")
 
 
 def case_format(max_length=128, tokenizer=BYTES) -> PromptFormat:
@@ -91,23 +95,18 @@ def test_tokens_of_many_characters(article):
     assert training_row(prompt_format, article, "a") == ([*ids[:17], 3, 1, 0], len(ids[:17]) + 1)
 
 
-def test_highlights_that_do_not_fit_are_reported_with_sizes():
-    """A negative slice, or highlights cut without a word (A15)."""
-    row = training_row(case_format(), "x", "s" * 500)
-    assert isinstance(row, RowTooLong)
-    assert "500" in str(row)
-    assert "128" in str(row)
-    assert len(str(row).splitlines()) == 1
-
-
-@pytest.mark.parametrize(("characters", "fits"), [(117, True), (118, True), (119, False), (120, False)])
+@pytest.mark.parametrize(("characters", "fits"), [(117, True), (118, True), (119, False), (500, False)])
 def test_the_longest_highlights_that_fit(characters, fits):
-    """Off by one where highlights leave room for exactly one article token: 1 + 8 + 118 + 1 = 128."""
+    """Off by one if highlights leave room for exactly one article token (1 + 8 + 118 + 1 = 128); a negative slice, or
+    highlights cut without a word (A15)."""
     row = training_row(case_format(), "xyz", "s" * characters)
-    assert isinstance(row, tuple) == fits
     if fits:
         assert len(row[0]) - row[1] == characters + 1
         assert row[0][0] == ord("x")
+    else:
+        assert isinstance(row, RowTooLong)
+        assert f"highlights of {characters} tokens" in str(row) and "128 tokens" in str(row)
+        assert len(str(row).splitlines()) == 1
 
 
 @pytest.mark.parametrize("max_new_tokens", [120, 128, 500])
@@ -151,7 +150,18 @@ def test_signs_of_other_models_are_plain_text_for_gpt2(gpt2, text, expected):
     assert expected is None or ids == expected
 
 
-def check_prompt_is_beginning_of_row(prompt_format, article, highlights):
+@pytest.fixture(scope="module")
+def formats(tokenizer) -> list[PromptFormat]:
+    return [PromptFormat(tokenizer, template, 64) for template in TEMPLATES]
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_prompt_is_the_beginning_of_its_training_row(formats, data):
+    """Prediction that begins otherwise than training did, for any text (A16), also with GPT-2's merges, which join
+    letters across a seam that is not kept; text that does not come back (A24)."""
+    prompt_format = data.draw(st.sampled_from(formats))
+    article, highlights = data.draw(some_texts), data.draw(some_texts)
     row = training_row(prompt_format, article, highlights)
     if isinstance(row, RowTooLong):
         return
@@ -164,44 +174,15 @@ def check_prompt_is_beginning_of_row(prompt_format, article, highlights):
     assert prompt_format.prediction_prompts([article], len(labels)) == [ids[:boundary]]
 
 
-@settings(deadline=None, max_examples=150)
-@given(st.sampled_from(BYTE_FORMATS), some_texts, some_texts)
-def test_prompt_is_the_beginning_of_its_training_row(prompt_format, article, highlights):
-    """Prediction that begins otherwise than training did, for any text (A16); text that does not come back (A24)."""
-    check_prompt_is_beginning_of_row(prompt_format, article, highlights)
-
-
-@settings(deadline=None, max_examples=100)
-@given(data=st.data())
-def test_prompt_is_the_beginning_of_its_training_row_in_gpt2(gpt2_formats, data):
-    """The same with GPT-2's merges, which join letters across a seam that is not kept (A16)."""
-    prompt_format = data.draw(st.sampled_from(gpt2_formats))
-    check_prompt_is_beginning_of_row(prompt_format, data.draw(some_texts), data.draw(some_texts))
-
-
-@pytest.fixture(scope="module")
-def gpt2_formats(gpt2) -> list[PromptFormat]:
-    return [PromptFormat(gpt2, template, 64) for template in TEMPLATES]
-
-
 # -- A12: special tokens ----------------------------------------------------------------------------------------
 
 
-def test_end_of_text_inside_a_text_is_plain_text():
+def test_end_of_text_inside_a_text_is_plain_text(tokenizer):
     """An article that ends its own row with the characters of a special token (A12)."""
-    ids, boundary = training_row(case_format(), "a<|endoftext|>b", "<|endoftext|>")
-    assert ids[:15] == list(b"a<|endoftext|>b")
-    assert ids[boundary:] == [*b"<|endoftext|>", END]
-    assert ids.count(END) == 1
-
-
-def test_end_of_text_inside_a_text_is_plain_text_for_gpt2(gpt2):
-    """The same in GPT-2's vocabulary, where one id stands for the whole sign (A12)."""
-    prompt_format = PromptFormat(gpt2)
-    ids, _ = training_row(prompt_format, "a<|endoftext|>b", "c")
-    assert [index for index, token in enumerate(ids) if token == 50256] == [len(ids) - 1]
-    (prompt,) = prompt_format.prediction_prompts(["a<|endoftext|>b"], 5)
-    assert gpt2.decode(prompt) == "a<|endoftext|>b\nTL;DR:"
+    ids, boundary = training_row(case_format(tokenizer=tokenizer), "a<|endoftext|>b", "<|endoftext|>")
+    assert [index for index, token in enumerate(ids) if token == tokenizer.eos_token_id] == [len(ids) - 1]
+    assert tokenizer.decode(ids[:boundary]) == "a<|endoftext|>b TL;DR: "
+    assert tokenizer.decode(ids[boundary:-1]) == "<|endoftext|>"
 
 
 def test_begin_of_text_of_tokenizers_that_add_one():
@@ -301,11 +282,11 @@ ANY_SCRIPT = ["café à Zürich", "Премьер ушёл", "首相辞任", "�
 
 
 @pytest.mark.parametrize("text", ANY_SCRIPT)
-def test_any_script_comes_back_as_it_was(gpt2, text):
+def test_any_script_comes_back_as_it_was(tokenizer, text):
     """Text changed on its way through ids: accents, scripts, joined emoji, line ends, detokenised spaces (A24)."""
-    for prompt_format in (PromptFormat(gpt2), PromptFormat(BYTES)):
-        ids, boundary = training_row(prompt_format, text, text)
-        assert prompt_format.decode(ids[boundary:]) == text
+    prompt_format = PromptFormat(tokenizer)
+    ids, boundary = training_row(prompt_format, text, text)
+    assert prompt_format.decode(ids[boundary:]) == text
 
 
 # -- the name of a format ---------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_the_key_decides_the_folder(tmp_path, table):
     """Fault: another teacher, precision, k, temperature or other rows read what was stored for the first."""
     key = ("abc", "top_k", "float32", 257, 8, 1.0)
     others = [("abd", *key[1:]), (*key[:2], "bfloat16", *key[3:]), (*key[:4], 9, 1.0), (*key[:5], 2.0), key[:5]]
-    folders = {cache_of(tmp_path, table, each).folder for each in (key, *others)}
+    folders = {cache_of(tmp_path, table, other).folder for other in (key, *others)}
     assert len(folders) == 6 and cache_of(tmp_path, table, key).folder in folders
     other_rows = make_table(tmp_path / "other", [*HIGHLIGHTS[:4], "xyz"])
     assert cache_of(tmp_path, other_rows, key).folder not in folders

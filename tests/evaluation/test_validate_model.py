@@ -108,7 +108,7 @@ def test_predictions_have_the_rows_of_the_csv_in_its_order(tmp_path, folder):
 
 
 def test_scores_are_means_over_rows_with_intervals(tmp_path, folder):
-    """Fault: means over batches, scores of other rows than those written, settings that cannot be told later."""
+    """Fault: means over batches, scores of other rows than those written, settings that are not recorded."""
     path = write_news(tmp_path / "news.csv")
     _, predictions, scores = run(tmp_path, folder, path, "--batch_size", "3")
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)

@@ -142,14 +142,13 @@ def tools(folder: Path) -> dict[str, Case]:
     folder = folder.resolve()
     for name in ("demo", "tables", "comparison"):
         (folder / name).mkdir(parents=True)
-    splits = ("teacher_short", "teacher", "student_short", "student", "validation", "test")
-    rows = [part for name in splits for part in (f"--{name}_rows", "4")]
     write_rows(folder / "tables/news.csv", make_rows(12))
     for name, scores in (("one", [0.1, 0.2, 0.3]), ("two", [0.2, 0.3, 0.5])):
         write_evaluation(folder / "comparison" / name, scores)
     (folder / "comparison/run").mkdir()
     made = (
-        in_folder(folder, "demo", "data.demo_news", None, (*rows, "--vocab_size", "300", "--output_dir", "run")),
+        in_folder(folder, "demo", "data.demo_news", None,
+                  ("--max_rows", "4", "--vocab_size", "300", "--output_dir", "run")),
         in_folder(folder, "tables", "data.cnn_dailymail", None,
                   ("--from_csv", "news.csv", "--fraction", "0.5", "--output_dir", "run")),
         in_folder(folder, "comparison", "utils.compare", None,

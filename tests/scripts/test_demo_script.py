@@ -84,7 +84,7 @@ def test_plan(monkeypatch, full, tables, most_settings):
     """Fault: a step that waits for one that does not exist, two in one folder, or a default demo that is not what the
     configs in demo/ say."""
     monkeypatch.chdir(ROOT)
-    plan = Plan(full, None)
+    plan = Plan(full)
     assert len(plan.tables) == tables
     finished = set()
     for step in plan.steps:

@@ -16,11 +16,6 @@ POLICY_KEYS = ("rollout", "alpha", "rollout_epochs", "importance_weight", "lm_we
 OWNERS = {key: [name for name, entry in DIVERGENCES.items() if key in entry.parameters] for key in PARAMETERS}
 
 
-def monitored_metric(stopping) -> str:
-    """The validation metric that decides about best and about stopping, from `callbacks_kwargs.kwargs`."""
-    return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
-
-
 # -- contradictions ----------------------------------------------------------------------------------------------
 
 
@@ -43,7 +38,7 @@ def contradictions(config) -> Iterator[str]:
                 yield (f"{key} is set but trainer_kwargs.monitor_val is false: set monitor_val to true, or "
                        f"{key.rpartition('.')[2]} to {off}")
 
-    metric = monitored_metric(stopping)
+    metric = config.monitored_metric
     mode, other = ("max", "loss") if metric.startswith("rouge") else ("min", "rougeL")
     if stopping.mode != mode:
         yield (f'callbacks_kwargs.kwargs.mode is "{stopping.mode}" but callbacks_kwargs.kwargs.metric is "{metric}": '
@@ -52,13 +47,13 @@ def contradictions(config) -> Iterator[str]:
         yield (f'{metric} is monitored (callbacks_kwargs.kwargs.mode is "{stopping.mode}") but trainer_kwargs.metrics '
                'lacks "rouge": add it, or set mode to "min" and metric to "loss"')
 
-    if trainer.adaptive_loss_scaling and trainer.scaling_metric.startswith("rouge"):
+    if trainer.adaptive_loss_scaling and trainer.adaptive_loss_metric.startswith("rouge"):
         if trainer.monitor_val and "rouge" not in trainer.metrics:
             yield ('trainer_kwargs.adaptive_loss_scaling is true but trainer_kwargs.metrics lacks "rouge": add it, set '
                    'adaptive_loss_metric to "perplexity", or adaptive_loss_scaling to false')
-        if trainer.scaling_baseline > 1:
-            yield (f"trainer_kwargs.baseline_threshold is {trainer.scaling_baseline:g} but "
-                   f"trainer_kwargs.adaptive_loss_metric is {trainer.scaling_metric}, from 0 to 1, and "
+        if trainer.baseline_threshold > 1:
+            yield (f"trainer_kwargs.baseline_threshold is {trainer.baseline_threshold:g} but "
+                   f"trainer_kwargs.adaptive_loss_metric is {trainer.adaptive_loss_metric}, from 0 to 1, and "
                    "trainer_kwargs.adaptive_loss_scaling is true: set baseline_threshold to a score, such as 0.15")
 
     if hasattr(config, "distillation_kwargs"):

@@ -10,10 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from utils.config.checks import contradictions, monitored_metric
-
-COLUMNS = ("id", "article", "highlights")
-MOST_BEAMS = 1000
+from data.articles import DEFAULT_COLUMNS, complete_columns
+from utils.config.checks import contradictions
 
 
 class Section(BaseModel):
@@ -31,27 +29,27 @@ def check_name(name: str) -> str:
     return os.path.expanduser(name)  # noqa: PTH111 (that of Path fails for an unknown ~user)
 
 
+def minus_one_is(value) -> AfterValidator:
+    return AfterValidator(lambda given: value if given == -1 else given)
+
+
 def check_template(template: str) -> str:
     if template.count("{article}") != 1:
         raise ValueError("should contain the text {article} exactly once")
     return template
 
 
-def complete_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
-    """All three columns; the default name of a column is its key."""
-    for key in ("article", "highlights"):
-        if columns.get(key, key) is None:
-            raise ValueError(f"{key} should be the name of a column: only id may be null")
-    return {key: columns.get(key, key) for key in COLUMNS}
-
-
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-CountOrOff = Annotated[int, Field(ge=-1)] | None  # null, 0 and -1: off
+Beams = Annotated[int, Field(ge=1, le=1000)]
+CountOrOff = Annotated[  # null, 0 and -1: None
+    Annotated[int, Field(ge=-1)] | None, AfterValidator(lambda count: None if count in (0, -1) else count)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(check_name)]  # a path, file name or hub id
-ColumnName = Annotated[str, Field(min_length=1)]  # a header may hold newlines
-Columns = Annotated[dict[Literal["id", "article", "highlights"], ColumnName | None], AfterValidator(complete_columns)]
+Columns = Annotated[  # a header may hold newlines
+    dict[Literal["id", "article", "highlights"], Annotated[str, Field(min_length=1)] | None],
+    AfterValidator(complete_columns)]
+Template = Annotated[str, AfterValidator(check_template)]
 
 # -- keys of both configs ----------------------------------------------------------------------------------------
 
@@ -70,7 +68,7 @@ class GenerationKwargs(Section):
     """Decoding during evaluation."""
 
     max_generation_length: Count = Field(80, description="maximum number of tokens of a generated summary")
-    num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1: greedy decoding; more: beam search")
+    num_beams: Beams = Field(1, description="1: greedy decoding; more: beam search")
     early_stopping: bool = Field(False, description="beam search ends as soon as num_beams summaries are complete")
 
 
@@ -106,12 +104,13 @@ class TrainerKwargs(Section):
     compile: bool = Field(
         False, description="compile the models with torch.compile: a minute longer to start, then faster steps")
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of all random numbers")
-    gradient_clipping: Annotated[float, Field(ge=0)] | None = Field(
-        1.0, description="maximum gradient norm; null or 0: no clipping")
+    gradient_clipping: Annotated[
+        Annotated[float, Field(ge=0)] | None, AfterValidator(lambda norm: norm or None)
+    ] = Field(1.0, description="maximum gradient norm; null or 0: no clipping")
     skip_nonfinite_steps: Index = Field(
         0, description="how many optimizer steps of a run may be skipped, with a notice, because their loss or "
         "gradient is NaN or infinite; the next one stops the run")
-    gradient_accumulation_steps: Index | None = Field(
+    gradient_accumulation_steps: Annotated[Index | None, AfterValidator(lambda steps: steps or 1)] = Field(
         1, description="micro-batches per optimizer step; null or 0: 1")
     output_dir: Name = Field("runs/fine_tune", description="folder for logs and checkpoints; created if missing")
     load_from_checkpoint: bool = Field(
@@ -135,11 +134,12 @@ class TrainerKwargs(Section):
         False, description="every loss_scaling_batch micro-batches, score validation_subset and scale the loss by "
         "sigmoid(baseline - score); a better score becomes the baseline; with metric perplexity, scale by "
         "sigmoid(perplexity)")
-    loss_scaling_batch: Literal[-1] | Count = Field(
+    loss_scaling_batch: Annotated[Literal[-1] | Count, minus_one_is(1024)] = Field(
         1024, description="with adaptive_loss_scaling: micro-batches between two scores; -1: 1024")
-    adaptive_loss_metric: Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity", -1] = Field(
-        "rougeL", description="with adaptive_loss_scaling: the score; -1: rougeL")
-    baseline_threshold: Literal[-1] | Annotated[float, Field(ge=0)] = Field(
+    adaptive_loss_metric: Annotated[
+        Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity", -1], minus_one_is("rougeL")
+    ] = Field("rougeL", description="with adaptive_loss_scaling: the score; -1: rougeL")
+    baseline_threshold: Annotated[Literal[-1] | Annotated[float, Field(ge=0)], minus_one_is(0.15)] = Field(
         0.15, description="with adaptive_loss_scaling: the first baseline; -1: 0.15")
     multi_gpu: bool = Field(False, description="data-parallel training, with one process per GPU")
     multi_gpu_ids: list[Index] = Field(default=[], description="with multi_gpu: GPU indices; empty: all")
@@ -147,41 +147,6 @@ class TrainerKwargs(Section):
         None, exclude=True, description="accepted without effect: training scripts train")
     use_cache: bool | None = Field(
         None, exclude=True, description="accepted without effect: the KV cache is always used")
-
-    @property
-    def accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step, at least 1."""
-        return self.gradient_accumulation_steps or 1
-
-    @property
-    def clip_norm(self) -> float | None:
-        """Maximum gradient norm; None: no clipping."""
-        return self.gradient_clipping or None
-
-    @property
-    def checkpoint_every(self) -> int | None:
-        """Micro-batches between two checkpoints within an epoch; None: off."""
-        return self.n_batch_ckpt_save if (self.n_batch_ckpt_save or -1) > 0 else None
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Maximum number of micro-batches per epoch; None: no limit."""
-        return self.ckpt_training_batch if (self.ckpt_training_batch or -1) > 0 else None
-
-    @property
-    def loss_scaling_interval(self) -> int:
-        """Micro-batches between two scores of adaptive loss scaling."""
-        return 1024 if self.loss_scaling_batch == -1 else self.loss_scaling_batch
-
-    @property
-    def scaling_metric(self) -> str:
-        """The score of adaptive loss scaling."""
-        return "rougeL" if self.adaptive_loss_metric == -1 else self.adaptive_loss_metric
-
-    @property
-    def scaling_baseline(self) -> float:
-        """The first baseline of adaptive loss scaling."""
-        return 0.15 if self.baseline_threshold == -1 else self.baseline_threshold
 
 
 class OptimizerKwargs(Section):
@@ -243,12 +208,11 @@ class DatasetKwargs(Section):
         None, description="maximum number of tokens per micro-batch, padding included; the rows of a step "
         "(train_batch_size x gradient_accumulation_steps) are then split by this limit instead of by "
         "train_batch_size; null: no limit")
-    prompt_template: Annotated[str, AfterValidator(check_template)] = Field(
+    prompt_template: Template = Field(
         "{article}\nTL;DR:", description="the prompt; contains {article} exactly once; special tokens in it, such as "
         "<|sum|> or those of a chat format, are read as special tokens")
     columns: Columns = Field(
-        default={key: key for key in COLUMNS},
-        description="names of the columns in your tables; id may be null: rows are numbered")
+        default=DEFAULT_COLUMNS, description="names of the columns in your tables; id may be null: rows are numbered")
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="error: a bad row stops the run; skip: bad rows are skipped and listed")
     max_length: Count | None = Field(
@@ -272,7 +236,8 @@ class FineTuneConfig(Section):
     @property
     def monitored_metric(self) -> str:
         """The validation metric that decides about best and about stopping."""
-        return monitored_metric(self.callbacks_kwargs.kwargs)
+        stopping = self.callbacks_kwargs.kwargs
+        return stopping.metric or ("rougeL" if stopping.mode == "max" else "loss")
 
     @model_validator(mode="after")
     def check_together(self):

@@ -18,8 +18,6 @@ from utils.text import shorten
 
 FREE_TEXT = "_description"  # keys that start with it
 MAX_ERRORS = 20  # a JSON file of something else has thousands
-AN_OBJECT = "Input should be an object {...}"  # pydantic's own words name Python's types
-MESSAGES = {"dict_type": AN_OBJECT, "model_type": AN_OBJECT}
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
 
 
@@ -49,7 +47,7 @@ def load_config(path: str | PathLike, overrides: Sequence[str] = (), model: type
                 return name
         return source
 
-    return validate_model(model, values, source, source_of)
+    return validate_model(model, values, source_of)
 
 
 def read_json(path: str | PathLike) -> dict:
@@ -60,7 +58,7 @@ def read_json(path: str | PathLike) -> dict:
     """
     name = shorten(str(path), 200)
     try:
-        values = parse(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=without_duplicates)
     except OSError as error:
         remedy = "name a config with --config FILE, or run ./demo.sh, which needs none"
         raise ConfigError(f"{name} cannot be read: {error.strerror}: {remedy}") from error
@@ -69,14 +67,6 @@ def read_json(path: str | PathLike) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{name} should hold an object, {{...}} (got {show(values)})")
     return values
-
-
-def parse(text: str):
-    """JSON; ValueError if it is none or repeats a key. NaN and infinities pass: the models refuse them."""
-    try:
-        return json.loads(text, object_pairs_hook=without_duplicates)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -99,7 +89,7 @@ def apply_override(values: dict, text: str) -> tuple[str, ...]:
         if not isinstance(values, dict):
             raise ConfigError(f"--set {shorten(text)}: {section} is {show(values)}, which has no keys")
     try:
-        values[key] = parse(raw)
+        values[key] = json.loads(raw, object_pairs_hook=without_duplicates)
     except ValueError:
         values[key] = raw
     return path
@@ -108,28 +98,24 @@ def apply_override(values: dict, text: str) -> tuple[str, ...]:
 # -- validation --------------------------------------------------------------------------------------------------
 
 
-def validate_model(
-    model: type[BaseModel], values: dict, source: str = "config.json", source_of: Callable[[tuple], str] | None = None
-):
+def validate_model(model: type[BaseModel], values: dict, source_of: Callable[[tuple], str]):
     """`values` as an instance of `model`, without `$schema` at the top and `_description...` keys anywhere.
 
-    source: name of the file in errors; source_of(key path): the same for one value.
+    source_of(key path): name of the file or flag that set a value; the path () is that of all values together.
 
     Raises:
         ConfigError: one line for each key or value that is wrong.
     """
+    values = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
     try:
-        values = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
         return model.model_validate(values)
-    except RecursionError as error:
-        raise ConfigError(f"{source} is nested too deeply") from error
     except ValidationError as error:
         by_path: dict[tuple, list[dict]] = {}  # several for a key of several types: pydantic reports each type
         for item in error.errors(include_url=False):
             path = item["loc"] if item["type"] == "missing" else path_in(values, item["loc"])
             by_path.setdefault(path, []).append(item)
     raise ConfigError("\n".join(
-        f"{source_of(path) if source_of else source}: {line}" for path, errors in [*by_path.items()][:MAX_ERRORS]
+        f"{source_of(path)}: {line}" for path, errors in [*by_path.items()][:MAX_ERRORS]
         for line in describe_errors(model, path, errors)
     ))
 
@@ -157,8 +143,8 @@ def describe_errors(model: type[BaseModel], path: tuple, errors: list[dict]) -> 
         return [f"{name} is unknown: {nearest(model, path)}"]
     if "missing" in types:
         return [f"{name} is missing"]
-    messages = dict.fromkeys(MESSAGES.get(error["type"], error["msg"]) for error in errors)
-    text = " or ".join(messages).replace(" or Input should be ", " or ").removeprefix("Value error, ")
+    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in errors)
+    text = " or ".join(messages).replace(" or Input should be ", " or ")
     if not path:
         return text.split("\n")
     in_quotes = types & {"int_type", "float_type"} and isinstance(value, str) and re.fullmatch(NUMBER, value)
@@ -169,7 +155,7 @@ def describe_errors(model: type[BaseModel], path: tuple, errors: list[dict]) -> 
 def nearest(model: type[BaseModel], path: tuple) -> str:
     """The keys of (almost) that name in any section, else the most similar key beside the unknown one."""
     paths = list(key_paths(model))
-    names, key = [known[-1] for known in paths], path[-1][:100].lower().replace("-", "_")
+    names, key = [known[-1] for known in paths], path[-1].lower().replace("-", "_")
     if model is FineTuneConfig and key not in names and key in [known[-1] for known in key_paths(DistillConfig)]:
         return "it belongs in a config of train_kd.py"
     key = STUDENT_KEYS.get(key, key) if model is DistillConfig else key
@@ -192,7 +178,7 @@ def key_paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[
 
 
 def show(value) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False, default=repr))
+    return shorten(json.dumps(value, ensure_ascii=False))
 
 
 def config_json(config: BaseModel) -> str:

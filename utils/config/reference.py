@@ -22,7 +22,6 @@ SCHEMA_FILES = {"config.schema.json": FineTuneConfig, "config_kd.schema.json": D
 PAGE = "docs/config.md"
 START, END = "<!-- config reference: start -->", "<!-- config reference: end -->"
 TABLE_HEAD = ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
-TYPES = {"boolean": "true or false"}
 LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
@@ -66,12 +65,6 @@ def leaves(tree: dict, node: dict | None = None, path: tuple = ()) -> Iterator[t
             yield from leaves(tree, section, (*path, key))
 
 
-def constants(node: dict) -> list:
-    """The values that a node lists."""
-    own = [*node.get("enum", []), *([node["const"]] if "const" in node else [])]
-    return own + [value for choice in node.get("anyOf", []) for value in constants(choice)]
-
-
 # -- tables ------------------------------------------------------------------------------------------------------
 
 
@@ -79,12 +72,12 @@ def type_of(node: dict) -> str:
     """The type and range of a value in words: "number > 0, or null"."""
     if "anyOf" in node:
         return ", or ".join(map(type_of, node["anyOf"]))
-    if values := constants(node):
-        return ", ".join(map(json.dumps, values))
-    if node.get("type") == "array":
+    if "enum" in node or "const" in node:
+        return ", ".join(map(json.dumps, node.get("enum", [node.get("const")])))
+    if node["type"] == "array":
         return f"list of {type_of(node['items']).replace('integer', 'integers')}"
-    limits = [f"{sign} {node[name]}" for name, sign in LIMITS.items() if name in node]
-    return " ".join([TYPES.get(node["type"], node["type"]), " and ".join(limits)]).strip()
+    limits = " and ".join(f"{sign} {node[name]}" for name, sign in LIMITS.items() if name in node)
+    return f"{'true or false' if node['type'] == 'boolean' else node['type']} {limits}".strip()
 
 
 def row(path: tuple, node: dict) -> str:
@@ -115,21 +108,7 @@ def tables(model: type[BaseModel] = FineTuneConfig, shown: type[BaseModel] | Non
     return "\n\n".join(parts) + "\n"
 
 
-def reference() -> str:
-    """What docs/config.md has between the markers: config.json in full, then what differs in config_kd.json."""
-    return (f"{tables()}\n## `config_kd.json` (`train_kd.py`)\n\nSections that are not listed here are those of "
-            f"`config.json` above.\n\n{tables(DistillConfig, FineTuneConfig)}")
-
-
 # -- command -----------------------------------------------------------------------------------------------------
-
-
-def generated(root: Path = ROOT) -> dict[str, str]:
-    """{file name: text as it should be}."""
-    page = (root / PAGE).read_text(encoding="utf-8")
-    before, after = page.split(START)[0], page.split(END)[1]
-    return {**{name: json_text(schema(model)) for name, model in SCHEMA_FILES.items()},
-            PAGE: f"{before}{START}\n\n{reference()}\n{END}{after}"}
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
@@ -137,7 +116,14 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
     check = parser.parse_args(arguments).check
-    texts = {name: text for name, text in generated(root).items()
+    page = (root / PAGE).read_text(encoding="utf-8")
+    texts = {name: json_text(schema(model)) for name, model in SCHEMA_FILES.items()}
+    texts[PAGE] = (
+        f"{page.split(START)[0]}{START}\n\n{tables()}\n## `config_kd.json` (`train_kd.py`)\n\nSections that are not "
+        f"listed here are those of `config.json` above.\n\n{tables(DistillConfig, FineTuneConfig)}\n"
+        f"{END}{page.split(END)[1]}"
+    )
+    texts = {name: text for name, text in texts.items()
              if not (root / name).is_file() or (root / name).read_text(encoding="utf-8") != text}
     if check and texts:
         print(f"out of date: {', '.join(texts)}; run python -m utils.config.reference", file=sys.stderr)

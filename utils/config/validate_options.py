@@ -1,15 +1,15 @@
 """Options of validate_model.py: flags, and the same names in a JSON file (`--config`; flags win)."""
 
 import argparse
-from contextlib import suppress
+import json
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from utils.cli import OneLineParser, user_path
-from utils.config.fine_tune import MOST_BEAMS, ColumnName, Name, check_template
-from utils.config.load import ConfigError, parse, read_json, validate_model
+from utils.config.fine_tune import Beams, Columns, Count, Name, Section, Template
+from utils.config.load import ConfigError, read_json, validate_model
 from utils.text import shorten
 
 LEAD_3 = "lead-3"
@@ -23,10 +23,8 @@ examples:
 """
 
 
-class ValidateOptions(BaseModel):
+class ValidateOptions(Section):
     """What to decode, with which model, and how."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     csv_path: Name = Field(description="table with id, article, highlights: .csv, .tsv, .jsonl (also .gz) or .parquet")
     model_path: Name = Field(
@@ -40,14 +38,14 @@ class ValidateOptions(BaseModel):
     max_generation_length: int | None = Field(
         None, ge=1, description=f"maximum tokens of a summary; default: the model's own, else {DEFAULT_LENGTH}"
     )
-    batch_size: int = Field(8, ge=1, description="articles decoded together")
-    num_beams: int = Field(1, ge=1, le=MOST_BEAMS, description="1 is greedy decoding, more is beam search")
+    batch_size: Count = Field(8, description="articles decoded together")
+    num_beams: Beams = Field(1, description="1 is greedy decoding, more is beam search")
     early_stopping: bool = Field(False, description="beam search ends when num_beams summaries are complete")
     on_bad_row: Literal["error", "skip"] = Field("error", description="a bad row of the table is an error, or skipped")
-    columns: dict[Literal["id", "article", "highlights"], ColumnName | None] | None = Field(
+    columns: Columns | None = Field(
         None, description='other column names, as JSON: {"article": "text", "id": null} (null: number the rows)'
     )
-    prompt_template: Annotated[str, AfterValidator(check_template)] | None = Field(
+    prompt_template: Template | None = Field(
         None, description="default: the one that the model was trained on"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
@@ -73,19 +71,15 @@ def validate_parser(description: str) -> argparse.ArgumentParser:
         elif get_origin(field.annotation) is Literal:
             options = {"choices": get_args(field.annotation)}
         elif name == "columns":
-            options = {"type": json_object, "metavar": "JSON"}
+            options = {"type": json_value, "metavar": "JSON"}
         text = (field.description + default).replace("%", "%%")
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def json_object(text: str) -> dict:
-    with suppress(ValueError):
-        if isinstance(value := parse(text), dict):
-            return value
-    example = '\'{"article": "text"}\''
-    raise argparse.ArgumentTypeError(f"{shorten(text)} is not a JSON object: write such as {example}")
+def json_value(text: str):
+    return json.loads(text)  # argparse names this function if the text is no JSON
 
 
 def read_options(arguments: argparse.Namespace) -> ValidateOptions:
@@ -97,8 +91,8 @@ def read_options(arguments: argparse.Namespace) -> ValidateOptions:
     flags = {name: value for name, value in vars(arguments).items() if name in ValidateOptions.model_fields}
     source = shorten(str(arguments.config), 200) if arguments.config else "arguments"
     values = {**(read_json(arguments.config) if arguments.config else {}), **flags}
-    options = validate_model(ValidateOptions, values, source,
-                             lambda path: f"--{path[0]}" if path and path[0] in flags else source)
+    options = validate_model(
+        ValidateOptions, values, lambda path: f"--{path[0]}" if path and path[0] in flags else source)
     if options.is_legacy_file and options.model_name is None:
         raise ConfigError(
             f"{options.model_path} is a state dict without its architecture: give --model_name, such as gpt2-medium, "

@@ -89,9 +89,9 @@ def table_row(scores: dict) -> dict:
     for metric in METRICS:
         low, high = map(float, scores["confidence_intervals"][metric])
         row |= {metric: float(scores[metric]), f"{metric}_low": low, f"{metric}_high": high}
-    facts, parameters = scores.get("facts"), scores.get("parameters")
-    return {**row, "facts": None if facts is None else float(facts), "rows": int(scores["rows"]),
-            "parameters": None if parameters is None else int(parameters)}
+    if scores["rows"] < 1:
+        raise ValueError("no rows")
+    return {**row, "facts": scores.get("facts"), "rows": scores["rows"], "parameters": scores.get("parameters")}
 
 
 def missing_weights(name: str, weights: dict, model: Path, remedy: str) -> str | None:
@@ -166,7 +166,7 @@ def compare(
         CompareError: two rows were scored on different articles, or a file cannot be used.
     """
     rows = [dict(evaluation.row) for evaluation in evaluations]
-    remarks = [*origin_remarks(evaluations), *(each.missing_weights for each in evaluations if each.missing_weights)]
+    remarks = [*origin_remarks(evaluations), *filter(None, (evaluation.missing_weights for evaluation in evaluations))]
     if baseline is not None:
         remarks += add_differences(rows, evaluations, metric, baseline)
     if teacher is not None:
@@ -196,14 +196,14 @@ def origin_remarks(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def add_differences(rows: list[dict], evaluations: Sequence[Evaluation], metric: str, baseline: str) -> list[str]:
-    """Adds what `compare` says to every row; None where predictions are missing. Returns remarks."""
-    by_name = {evaluation.name: evaluation for evaluation in evaluations}
+    """Adds what `compare` says to every row; None if predictions are missing. Returns remarks."""
     scores = {evaluation.name: read_predictions(evaluation, metric) for evaluation in evaluations}
+    other, base = next(one for one in evaluations if one.name == baseline), scores[baseline]
     compared = []
-    for row in rows:
-        name, own, base = row["method"], scores[row["method"]], scores[baseline]
+    for row, evaluation in zip(rows, evaluations, strict=True):
+        name, own = evaluation.name, scores[evaluation.name]
         row |= dict.fromkeys(DIFFERENCE_KEYS)
-        if problem := first_difference(by_name[name], own, by_name[baseline], base):
+        if problem := first_difference(evaluation, own, other, base):
             raise CompareError(f"{name} and {baseline} were scored on different rows: {problem}: score both on one "
                                f"CSV, or leave {name} out")
         if own is not None and base is not None and name != baseline:

@@ -42,10 +42,10 @@ class NotFinite(Exception):
 class Generation:
     """How to decode: greedily if num_beams is 1."""
 
-    max_new_tokens: int = 80
-    num_beams: int = 1
-    early_stopping: bool = False
-    batch_size: int = 8
+    max_generation_length: int
+    num_beams: int
+    early_stopping: bool
+    batch_size: int
 
 
 def never() -> bool:
@@ -112,7 +112,7 @@ def predict(
     name: str = "predictions",
 ) -> list[str]:
     """The generated highlights of each article, in order, on every process."""
-    prompts = prompt_format.prediction_prompts([row.article for row in articles], generation.max_new_tokens)
+    prompts = prompt_format.prediction_prompts([row.article for row in articles], generation.max_generation_length)
     own_rows = range(context.rank, len(prompts), context.world_size)
     bar = progress_bar(name, len(own_rows), "row", is_main=context.is_main)
     generated = 0
@@ -126,7 +126,7 @@ def predict(
         if elapsed := bar.format_dict["elapsed"]:
             bar.set_postfix_str(f"{generated / elapsed:,.0f} tokens/s", refresh=False)
 
-    arguments = [language_model, [prompts[row] for row in own_rows], generation.max_new_tokens]
+    arguments = [language_model, [prompts[row] for row in own_rows], generation.max_generation_length]
     options = {"batch_size": generation.batch_size, "progress": progress}
     with evaluation_mode(language_model), bar, context.autocast():
         if generation.num_beams > 1:
@@ -184,19 +184,14 @@ def score_lines(scores: dict) -> list[str]:
 def fact_share(texts: list[str], facts: list[str]) -> float | None:
     """Share of all facts (a JSON list of strings per row) that their row's text contains as whole words.
 
-    None if a list cannot be read, or if there are no facts.
+    None if there are no facts, or if `facts` is something else.
     """
-    found = total = 0
-    for text, row_facts in zip(texts, facts, strict=True):
-        try:
-            values = json.loads(row_facts)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            return None
-        total += len(values)
-        found += sum(holds_words(text, value) for value in values)
-    return found / total if total else None
+    try:
+        found = [holds_words(text, value) for text, values in zip(texts, map(json.loads, facts), strict=True)
+                 for value in values]
+    except (ValueError, TypeError):
+        return None
+    return sum(found) / len(found) if found else None
 
 
 def holds_words(text: str, words: str) -> bool:

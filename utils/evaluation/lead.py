@@ -4,8 +4,6 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 
-MAX_CHARACTERS = 100_000
-
 # A run of stops and the quotes and brackets that close after it (also tokenised '' ), then a space or the end.
 _STOP = re.compile("(?<![.!?…])[.!?…]++(?: '')?[\"'”’»)\\]]*+(?= |$)|[।॥。！？]++[」』”’]*+")
 _OPENING = "\"'“‘«([`"
@@ -26,9 +24,9 @@ def lead_sentences(article: str, n: int = 3) -> str:
 
     A sentence ends at `.`, `!`, `?` or `…` (closing quotes and brackets included) before a space and a word that does
     not start in lower case, at a blank line, or at a Devanagari or CJK full stop. White space is collapsed; bylines of
-    Daily Mail articles ("By . Daily Mail Reporter .") count as sentences. At most MAX_CHARACTERS are returned.
+    Daily Mail articles ("By . Daily Mail Reporter .") count as sentences.
     """
-    return "\n".join(islice(_sentences(article), n))[:MAX_CHARACTERS]
+    return "\n".join(islice(_sentences(article), n))
 
 
 def _sentences(article: str) -> Iterator[str]:

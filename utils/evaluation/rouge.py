@@ -34,16 +34,7 @@ def score_rows(predictions: list[str], references: list[str]) -> list[dict[str, 
     rougeLsum splits both texts at newlines, one sentence per line. A text without words scores 0.0. A pair whose
     reference consists mostly of non-ASCII letters goes through `unicode_tokens`, every other pair is English. Many
     rows are scored by several processes; the result is the same.
-
-    Raises:
-        ValueError: the lists differ in length, or an entry is not a string.
     """
-    if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions but {len(references)} references: expected one each")
-    for name, texts in (("predictions", predictions), ("references", references)):
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"{name}[{index}] is {text!r}: expected a string")
     processes = min(os.cpu_count() or 1, MAX_PROCESSES)
     if len(predictions) <= ROWS_IN_ONE_PROCESS or processes == 1:
         return list(map(score_row, predictions, references))
@@ -66,12 +57,12 @@ def scorer(other_script: bool):
     return RougeScorer(METRICS, tokenizer=SimpleNamespace(tokenize=tokenize))
 
 
-def english_tokens(cached_words: int = 1 << 16) -> Callable[[str], list[str]]:
+def english_tokens() -> Callable[[str], list[str]]:
     """The package's own tokenizer with a cache of stems: lower-cased, Porter-stemmed runs of a-z and 0-9."""
     from nltk.stem.porter import PorterStemmer
     from rouge_score.tokenize import tokenize
 
-    stemmer = SimpleNamespace(stem=functools.lru_cache(cached_words)(PorterStemmer().stem))
+    stemmer = SimpleNamespace(stem=functools.lru_cache(1 << 16)(PorterStemmer().stem))
     return lambda text: tokenize(text, stemmer)
 
 

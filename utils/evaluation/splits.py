@@ -1,18 +1,14 @@
-"""The tokenised splits of a config, and what is evaluated on them."""
+"""The tokenised splits of a config."""
 
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-
-from torch import nn
 
 from data.articles import Article, BadRow, DataError, describe_bad_rows, iterate_articles, read_articles
 from data.prompts import PromptFormat
 from data.tokenized import TokenizedDataset, open_token_table
 from model.language_model import LanguageModel
 from utils.config.fine_tune import FineTuneConfig
-from utils.evaluation.evaluate import Generation
-from utils.evaluation.validation import EvaluationSet, Validation
 from utils.files import write_json
 from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
@@ -53,29 +49,22 @@ class TokenizedSplits:
 
     def open(self, name: str) -> TokenizedDataset:
         """The rows of one file, tokenised by the main process while the others wait."""
-        if name in self.opened:
-            return self.opened[name]
-        path = self.path(name)
-        table = self.tokenise(path) if self.context.is_main else None
-        self.context.barrier()
-        if table is None:
-            table = self.tokenise(path)
-        self.note_skipped(path, table.skipped, len(table))
-        self.opened[name] = table
-        return table
+        if name not in self.opened:
+            path = self.path(name)
+            if not self.context.is_main:
+                self.context.barrier()
+            with progress_bar(f"tokenising {path.name}", None, "row", is_main=self.context.is_main) as bar:
+                table = self.opened[name] = open_token_table(
+                    path, self.prompt_format, self.cache_dir, self.data.columns, self.data.on_bad_row, bar.update)
+            if self.context.is_main:
+                self.context.barrier()
+            self.note_skipped(path, table.skipped, len(table))
+        return self.opened[name]
 
-    def tokenise(self, path: Path) -> TokenizedDataset:
-        bar = progress_bar(f"tokenising {path.name}", None, "row", is_main=self.context.is_main)
-        with bar:
-            return open_token_table(
-                path, self.prompt_format, self.cache_dir, self.data.columns, self.data.on_bad_row, bar.update
-            )
-
-    def first_texts(self, name: str, rows: int = 8, characters: int = 200) -> list[str]:
-        """The beginnings of the first rows' articles and highlights."""
-        found = islice(iterate_articles(self.path(name), self.data.columns), rows)
-        articles = [row for row in found if isinstance(row, Article)]
-        return [text[:characters] for row in articles for text in (row.article, row.highlights)]
+    def first_texts(self, name: str) -> list[str]:
+        """The beginnings of the first eight rows' articles and highlights."""
+        rows = islice(iterate_articles(self.path(name), self.data.columns), 8)
+        return [text[:200] for row in rows if isinstance(row, Article) for text in (row.article, row.highlights)]
 
     def articles(self, name: str) -> list[Article]:
         """The rows of a file as text, for predictions."""
@@ -94,53 +83,3 @@ class TokenizedSplits:
         """`skipped_rows.json`: every skipped row, with the reason."""
         if self.skipped and self.context.is_main:
             write_json(output_dir / "skipped_rows.json", self.skipped)
-
-
-def measured_datasets(config: FineTuneConfig) -> list[str]:
-    """File names of the sets whose loss is measured."""
-    data, options = config.dataset_kwargs, config.trainer_kwargs
-    monitored = [data.validation_dataset] if options.monitor_val else []
-    if monitored and scales_by_perplexity(config):
-        monitored.append(data.validation_subset)
-    return [name for name in (*monitored, data.test_dataset if options.monitor_test else None) if name]
-
-
-def scales_by_perplexity(config: FineTuneConfig) -> bool:
-    """Whether adaptive loss scaling measures the loss of the validation subset."""
-    return config.trainer_kwargs.adaptive_loss_scaling and config.trainer_kwargs.scaling_metric == "perplexity"
-
-
-def evaluation_sets(config: FineTuneConfig, tables: TokenizedSplits) -> list[EvaluationSet]:
-    """What is measured after each epoch, by `monitor_val` and `monitor_test`."""
-    data, options = config.dataset_kwargs, config.trainer_kwargs
-    rouge = "rouge" in options.metrics
-    sets = []
-    if options.monitor_val and data.validation_dataset:
-        subset = data.validation_subset or data.validation_dataset
-        table = tables.open(data.validation_dataset)
-        articles = tables.articles(subset) if rouge else []
-        scaling_table = tables.open(subset) if scales_by_perplexity(config) else None
-        sets.append(EvaluationSet("validation", table, articles, scaling_table))
-    if options.monitor_test and data.test_dataset:
-        table = tables.open(data.test_dataset)
-        sets.append(EvaluationSet("test", table, tables.articles(data.test_dataset) if rouge else []))
-    return sets
-
-
-def make_validation(
-    config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, tables: TokenizedSplits,
-    context: DistributedContext, log,
-) -> Validation:
-    """What is measured after each epoch. Raises DataError if max_generation_length leaves no room for an article."""
-    decoding, options = config.model_arch.generation_kwargs, config.trainer_kwargs
-    sets = evaluation_sets(config, tables)
-    generation = Generation(
-        decoding.max_generation_length, decoding.num_beams, decoding.early_stopping,
-        config.dataset_kwargs.val_batch_size,
-    )
-    if any(split.articles for split in sets):
-        prompt_format.prediction_prompts([], generation.max_new_tokens)
-    return Validation(
-        objective, prompt_format, sets, generation, context, log, Path(options.output_dir), options.save_predictions,
-        config.dataset_kwargs.on_bad_row,
-    )

@@ -1,67 +1,69 @@
 """What is measured after each epoch: loss and perplexity on the validation set, ROUGE on its subset, predictions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from data.articles import Article
 from data.prompts import PromptFormat
-from data.tokenized import TokenizedDataset
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.evaluate import Generation, articles_sha256, measure_loss, never, predict, scored_predictions
 from utils.evaluation.rouge import METRICS
+from utils.evaluation.splits import TokenizedSplits
 from utils.evaluation.weights import json_object, weights_of
 from utils.files import json_text, sha256_text, write_text
 from utils.training.distributed import DistributedContext
 
 
-@dataclass(frozen=True)
-class EvaluationSet:
-    """name: "validation" or "test". table: rows for the loss. articles: rows for ROUGE; empty where none is asked.
+def measured_datasets(config: FineTuneConfig) -> dict[str, str]:
+    """{"validation", "test", "loss scaling": its file}, of the sets whose loss is measured."""
+    data, options, files = config.dataset_kwargs, config.trainer_kwargs, {}
+    if options.monitor_val:
+        files["validation"] = data.validation_dataset
+        if options.adaptive_loss_scaling and options.adaptive_loss_metric == "perplexity":
+            files["loss scaling"] = data.validation_subset or data.validation_dataset
+    if options.monitor_test:
+        files["test"] = data.test_dataset
+    return files
 
-    subset: the rows of adaptive loss scaling with metric perplexity; None: the table's.
-    """
 
-    name: str
-    table: TokenizedDataset
-    articles: list[Article]
-    subset: TokenizedDataset | None = None
-
-
-@dataclass
 class Validation:
     """Evaluates the model in training on every set; writes predictions and `scores.json` into output_dir.
 
-    on_bad_row: how the articles were read.
+    Raises DataError for a table that cannot be used, and if max_generation_length leaves no room for an article.
     """
 
-    objective: nn.Module
-    prompt_format: PromptFormat
-    sets: list[EvaluationSet]
-    generation: Generation
-    context: DistributedContext
-    log: object
-    output_dir: Path
-    save_predictions: bool = False
-    on_bad_row: str = "error"
+    def __init__(
+        self, config: FineTuneConfig, objective: nn.Module, prompt_format: PromptFormat, splits: TokenizedSplits,
+        context: DistributedContext, log,
+    ):
+        data, options, decoding = config.dataset_kwargs, config.trainer_kwargs, config.model_arch.generation_kwargs
+        self.config, self.objective, self.prompt_format = config, objective, prompt_format
+        self.context, self.log, self.output_dir = context, log, Path(options.output_dir)
+        self.generation = Generation(**decoding.model_dump(), batch_size=data.val_batch_size)
+        self.tables = {name: splits.open(file) for name, file in measured_datasets(config).items()}
+        rouge_files = {"validation": data.validation_subset or data.validation_dataset, "test": data.test_dataset}
+        self.articles = {name: splits.articles(file) for name, file in rouge_files.items()
+                         if name in self.tables and "rouge" in options.metrics}
+        if self.articles:
+            prompt_format.prediction_prompts([], self.generation.max_generation_length)
 
     def run(self, step: int, epoch: int, interrupted: Callable[[], bool] = never) -> dict[str, float]:
-        """Measures all sets, logs them, and returns the metrics of the validation set ({} where there is none)."""
+        """Measures all sets, logs them, and returns the metrics of the validation set ({} if there is none)."""
         results, scores, texts = {}, {}, {}
-        for each in self.sets:
-            metrics = self.losses(each.table, each.name, interrupted)
-            if each.articles:
-                records, scores[each.name] = self.predict_and_score(each, interrupted)
-                metrics |= {key: scores[each.name][key] for key in (*METRICS, "facts") if key in scores[each.name]}
-                scores[each.name] |= self.how_decoded()
-                if self.save_predictions:
-                    texts[f"predictions/{each.name}-step-{step}.json"] = json_text(records)
-            self.log.record(each.name, step, epoch=epoch, **metrics)
+        for name in ("validation", "test"):
+            if name not in self.tables:
+                continue
+            metrics = results[name] = self.losses(name, f"{name} loss", interrupted)
+            if name in self.articles:
+                records, scores[name] = self.predict_and_score(name, interrupted)
+                metrics |= {key: scores[name][key] for key in (*METRICS, "facts") if key in scores[name]}
+                scores[name] |= self.how_decoded()
+                if self.config.trainer_kwargs.save_predictions:
+                    texts[f"predictions/{name}-step-{step}.json"] = json_text(records)
+            self.log.record(name, step, epoch=epoch, **metrics)
             shown = ", ".join(f"{key} {value:.4f}" for key, value in metrics.items() if key != "cross_entropy")
-            self.log.info(f"{each.name} after step {step}: {shown}")
-            results[each.name] = metrics
+            self.log.info(f"{name} after step {step}: {shown}")
         if scores and self.context.is_main:
             sums = {"predictions_sha256": {name: sha256_text(text) for name, text in texts.items()}}
             unsaved = {"sha256": None, "step": step}  # until a checkpoint holds them
@@ -69,27 +71,24 @@ class Validation:
             self.write({**texts, "scores.json": json_text(content)})
         return results.get("validation", {})
 
-    def losses(self, table: TokenizedDataset, name: str, interrupted: Callable[[], bool]) -> dict[str, float]:
+    def losses(self, name: str, title: str, interrupted: Callable[[], bool]) -> dict[str, float]:
         batch_size = self.generation.batch_size
-        return measure_loss(self.objective, table, batch_size, self.context, interrupted, f"{name} loss")
+        return measure_loss(self.objective, self.tables[name], batch_size, self.context, interrupted, title)
 
-    def predict_and_score(self, each: EvaluationSet, interrupted: Callable[[], bool]) -> tuple[list[dict], dict]:
+    def predict_and_score(self, name: str, interrupted: Callable[[], bool]) -> tuple[list[dict], dict]:
         """(prediction records, which only the main process has; scores)."""
-        texts = predict(
-            self.objective.language_model, self.prompt_format, each.articles, self.generation, self.context,
-            interrupted, f"{each.name} ROUGE",
-        )
-        records, scores = scored_predictions(each.articles, texts) if self.context.is_main else ([], None)
+        texts = predict(self.objective.language_model, self.prompt_format, self.articles[name], self.generation,
+                        self.context, interrupted, f"{name} ROUGE")
+        records, scores = scored_predictions(self.articles[name], texts) if self.context.is_main else ([], None)
         return records, self.context.broadcast_object(scores)
 
     def how_decoded(self) -> dict:
         """What changes the predictions, under the names that validate_model.py gives it."""
-        how = self.generation
         return {
             "prompt_template": self.prompt_format.template, "prompt_max_length": self.prompt_format.max_length,
             "precision": self.context.precision,
-            "settings": {"max_generation_length": how.max_new_tokens, "num_beams": how.num_beams,
-                         "early_stopping": how.early_stopping, "on_bad_row": self.on_bad_row},
+            "settings": {**self.config.model_arch.generation_kwargs.model_dump(),
+                         "on_bad_row": self.config.dataset_kwargs.on_bad_row},
         }
 
     def write(self, texts: dict[str, str]) -> None:
@@ -106,36 +105,28 @@ class Validation:
             return
         self.write({"scores.json": json_text({**content, "weights": weights})})
 
-    def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float | None:
+    def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float:
         """One metric of the validation set, for adaptive loss scaling."""
-        for each in self.sets:
-            if each.name != "validation":
-                continue
-            if metric == "perplexity":
-                return self.losses(each.subset or each.table, "loss scaling", interrupted)[metric]
-            if each.articles:
-                return self.predict_and_score(each, interrupted)[1][metric]
-        return None
+        if metric == "perplexity":
+            return self.losses("loss scaling", "loss scaling", interrupted)[metric]
+        return self.predict_and_score("validation", interrupted)[1][metric]
 
     def score_identity(self, metric: str) -> str | None:
-        """What a score of the validation set is of, in words: of other rows, or decoded otherwise, it is another one.
+        """What a score of the validation set is of: on other rows, or decoded differently, it is another score.
 
-        None where it is not measured.
+        None if it is not measured.
         """
-        how = self.generation
-        decoding = f"max_generation_length {how.max_new_tokens}, num_beams {how.num_beams}, " + (
-            f"early_stopping {how.early_stopping}")
-        for each in self.sets:
-            if each.name == "validation" and metric not in METRICS:
-                return f"{metric} on {each.table.name}"
-            if each.name == "validation" and each.articles:
-                return f"{metric} on rows {articles_sha256(each.articles)[:16]}, {decoding}"
-        return None
+        if "validation" not in self.tables:
+            return None
+        if metric not in METRICS:
+            return f"{metric} on {self.tables['validation'].name}"
+        decoding = ", ".join(f"{key} {value}" for key, value in self.config.model_arch.generation_kwargs)
+        return f"{metric} on rows {articles_sha256(self.articles['validation'])[:16]}, {decoding}"
 
 
 def score_identities(config: FineTuneConfig, validation: Validation) -> dict[str, str | None]:
     """What the scores that a checkpoint remembers are of; None if they are not measured."""
     options = config.trainer_kwargs
     judged_by = validation.score_identity(config.monitored_metric)
-    scaled_by = validation.score_identity(options.scaling_metric) if options.adaptive_loss_scaling else None
+    scaled_by = validation.score_identity(options.adaptive_loss_metric) if options.adaptive_loss_scaling else None
     return {"judged_by": judged_by and f"{config.callbacks_kwargs.kwargs.mode} {judged_by}", "scaled_by": scaled_by}

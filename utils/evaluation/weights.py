@@ -1,8 +1,9 @@
 """Which weights a model has, as scores.json records it. Imports no torch, which utils.compare can do without."""
 
-import hashlib
 import json
 from pathlib import Path
+
+from utils.files import sha256_file, sha256_text
 
 
 def weights_of(model_path: str | Path) -> dict[str, str | int | None]:
@@ -16,11 +17,11 @@ def weights_of(model_path: str | Path) -> dict[str, str | int | None]:
     """
     path = Path(model_path)
     known = json_object(path / "trainer_state" / "manifest.json").get("files", {})
-    digests = [(file.name, known[file.name]["sha256"] if file.name in known else file_sha256(file))
+    digests = [(file.name, known[file.name]["sha256"] if file.name in known else sha256_file(file))
                for file in weight_files(path)]
     sha256 = digests[0][1] if len(digests) == 1 else None
     if len(digests) > 1:
-        sha256 = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        sha256 = sha256_text(json.dumps(digests))
     return {"sha256": sha256, "step": json_object(path / "trainer_state" / "state.json").get("step")}
 
 
@@ -32,11 +33,6 @@ def weight_files(path: Path) -> list[Path]:
         if files := sorted(path.glob(pattern)):
             return files
     return []
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_object(path: Path) -> dict:

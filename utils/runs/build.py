@@ -10,7 +10,8 @@ from utils.distillation.cached_teacher import CachedTeacher
 from utils.distillation.objective import identity_of, make_objective
 from utils.distillation.student import load_student
 from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
-from utils.evaluation.splits import TokenizedSplits, make_prompt_format, measured_datasets
+from utils.evaluation.splits import TokenizedSplits, make_prompt_format
+from utils.evaluation.validation import measured_datasets
 from utils.progress import progress_bar
 from utils.runs.run import RunComponents
 from utils.runs.run_folder import ResumePoint
@@ -62,7 +63,8 @@ def build_distillation(
             lambda: load_teacher(source, config, context), f"{fingerprint} without {gaps}" if gaps else fingerprint,
             source.width(), vocabulary, kwargs, folder, context, log.info,
         )
-        names = [config.dataset_kwargs.train_dataset, *(measured_datasets(config) if keep else [])]
+        measured = measured_datasets(config).values() if keep else []
+        names = dict.fromkeys([config.dataset_kwargs.train_dataset, *measured])
         if keep or teacher.is_complete(train_table):
             teacher.prepare(map(tables.open, names), config.dataset_kwargs.train_batch_size,
                             config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id, progress_bar)

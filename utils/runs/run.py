@@ -11,8 +11,8 @@ from data.tokenized import TokenizedDataset
 from utils.cli import quiet_libraries
 from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
-from utils.evaluation.splits import TokenizedSplits, make_validation
-from utils.evaluation.validation import score_identities
+from utils.evaluation.splits import TokenizedSplits
+from utils.evaluation.validation import Validation, score_identities
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.run_folder import (
     ResumePoint,
@@ -78,7 +78,7 @@ def train(
     optimizer = build_optimizer(
         objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
     )
-    validation = make_validation(config, objective, prompt_format, tables, context, log)
+    validation = Validation(config, objective, prompt_format, tables, context, log)
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
     fingerprint = resume_fingerprint(config, train_table, objective_id)
     trainer = Trainer(

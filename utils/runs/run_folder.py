@@ -122,8 +122,8 @@ def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objec
             table.name,
         BATCH: data.train_batch_size,
         TOKENS: data.tokens_per_batch,
-        ACCUMULATION: options.accumulation_steps,
-        BOUND: options.batches_per_epoch,
+        ACCUMULATION: options.gradient_accumulation_steps,
+        BOUND: options.ckpt_training_batch,
         "trainer_kwargs.seed": options.seed,
         **(of_objective or {}),
     }

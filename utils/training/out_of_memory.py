@@ -83,7 +83,7 @@ def decoding_remedy(options) -> str:
 
 
 def rows_per_step(config: FineTuneConfig) -> int:
-    return config.dataset_kwargs.train_batch_size * config.trainer_kwargs.accumulation_steps
+    return config.dataset_kwargs.train_batch_size * config.trainer_kwargs.gradient_accumulation_steps
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -98,8 +98,8 @@ def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
     """
     options, before = config.trainer_kwargs, config.dataset_kwargs.train_batch_size
     values = {BATCH: batch_size, ACCUMULATION: rows_per_step(config) // batch_size}
-    counts = {"n_batch_ckpt_save": options.checkpoint_every, "ckpt_training_batch": options.batches_per_epoch,
-              "loss_scaling_batch": options.loss_scaling_interval if options.adaptive_loss_scaling else None}
+    counts = {"n_batch_ckpt_save": options.n_batch_ckpt_save, "ckpt_training_batch": options.ckpt_training_batch,
+              "loss_scaling_batch": options.loss_scaling_batch if options.adaptive_loss_scaling else None}
     for key, count in counts.items():
         if count is not None and batch_size != before:
             values[f"trainer_kwargs.{key}"] = max(1, round(count * before / batch_size))

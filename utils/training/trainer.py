@@ -44,7 +44,8 @@ class Trainer:
         self.log, self.checkpoints, self.stop = log, checkpoints, stop
         self.fingerprint, self.score_identities = fingerprint, score_identities
         self.options = config.trainer_kwargs
-        self.state = TrainState(accumulation=self.options.accumulation_steps, baseline=self.options.scaling_baseline)
+        self.state = TrainState(accumulation=self.options.gradient_accumulation_steps,
+                                baseline=self.options.baseline_threshold)
         self.saved: dict | None = None  # the state in the newest checkpoint
         self.nonfinite = NonFiniteHandler(
             objective, table, context, log, self.options.skip_nonfinite_steps, lambda: self.saved is not None
@@ -62,7 +63,7 @@ class Trainer:
         before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
         self.score_identities = {key: name or before[key] for key, name in self.score_identities.items()}
         self.saved = self.checkpoint_state()
-        notices = self.state.reset_best(before, self.score_identities, self.options.scaling_baseline)
+        notices = self.state.reset_best(before, self.score_identities, self.options.baseline_threshold)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
@@ -134,12 +135,12 @@ class Trainer:
                     bar.set_postfix_str(f"loss {metrics.losses['loss']:.3f}, lr {metrics.learning_rate:.2e}, "
                                         f"{tokens / (now - start):,.0f} tokens/s", refresh=False)
                     start, tokens = now, 0
-                if options.adaptive_loss_scaling and self.crossed_multiple(options.loss_scaling_interval, len(step)):
+                if options.adaptive_loss_scaling and self.crossed_multiple(options.loss_scaling_batch, len(step)):
                     state.scaling_pending = True
                     self.rescale_loss()
                 if last:
                     break  # finish_epoch saves, and stops if asked to
-                if metrics.stop_requested or self.crossed_multiple(options.checkpoint_every, len(step)):
+                if metrics.stop_requested or self.crossed_multiple(options.n_batch_ckpt_save, len(step)):
                     self.save()
                 if metrics.stop_requested:
                     self.stop.raise_stopped(state.step)
@@ -163,7 +164,7 @@ class Trainer:
         metrics = optimizer_step(
             self.objective, micro_batches, self.optimizer, self.context,
             label_tokens=int(self.table.label_counts[list(chain(*step))].sum()), learning_rate=learning_rate,
-            clip_norm=self.options.clip_norm,
+            clip_norm=self.options.gradient_clipping,
             loss_scale=state.loss_scale if self.options.adaptive_loss_scaling else 1.0,
             stop_requested=self.stop.requested,
         )
@@ -204,7 +205,7 @@ class Trainer:
         data, state = self.config.dataset_kwargs, state or self.state
         return plan_epoch(
             self.table.lengths, data.train_batch_size, state.accumulation, self.options.seed, state.epoch,
-            data.tokens_per_batch, self.options.batches_per_epoch, self.objective.passes,
+            data.tokens_per_batch, self.options.ckpt_training_batch, self.objective.passes,
         )
 
     def local_micro_batches(self, step: Step) -> Step:
@@ -302,10 +303,10 @@ class Trainer:
         """Adaptive loss scaling: measure the score if one is due. A run that is stopped in it will do it again."""
         if not self.state.scaling_pending or not self.options.adaptive_loss_scaling:
             return
-        score = self.evaluate(lambda interrupted: self.validation.score(self.options.scaling_metric, interrupted))
+        score = self.evaluate(lambda interrupted: self.validation.score(self.options.adaptive_loss_metric, interrupted))
         self.state.scaling_pending = False
         if score is not None:
-            self.state.scale_loss(score, self.options.scaling_metric)
+            self.state.scale_loss(score, self.options.adaptive_loss_metric)
             self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
     def check_plateau(self, callbacks) -> None:
