@@ -187,8 +187,10 @@ def fact_share(texts: list[str], facts: list[str]) -> float | None:
     None if there are no facts, or if `facts` is something else.
     """
     try:
-        found = [holds_words(text, value) for text, values in zip(texts, map(json.loads, facts), strict=True)
-                 for value in values]
+        lists = [json.loads(values) for values in facts]
+        if not all(isinstance(values, list) for values in lists):
+            return None
+        found = [holds_words(text, value) for text, values in zip(texts, lists, strict=True) for value in values]
     except (ValueError, TypeError):
         return None
     return sum(found) / len(found) if found else None
