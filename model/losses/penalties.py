@@ -14,7 +14,7 @@ linear in the positions and in B: pairs of positions are summed in closed form.
 import torch
 from torch import Tensor
 
-from model.losses.divergences import FLOOR, check_range
+from model.losses.divergences import FLOOR
 
 
 def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
@@ -52,12 +52,8 @@ def diversity_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, embeddings: T
 def entropy_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, entropy_floor: float) -> Tensor:
     """mean_t max(0, 1 - H(q_t) / entropy_floor), [B]; grows with over-confidence, 0 where all are spread enough.
 
-    H is the entropy, entropy_floor a number of nats. After the confidence penalty of arXiv 1701.06548. 0 where n = 0.
-
-    Raises:
-        ValueError: entropy_floor of 0 or less.
+    H is the entropy, entropy_floor > 0 a number of nats. After the confidence penalty of arXiv 1701.06548. 0 if n = 0.
     """
-    check_range("entropy_floor", entropy_floor, entropy_floor > 0, "greater than 0")
     log_q = in_float32(log_q).clamp(min=FLOOR)
     entropy = -(log_q.exp() * log_q).sum(-1)
     shortfall = keep_within_one(torch.relu(1 - entropy / entropy_floor))
