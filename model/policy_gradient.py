@@ -47,15 +47,13 @@ class TeacherStudent(nn.Module):
 
     - single step: the reverse KL of the next token at every state that a rollout visits, exact.
     - long term: the rewards after a token, R_{t+1} = sum_{t' > t} log p(y_t') - log q(y_t'), divided by the number of
-      tokens that remain (`normalize`), as the advantage of log q(y_t), clipped as in PPO.
+      tokens that remain (`normalize`), as the advantage of log q(y_t), clipped as in PPO (`long_term_rewards`).
     - importance weights: rollouts are sampled from p~ = alpha p + (1 - alpha) q. "sequence" multiplies q / p~ over the
-      sequence: unbiased. "token" takes the token's own ratio: less variance, some bias.
+      sequence. "token" takes the token's own ratio: less variance, some bias.
 
-    Bias of the expected gradient, measured: its distance from the gradient of the sequence-level reverse KL, relative
-    to that gradient's norm, with all sequences enumerated, as a mean over 20 random toys (3 tokens, sequences of up to
-    3). Without normalize, whiten and clip_epsilon: 0 with "sequence" weights, and with both at alpha 0; "token" weights
-    0.23 at alpha 0.2 and 0.56 at alpha 0.5; normalize 0.21 at alpha 0; "token" weights with clip_epsilon 0.2 0.25 at
-    alpha 0.2, and with normalize too, which is the default, 0.35.
+    Without normalize, whiten and clip_epsilon the expected gradient is exactly that of the reverse KL, with "sequence"
+    weights or alpha 0 (tests/model/test_policy_gradient.py enumerates all sequences of a toy). Each of the three, and
+    "token" weights with alpha > 0, trade bias for variance.
 
     language_model: the student, without dropout: its probabilities must be the same while sampling and in the loss.
     penalty: adds the penalties of `model/losses/penalties.py` on the student's distributions along the sequences; with
@@ -66,7 +64,6 @@ class TeacherStudent(nn.Module):
     In eval mode nothing is sampled: the loss is that of the highlights, without long-term part and penalties.
 
     Raises:
-        ValueError: an unknown source of rollouts or kind of importance weight.
         ModelError: teacher and student have different vocabularies.
     """
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model.decoding.loop import Decoder, Progress, check_prompts, decode
 from model.decoding.sampling import SamplingOptions, log_prob_of, sample
@@ -38,10 +39,6 @@ class RolloutConfig:
     epochs: int = 1
     seed: int = 1234
 
-    def __post_init__(self):
-        if self.source not in ("mixed", "student", "teacher", "labels"):
-            raise ValueError(f"rollout is {self.source!r}: expected mixed, student, teacher or labels")
-
     @property
     def sampling(self) -> SamplingOptions:
         alpha = {"student": 0.0, "teacher": 1.0}.get(self.source, self.alpha)
@@ -51,13 +48,14 @@ class RolloutConfig:
 class Rollouts(NamedTuple):
     """R continuations, one for each prompt, up to and including the end-of-text or L tokens.
 
-    tokens: ids of each, at least one. log_q [R, L]: the student's log-probability of each token, at the temperature of
-    the rewards; behavior_log_probs [R, L]: that of the distribution it was sampled from. log_p [R, L], hidden
-    [R, L, Dt]: the teacher's, if it read along; else None. entropy [R, L]: of the student's distribution while
-    sampling, in nats. Behind a continuation's end the values are undefined.
+    tokens: ids of each, at least one; mask [R, L]: bool, True at the tokens. log_q [R, L]: the student's
+    log-probability of each token, at the temperature of the rewards; behavior_log_probs [R, L]: that of the
+    distribution it was sampled from. log_p [R, L], hidden [R, L, Dt]: the teacher's, if it read along; else None.
+    entropy [R, L]: of the student's distribution while sampling, in nats. All are undefined where the mask is False.
     """
 
     tokens: list[list[int]]
+    mask: Tensor
     log_q: Tensor
     behavior_log_probs: Tensor
     entropy: Tensor
@@ -92,8 +90,9 @@ def draw_rollouts(
     recorder = RolloutRecorder(student, teacher, len(prompts), max_new_tokens, options, uniforms, temperature)
     end_ids = student.language_model.end_ids
     tokens = decode(decoders, prompts, max_new_tokens, batch_size, end_ids, recorder.next_tokens, progress)
+    mask = token_mask(tokens, max_new_tokens, recorder.log_q.device)
     log_p = None if teacher is None else recorder.log_p
-    return Rollouts(tokens, recorder.log_q, recorder.behavior_log_probs, recorder.entropy, log_p, recorder.hidden)
+    return Rollouts(tokens, mask, recorder.log_q, recorder.behavior_log_probs, recorder.entropy, log_p, recorder.hidden)
 
 
 class RolloutRecorder:
@@ -172,12 +171,8 @@ def as_batch(prompts: list[list[int]], tokens: list[list[int]], pad_id: int) -> 
 
     Labels are found by position, never by id: a sampled end-of-text is one, padding with the same id is not.
     """
-    width = max(len(prompt) + len(new) for prompt, new in zip(prompts, tokens, strict=True))
-    input_ids, labels = torch.full((len(prompts), width), pad_id), torch.full((len(prompts), width), IGNORED)
-    mask = torch.zeros_like(input_ids)
-    for index, (prompt, new) in enumerate(zip(prompts, tokens, strict=True)):
-        end = len(prompt) + len(new)
-        input_ids[index, :end] = torch.tensor(prompt + new)
-        labels[index, len(prompt) : end] = torch.tensor(new)
-        mask[index, :end] = 1
-    return input_ids, mask, labels
+    rows = [torch.tensor(prompt + new) for prompt, new in zip(prompts, tokens, strict=True)]
+    labels = [torch.tensor([IGNORED] * len(prompt) + new) for prompt, new in zip(prompts, tokens, strict=True)]
+    return (pad_sequence(rows, batch_first=True, padding_value=pad_id),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED))

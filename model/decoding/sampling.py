@@ -26,7 +26,8 @@ def row_uniforms(seed: int, draw: int, rows: list[int], count: int) -> Tensor:
 
     draw: index of the set of rollouts, so that a row is not sampled alike each time.
     """
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, draw, row]).random(count) for row in rows]))
+    uniforms = [np.random.default_rng([seed, draw, row]).random(count) for row in rows]
+    return torch.from_numpy(np.array(uniforms).reshape(len(rows), count))
 
 
 class Sampled(NamedTuple):

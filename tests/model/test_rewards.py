@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from model.losses import rewards
 from model.losses.divergences import FLOOR
-from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, reward_to_go
+from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards
 
 INF, NAN = math.inf, math.nan
 LARGEST = torch.finfo(torch.float32).max
@@ -23,10 +23,6 @@ def mask_of(lengths, width):
 
 
 # The formulas, in plain Python over one sequence without padding.
-def loop_to_go(rewards):
-    return [sum(rewards[now:]) for now in range(len(rewards))]
-
-
 def loop_long_term(rewards, normalize):
     following = [rewards[now + 1:] for now in range(len(rewards))]
     return [sum(later) / (max(len(later), 1) if normalize else 1) for later in following]
@@ -50,7 +46,6 @@ def loop_whiten(rows):
 # Each function of two tensors [B, L] and a mask, and its formula for two rows; some leave the second out.
 FORMULAS = {
     "immediate": (immediate_rewards, lambda a, b: [p - q for p, q in zip(a, b, strict=True)]),
-    "to_go": (lambda a, b, mask: reward_to_go(a, mask), lambda a, b: loop_to_go(a)),
     "long_term": (lambda a, b, mask: long_term_rewards(a, mask), lambda a, b: loop_long_term(a, True)),
     "long_term_sum": (lambda a, b, mask: long_term_rewards(a, mask, False), lambda a, b: loop_long_term(a, False)),
     "token_weights": (lambda a, b, mask: importance_weights(a, b, mask, "token"), partial(loop_weights, kind="token")),
@@ -126,13 +121,14 @@ def test_excluded_tokens(log_zero):
     mask = mask_of([5], 5)
     finite = immediate_rewards(teacher, student, mask)
     torch.testing.assert_close(finite, torch.tensor([[0.0, FLOOR, -FLOOR, -9999.0, -1.0]]))
-    for name in ("to_go", "long_term", "long_term_sum", "whiten"):
+    for name in ("long_term", "long_term_sum", "whiten"):
         assert torch.isfinite(FUNCTIONS[name](finite, None, mask)).all()
     for name in ("token_weights", "sequence_weights", "prefix_weights"):
         assert torch.isfinite(FUNCTIONS[name](teacher, student, mask)).all()
     long = mask_of([1024], 1024)
-    summed = reward_to_go(immediate_rewards(torch.full((1, 1024), log_zero), torch.zeros(1, 1024), long), long)
-    torch.testing.assert_close(summed[0, :2], torch.tensor([1024 * FLOOR, 1023 * FLOOR]))
+    summed = long_term_rewards(immediate_rewards(torch.full((1, 1024), log_zero), torch.zeros(1, 1024), long), long,
+                               False)
+    torch.testing.assert_close(summed[0, :2], torch.tensor([1023 * FLOOR, 1022 * FLOOR]))
     weights = importance_weights(student, teacher, mask, "token")
     torch.testing.assert_close(weights, torch.tensor([[1.0, LARGEST, 0.0, LARGEST, math.e]]))
 
