@@ -15,6 +15,7 @@ from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
 from model.language_model import LanguageModel
 from model.loading import load_language_model
+from model.objective import ObjectiveError
 from model.policy_gradient import PolicyConfig, TeacherStudent
 from model.teacher import Teacher
 from tests.model.test_policy_loss import pair_penalties
@@ -50,12 +51,14 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
     own, of_teacher = (LanguageModel(each, tokenizer(size)) for each in (student, teacher))
     penalty = options.pop("penalty", False)
+    truncate_prompt = options.pop("truncate_prompt", lambda prompt: prompt)
     rollout, rewards = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
                         for names in (ROLLOUT, REWARDS))
     return TeacherStudent(
         own, Teacher(of_teacher), penalty,
         rollout=RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
-        rewards=RewardConfig(**rewards), policy=PolicyConfig(**options), log=lambda text: None,
+        rewards=RewardConfig(**rewards), policy=PolicyConfig(**options), truncate_prompt=truncate_prompt,
+        log=lambda text: None,
     ).train()
 
 
@@ -252,6 +255,27 @@ def test_on_policy_divergence_equals_the_formula():
     loss.backward()
     right = {"loss": loss.item(), "cross_entropy": cross_entropy.item(), "divergence": divergence.item()}
     assert_same((means, slopes), (right, gradients(reference)), 1e-10)
+
+
+def test_a_token_that_the_teacher_excludes_stops_training():
+    """Fault: log p = -inf of a drawn token becomes a reward of -1e30 that tears the weights apart."""
+    objective = objective_of(network(1), network(2), rollout="student")
+    head = objective.teacher.head
+    only_the_end = torch.full((SIZE + PADDING,), -math.inf).index_fill(0, torch.tensor([SIZE - 1]), 0)
+    objective.teacher.head = head._replace(bias=only_the_end.double())
+    with pytest.raises(ObjectiveError, match=r"rows: \d.*raise distillation_kwargs\.temperature"):
+        next(objective.iter_steps(None, in_batches(ROWS, 2), [2]))
+    objective.teacher.head = head
+    take_step(objective, in_batches(ROWS, 2))
+
+
+def test_prompts_are_cut_to_make_room():
+    """Fault: a row that fills the context is continued beyond it, or its whole prompt is learnt from."""
+    objective = objective_of(network(1), network(2), rollout="student", truncate_prompt=lambda prompt: prompt[-2:])
+    ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS)], [1]))
+    for (prompt, _), ids, labels in zip(ROWS, rollout.input_ids, rollout.labels, strict=True):
+        start = int((labels != -100).int().argmax())
+        assert ids[:start].tolist() == prompt[-2:]
 
 
 # -- what must be zero, one, or without effect -------------------------------------------------------------------
