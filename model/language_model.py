@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from model.errors import ModelError
+from model.errors import ModelError as ModelError  # callers import both from here
 from model.gpt2.packed_forward import can_pack, packed_hidden_states, plan_packing
 from model.gpt2.tied_weight import tied
 from model.label_shift import label_positions
@@ -88,24 +88,17 @@ class LanguageModel(nn.Module):
     @property
     def prompt_template(self) -> str | None:
         """Template of the prompts that this model was trained on; stored in its config.json."""
-        return self._recorded("prompt_template", str)
+        return getattr(self.model.config, "prompt_template", None)
 
     @property
     def prompt_max_length(self) -> int | None:
         """`max_length` of the rows that this model was trained on; stored in its config.json."""
-        return self._recorded("prompt_max_length", int)
-
-    def _recorded(self, name: str, expected: type):
-        value = getattr(self.model.config, name, None)
-        if value is not None and type(value) is not expected:
-            raise ModelError(f"{name} in the model's config.json is {value!r}: expected {expected.__name__}")
-        return value
+        return getattr(self.model.config, "prompt_max_length", None)
 
     @property
     def max_new_tokens(self) -> int | None:
         """Length of a generated text, as recorded in the model's generation_config, or None."""
-        recorded = self.model.generation_config.max_new_tokens
-        return recorded if type(recorded) is int and recorded > 0 else None
+        return self.model.generation_config.max_new_tokens
 
     def record_training(self, prompt_template: str, prompt_max_length: int, max_new_tokens: int | None = None) -> None:
         """Store with the weights what is needed to prompt the model and decode as in training."""

@@ -26,7 +26,6 @@ GPT2_SHAPES = {
     "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
     "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
 }
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DEMO_SHAPES = {
     "demo-teacher": {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
     "demo-student": {"n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
@@ -89,7 +88,7 @@ def model_config(name: str, without_hub: bool = False):
     """
     family = name.removeprefix("openai-community/")
     if name in DEMO_SHAPES:
-        return GPT2Config(**DEMO_SHAPES[name], **_NO_DROPOUT)
+        return GPT2Config(**DEMO_SHAPES[name], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if Path(name).is_dir():
         if Path(name, "adapter_config.json").is_file():
             raise ModelError(f"{name} is an adapter (adapter_config.json): merge it into its base model and save that")

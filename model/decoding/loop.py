@@ -7,10 +7,12 @@ and a row that has finished makes room for a waiting prompt. The caller supplies
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from model.decoding.kv_cache import can_decode_together, make_kv_cache
@@ -199,7 +201,6 @@ def beam_search(
     with evaluating(language_model):
         for rows in batches_by_length(prompts, batch_size if can_decode_together(language_model, max_length) else 1):
             input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
-            mask = torch.ones_like(input_ids) if mask is None else mask
             output = generate_plainly(language_model.model, input_ids, mask, settings)
             for row, new in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 results[row] = new[: length_to_end(new, language_model.end_ids)]
@@ -240,12 +241,10 @@ def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[lis
         yield order[start : start + batch_size]
 
 
-def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """input_ids [B, T] and attention_mask [B, T] on the model's device; no mask if all lengths are equal."""
-    longest = max(map(len, prompts))
-    pad = language_model.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    if all(len(prompt) == longest for prompt in prompts):
-        return ids.to(language_model.device), None
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, T] on the model's device."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(rows, padding_value=language_model.tokenizer.pad_token_id)
+    mask = pad([torch.ones_like(row) for row in rows])
     return ids.to(language_model.device), mask.to(language_model.device)
