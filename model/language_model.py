@@ -195,19 +195,12 @@ class LanguageModel(nn.Module):
         """An empty cache for `last_hidden`."""
         return DynamicCache(config=self.model.config)
 
-    def last_hidden(self, input_ids: Tensor, attention_mask, cache, positions: Tensor | None = None) -> Tensor:
+    def last_hidden(self, input_ids: Tensor, cache, **arguments) -> Tensor:
         """Hidden states [B, D] of the last of new tokens [B, S] that continue `cache` (a `transformers` Cache).
 
-        attention_mask: [B, past + S] on the model's device, or None if no row is padded; with `positions` [B, S] of the
-        new tokens, a mask over all keys ([B, 1, S, keys], or a dict with one per type of layer). `cache` grows by S.
+        `cache` grows by S. arguments: others of the library's forward pass; without them rows have no padding.
         """
-        arguments = {self.cache_argument: cache}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
-            if positions is None and self._takes_positions:
-                positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
-        if positions is not None:
-            arguments["position_ids"] = positions
+        arguments[self.cache_argument] = cache
         return self.model.base_model(input_ids=input_ids, use_cache=True, **arguments)[0][:, -1]
 
     def limit_vocabulary(self, vocabulary: int) -> None:

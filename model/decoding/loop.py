@@ -48,9 +48,8 @@ def make_decoder(
 
     Under autocast the head is cast to its type here, once.
     """
-    head = cut_head(language_model.output_head() if head is None else head, vocabulary)
-    bias = None if head.bias is None else head.bias.detach()
-    return Decoder(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
+    head = language_model.output_head() if head is None else head
+    return Decoder(language_model, cut_head(head, vocabulary, autocast_type(head.weight)))
 
 
 @torch.inference_mode()
@@ -219,8 +218,6 @@ def generate_plainly(model, input_ids: Tensor, mask: Tensor, settings: Generatio
 
 def check_prompts(language_model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> None:
     context = language_model.context
-    if max_new_tokens >= context:
-        raise ModelError(f"max_generation_length is {max_new_tokens}: expected less than the model's {context} tokens")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ModelError(f"prompt {index} is empty: expected at least one token")

@@ -13,6 +13,7 @@ linear in the positions and in B: pairs of positions are summed in closed form.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from model.losses.divergences import FLOOR
 
@@ -66,10 +67,7 @@ def unit_embeddings(weight: Tensor) -> Tensor:
 
     A row of zeros stays zero.
     """
-    weight = in_float32(weight.detach())
-    largest = weight.abs().amax(-1, keepdim=True)
-    weight = weight / torch.where(largest > 0, largest, 1)  # so that no square overflows or vanishes
-    return weight / weight.norm(dim=-1, keepdim=True).clamp(min=1)
+    return normalize(in_float32(weight.detach()), dim=-1)
 
 
 def sum_rows(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:

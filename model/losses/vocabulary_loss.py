@@ -112,9 +112,9 @@ def chunked_loss(
     product_type, precision = autocast_type(hidden), torch.promote_types(hidden.dtype, torch.float32)
     block_size = BLOCK if in_blocks and hidden.device.type == "cpu" else None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head, states = in_type(head, vocabulary, product_type), hidden.to(product_type)
+        head, states = cut_head(head, vocabulary, product_type), hidden.to(product_type)
         if isinstance(teacher, TeacherHidden):
-            teacher = TeacherHidden(teacher.hidden.to(product_type), in_type(teacher.head, vocabulary, product_type))
+            teacher = TeacherHidden(teacher.hidden.to(product_type), cut_head(teacher.head, vocabulary, product_type))
         for grad in grads[1:]:
             if grad is not None:
                 grad[len(head.weight) if len(hidden) else 0 :].zero_()  # the first chunk writes the other rows
@@ -148,11 +148,6 @@ class WithGradients(torch.autograd.Function):
                 if grad is not None:
                     grad.mul_(grad_loss)
         return None, None, *grads
-
-
-def in_type(head: OutputHead, vocabulary: int | None, dtype: torch.dtype) -> OutputHead:
-    head = cut_head(head, vocabulary)
-    return head._replace(weight=head.weight.to(dtype))
 
 
 def loss_of_chunk(
