@@ -84,7 +84,7 @@ class RolloutBuffer:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         log: Callable[[str], None] = print,
-        hint: str = "raise distillation_kwargs.lm_weight or set penalty to true",
+        hint: str = "change the weights of the loss",
     ):
         self.student, self.teacher, self.config, self.vocabulary = student, teacher, config, vocabulary
         self.rewards = rewards or RewardConfig()

@@ -19,6 +19,7 @@ from model.decoding.rollouts import RolloutConfig
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
+from model.losses.policy_loss import Penalties
 from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of, vocabulary_loss
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
@@ -291,12 +292,12 @@ def objectives() -> dict:
     ids, mask, labels = batch
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": list(range(len(ids)))}
     drawing = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=6), 257, log=lambda text: None)
-    policy = {"rollout": RolloutConfig(max_new_tokens=6), "log": lambda text: None, "penalty": True}
+    mixed = RolloutBuffer(own, of_teacher, RolloutConfig(max_new_tokens=6), 257, log=lambda text: None)
     found = {"fine-tuning": (FineTuning(own), batch)}
     for kl_div in NAMES:
         found[kl_div] = TeacherStudent(own, of_teacher, kl_div, 2.0), batch
     for name, objective in (
-        ("policy gradient", test_policy_gradient.TeacherStudent(own, of_teacher, **policy)),
+        ("policy gradient", test_policy_gradient.TeacherStudent(mixed, penalties=Penalties())),
         ("on policy", TeacherStudent(own, of_teacher, on_policy_fraction=1.0, rollouts=drawing)),
     ):
         ((arguments,),) = (list(each) for each in objective.train().iter_steps(None, [rows], [1]))

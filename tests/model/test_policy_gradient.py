@@ -15,8 +15,9 @@ from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
 from model.language_model import LanguageModel
 from model.loading import load_language_model
+from model.losses.policy_loss import Penalties
 from model.objective import ObjectiveError
-from model.policy_gradient import PolicyConfig, TeacherStudent
+from model.policy_gradient import TeacherStudent
 from model.teacher import Teacher
 from tests.model.test_policy_loss import pair_penalties
 from tests.model.test_teacher_student import gradients
@@ -25,11 +26,12 @@ from tests.small_kd_runs import randomised
 SIZE, PADDING, LENGTH = 7, 2, 6  # tokens, rows of the embedding behind them, tokens of a rollout at most
 PARTS = {"cross_entropy", "reward", "single_step", "long_term", "importance_weight_mean", "clip_fraction", "entropy",
          "sequence_reverse_kl", "rollout_length"}
-# Keys of a config and the fields that they set; all others are those of PolicyConfig.
+# Keys of a config and the fields that they set; all others are those of RolloutBuffer.
 ROLLOUT = {"rollout": "source", "alpha": "alpha", "rollout_temperature": "temperature", "rollout_epochs": "epochs",
            "max_generation_length": "max_new_tokens"}
 REWARDS = {"temperature": "temperature", "importance_weight": "importance_weight", "normalize_rewards": "normalize",
            "whiten": "whiten"}
+POLICY = {name: name for name in ("lm_weight", "clip_epsilon")}
 ROWS = [([1, 2, 0], [3, 4, 6]), ([5], [2, 2, 1, 0, 6]), ([4, 4, 3, 2, 1], [6]), ([0, 3], [5, 6])]
 
 
@@ -50,16 +52,13 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
     own, of_teacher = (LanguageModel(each, tokenizer(size)) for each in (student, teacher))
-    penalty = options.pop("penalty", False)
-    truncate_prompt = options.pop("truncate_prompt", lambda prompt: prompt)
-    rollout, rewards = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
-                        for names in (ROLLOUT, REWARDS))
-    return TeacherStudent(
-        own, Teacher(of_teacher), penalty,
-        rollout=RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
-        rewards=RewardConfig(**rewards), policy=PolicyConfig(**options), truncate_prompt=truncate_prompt,
-        log=lambda text: None,
-    ).train()
+    penalties = Penalties() if options.pop("penalty", False) else None
+    rollout, rewards, policy = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
+                                for names in (ROLLOUT, REWARDS, POLICY))
+    return TeacherStudent(RolloutBuffer(
+        own, Teacher(of_teacher), RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}), size,
+        RewardConfig(**rewards), log=lambda text: None, **options,
+    ), penalties=penalties, **policy).train()
 
 
 def collated(rows, first: int = 0, columns: int = 0, pad: int = SIZE - 1) -> dict:
