@@ -2,10 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import constants as hub
@@ -13,7 +10,7 @@ from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from model.errors import ModelError
+from model.errors import ModelError, one_line_errors
 from model.language_model import LanguageModel
 from model.legacy import load_legacy_weights
 from model.vocabulary import token_rows
@@ -145,23 +142,6 @@ def pretrained_model(name: str, config):
     if wrong:
         raise ModelError(f"{name}: {len(wrong)} of its weights do not fit its config.json, the first is {wrong[0]}")
     return model
-
-
-@contextmanager
-def one_line_errors(text: str, with_reason: bool = True) -> Iterator[None]:
-    """Turns whatever a library raises for a wrong file or value into a ModelError of one line.
-
-    with_reason: adds the library's own message.
-    """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, UnpicklingError):  # torch's own message advises to unpickle it
-            reason = "its weights are damaged or more than tensors, and are not unpickled: save them as safetensors"
-        raise ModelError(f"{text}: {reason}" if with_reason else text) from error
 
 
 def apply_architecture(config, overrides: dict, tokenizer) -> None:
