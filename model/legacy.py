@@ -51,8 +51,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).exists():
         raise ModelError(f"{path} does not exist: expected a .pt file with a state dict")
     # Damaged bytes raise almost anything, and torch's own message advises to unpickle them.
-    refused = (f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run code: write it "
-               "again with torch.save(model.state_dict(), path)")
+    refused = (f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run code: write "
+               "it again with torch.save(model.state_dict(), path)")
     with one_line_errors(refused, with_reason=False):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, dict):
