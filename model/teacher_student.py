@@ -71,18 +71,16 @@ class TeacherStudent(nn.Module):
             return
         batches = iter(batches)
         for count in counts:
-            own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
+            own = list(islice(batches, count))
+            # A random number per step, so that a resumed run and every process decide alike.
+            draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
+            on_policy = draw < self.on_policy_fraction
             drawn = self.rollouts.for_step(table, own) if on_policy else None
             self.steps += 1  # not before sampling, which may fail: a resumed run must decide alike
             if on_policy:
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
             else:
                 yield self.teacher.iter_steps(table, own)
-
-    def next_is_on_policy(self) -> bool:
-        """Decided by a random number per step, so that a resumed run and every process decide alike."""
-        draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
-        return draw < self.on_policy_fraction
 
     def get_extra_state(self) -> dict:
         return {"steps": self.steps, "rollouts": self.rollouts.state_dict()} if self.rollouts else {}
