@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from model.losses.divergences import FLOOR
 from model.losses.penalties import diversity_penalty, entropy_penalty, frequency_penalty, unit_embeddings
+from tests.model.test_vocabulary_loss import Tensors
 
 INF, NAN = math.inf, math.nan
 NAMES = ["frequency", "diversity", "entropy"]
@@ -176,27 +175,15 @@ def test_bfloat16_and_autocast(name):
     torch.testing.assert_close(log_q.grad, right_gradient.bfloat16())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes, forward and backward."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        made = [value.numel() for value in tree_iter(result) if isinstance(value, torch.Tensor)]
-        self.elements = max([self.elements, *made])
-        return result
-
-
 @every_penalty
 @pytest.mark.parametrize("lengths", [[600], [3] * 200])
 def test_memory_is_linear(name, lengths):
     """Fault: a matrix of all pairs of positions, or one of sequences times positions."""
     logits, embeddings = random_case(lengths, 5, 3)
-    with LargestTensor() as largest:
+    with Tensors() as made:
         _, gradient = with_gradient(name, torch.log_softmax(logits, -1), lengths, embeddings, 1.5)
     assert gradient.abs().max() > 0
-    assert logits.numel() <= largest.elements <= 2 * logits.numel()
+    assert logits.numel() <= max(shape.numel() for shape in made.shapes) <= 2 * logits.numel()
 
 
 def test_unit_embeddings():

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import model.decoding.rollout_buffer
 import model.teacher_student
@@ -20,6 +19,7 @@ from model.objective import ObjectiveError
 from model.policy_gradient import TeacherStudent
 from model.teacher import Teacher
 from tests.model.test_policy_loss import pair_penalties
+from tests.model.test_sampling import word_tokenizer
 from tests.model.test_teacher_student import gradients
 from tests.small_kd_runs import randomised
 
@@ -35,12 +35,6 @@ POLICY = {name: name for name in ("lm_weight", "clip_epsilon")}
 ROWS = [([1, 2, 0], [3, 4, 6]), ([5], [2, 2, 1, 0, 6]), ([4, 4, 3, 2, 1], [6]), ([0, 3], [5, 6])]
 
 
-def tokenizer(size: int = SIZE) -> PreTrainedTokenizerFast:
-    """Words 0, 1, 2 ..., the last of which is the end of a text."""
-    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
-
-
 def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -> GPT2LMHeadModel:
     """A random GPT-2 in float64, sure enough of itself that two of them differ."""
     torch.manual_seed(seed)
@@ -51,7 +45,7 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
-    own, of_teacher = (LanguageModel(each, tokenizer(size)) for each in (student, teacher))
+    own, of_teacher = (LanguageModel(each, word_tokenizer(size)) for each in (student, teacher))
     penalties = Penalties() if options.pop("penalty", False) else None
     rollout, rewards, policy = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
                                 for names in (ROLLOUT, REWARDS, POLICY))
@@ -239,11 +233,11 @@ def test_in_eval_mode_the_highlights_are_read_and_nothing_is_drawn():
 def test_on_policy_divergence_equals_the_formula():
     """Fault: the divergence is taken on the highlights, or cross-entropy on samples, or means are over other tokens."""
     student, teacher = network(1), network(2, width=12)
-    own, of_teacher = LanguageModel(student, tokenizer()), Teacher(LanguageModel(teacher, tokenizer()))
-    rollouts = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=LENGTH, batch_size=2), SIZE,
-                             RewardConfig(2.0), log=lambda text: None)
-    objective = model.teacher_student.TeacherStudent(own, of_teacher, temperature=2.0, kd_weight=0.3, chunk_size=4,
-                                                     on_policy_fraction=1.0, rollouts=rollouts).train()
+    rollouts = objective_of(student, teacher, rollout="student", temperature=2.0).rollouts
+    objective = model.teacher_student.TeacherStudent(
+        rollouts.student, rollouts.teacher, temperature=2.0, kd_weight=0.3, chunk_size=4, on_policy_fraction=1.0,
+        rollouts=rollouts,
+    ).train()
     means, slopes, drawn = take_step(objective, in_batches(ROWS, 3))
     assert sum(map(len, drawn)) != sum(len(text) for _, text in ROWS)
     reference = copy.deepcopy(student)
@@ -284,7 +278,7 @@ def test_prompts_are_cut_to_make_room():
 def test_rho_is_one_on_the_first_pass(dropout, equal, tmp_path):
     """Fault: a dropout of the model's config acts in the loss, or while drawing; None shows that it would tell."""
     network(1, dropout=0.3).float().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    word_tokenizer(SIZE).save_pretrained(tmp_path)
     student = load_language_model(str(tmp_path), dropout=dropout).model.double()
     objective = objective_of(student, network(2))
     ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS)], [1]))

@@ -16,17 +16,21 @@ LAST_UNIFORM = 1 - 2.0**-53
 TRUNCATIONS = [(None, None), (4, None), (None, 0.7), (6, 0.8), (1, None), (None, 1.0), (99, None)]
 
 
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Words 0 ... size - 1, the last of which is the end of a text."""
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
+
+
 def word_model(seed: int, size: int = 10, width: int = 8, layers: int = 2, padding: int = 0,
                positions: int = 32) -> LanguageModel:
-    """A random GPT-2 in float64, in eval mode: words 0 ... size - 1, the last the end of a text, and padding rows."""
-    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
+    """A random GPT-2 in float64, in eval mode, over the words of `word_tokenizer`, and padding rows."""
     torch.manual_seed(seed)
     network = GPT2LMHeadModel(GPT2Config(
         vocab_size=size + padding, n_positions=positions, n_embd=width, n_layer=layers, n_head=2,
         bos_token_id=size - 1, eos_token_id=size - 1, initializer_range=0.5,
     ))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
-    return LanguageModel(network.double(), tokenizer).eval()
+    return LanguageModel(network.double(), word_tokenizer(size)).eval()
 
 
 def softmax(logits, temperature: float) -> np.ndarray:
