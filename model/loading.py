@@ -132,8 +132,6 @@ def pretrained_model(name: str, config):
     Raises:
         ModelError: no weights, or weights that cannot be read or do not fit the config.
     """
-    with one_line_errors(f"{name} cannot be loaded"):
-        check_weight_index(Path(name))
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
@@ -196,6 +194,7 @@ def from_source(library_class, name: str, file: str, **arguments):
         f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
     )
     with one_line_errors(f"{name} cannot be loaded" if local else out_of_reach, with_reason=local):
+        check_weight_index(Path(name))
         # trust_remote_code=False: code that lies beside a model never runs, and the user is not asked to run it.
         return library_class.from_pretrained(
             name, trust_remote_code=False, local_files_only=local or not hub_reachable(name, file), **arguments

@@ -202,11 +202,10 @@ class RolloutBuffer:
             ], dtype=torch.float64, device=self.student.device)).tolist()
         if bad_rewards:
             own = [rows[index] for index in bad.any(1).nonzero()[:8, 0].tolist()]
-            names = table.names(own) if hasattr(table, "names") else own
             raise ObjectiveError(
                 f"rewards (log p - log q) of {bad_rewards:.0f} rollout tokens are not finite"
                 + (f", the teacher's log p of {bad_of_teacher:.0f} of them" if bad_of_teacher else "")
-                + (f"; rows: {', '.join(map(str, names))}" if own else "")
+                + (f"; rows: {', '.join(map(str, table.names(own)))}" if own else "")
                 + ": lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
                 "distillation_kwargs.temperature"
             )

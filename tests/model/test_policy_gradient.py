@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_a_token_that_the_teacher_excludes_stops_training():
     only_the_end = torch.full((SIZE + PADDING,), -math.inf).index_fill(0, torch.tensor([SIZE - 1]), 0)
     objective.teacher.head = head._replace(bias=only_the_end.double())
     with pytest.raises(ObjectiveError, match=r"rows: \d.*raise distillation_kwargs\.temperature"):
-        next(objective.iter_steps(None, in_batches(ROWS, 2), [2]))
+        next(objective.iter_steps(SimpleNamespace(names=list), in_batches(ROWS, 2), [2]))
     objective.teacher.head = head
     take_step(objective, in_batches(ROWS, 2))
 
