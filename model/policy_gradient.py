@@ -33,7 +33,7 @@ class TeacherStudent(nn.Module):
 
     rollouts: with the student and the teacher. The student has no dropout: its probabilities must be the same while
     sampling and in the loss. clip_epsilon: None = no clipping. penalties: on the student's distributions along the
-    sequences; with source "labels" those are its conditional distributions on the highlights, not on what it generates.
+    sequences; without sampling those are its conditional distributions on the highlights, not on what it generates.
 
     In eval mode nothing is sampled: the loss is that of the highlights, without long-term part and penalties.
     """

@@ -30,7 +30,7 @@ class TeacherStudent(nn.Module):
 
     language_model: the student. teacher: a `Teacher`, or an object with its `outputs` and `iter_steps`.
     vocabulary: number of real tokens; None = that of the two tokenizers.
-    chunk_size: label positions whose logits exist at a time. rollouts: for on_policy_fraction, with source "student".
+    chunk_size: label positions whose logits exist at a time. rollouts: for on_policy_fraction, of the student alone.
     parameters: of the divergence, such as beta (`model/losses/registry.py`).
 
     Raises:

@@ -118,7 +118,7 @@ class RolloutBuffer:
     def collect(self, table, batches: list[dict], rows: list[int]) -> list[RolloutBatch]:
         """Sample (or take the highlights), let the teacher read, check, and score."""
         with evaluating(self.student), torch.no_grad(), self.autocast():
-            if self.config.source == "labels":
+            if self.config.sampling is None:
                 inputs, outputs, rollouts = self._read_highlights(batches)
             else:
                 inputs, outputs, rollouts = self._sample(batches, rows)
@@ -209,7 +209,7 @@ class RolloutBuffer:
                 + ": lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
                 "distillation_kwargs.temperature"
             )
-        if self.config.source != "labels":
+        if self.config.sampling is not None:
             for name, found, text in (
                 ("empty", empty == sequences, "all rollouts are empty (end-of-text at once): lower "
                  f"optimizer_kwargs.lm_lr, {self.hint}, or start from a fine-tuned student "

@@ -22,27 +22,16 @@ from model.transfer import to_device
 class RolloutConfig:
     """Which sequences a step learns from.
 
-    source: "mixed" (sampled from alpha p + (1 - alpha) q), "student" (alpha 0), "teacher" (alpha 1) or "labels" (the
-        highlights themselves, without sampling).
-    temperature, top_k, top_p: as in SamplingOptions.
+    sampling: from which distribution; None: the highlights themselves, without sampling.
     max_new_tokens: maximum length. batch_size: rows decoded at a time.
     epochs: optimizer steps in a row that use one set of rollouts. seed: of all sampling.
     """
 
-    source: str = "mixed"
-    alpha: float = 0.2
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    sampling: SamplingOptions | None
     max_new_tokens: int = 80
     batch_size: int = 8
     epochs: int = 1
     seed: int = 1234
-
-    @property
-    def sampling(self) -> SamplingOptions:
-        alpha = {"student": 0.0, "teacher": 1.0}.get(self.source, self.alpha)
-        return SamplingOptions(alpha, self.temperature, self.top_k, self.top_p)
 
 
 class Rollouts(NamedTuple):

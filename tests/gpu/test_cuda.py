@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from model.decoding.loop import greedy_decode
 from model.decoding.rollout_buffer import RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
@@ -291,8 +292,8 @@ def objectives() -> dict:
     batch = random_rows([(length, list(range(length - 20, length))) for length in (1000, 1000, 1000, 200)])
     ids, mask, labels = batch
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": list(range(len(ids)))}
-    drawing = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=6), 257, log=lambda text: None)
-    mixed = RolloutBuffer(own, of_teacher, RolloutConfig(max_new_tokens=6), 257, log=lambda text: None)
+    drawing, mixed = (RolloutBuffer(own, of_teacher, RolloutConfig(SamplingOptions(alpha), 6), 257,
+                                    log=lambda text: None) for alpha in (0.0, 0.2))
     found = {"fine-tuning": (FineTuning(own), batch)}
     for kl_div in NAMES:
         found[kl_div] = TeacherStudent(own, of_teacher, kl_div, 2.0), batch

@@ -13,6 +13,7 @@ import model.decoding.rollout_buffer
 import model.teacher_student
 from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.language_model import LanguageModel
 from model.loading import load_language_model
 from model.losses.policy_loss import Penalties
@@ -28,8 +29,7 @@ SIZE, PADDING, LENGTH = 7, 2, 6  # tokens, rows of the embedding behind them, to
 PARTS = {"cross_entropy", "reward", "single_step", "long_term", "importance_weight_mean", "clip_fraction", "entropy",
          "sequence_reverse_kl", "rollout_length"}
 # Keys of a config and the fields that they set; all others are those of RolloutBuffer.
-ROLLOUT = {"rollout": "source", "alpha": "alpha", "rollout_temperature": "temperature", "rollout_epochs": "epochs",
-           "max_generation_length": "max_new_tokens"}
+ROLLOUT = {"rollout_epochs": "epochs", "max_generation_length": "max_new_tokens"}
 REWARDS = {"temperature": "temperature", "importance_weight": "importance_weight", "normalize_rewards": "normalize",
            "whiten": "whiten"}
 POLICY = {name: name for name in ("lm_weight", "clip_epsilon")}
@@ -48,11 +48,14 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
     own, of_teacher = (LanguageModel(each, word_tokenizer(size)) for each in (student, teacher))
     penalties = Penalties() if options.pop("penalty", False) else None
+    source, alpha = options.pop("rollout", "mixed"), options.pop("alpha", 0.2)
+    alpha = {"student": 0.0, "teacher": 1.0}.get(source, alpha)
+    sampling = SamplingOptions(alpha, options.pop("rollout_temperature", 1.0)) if source != "labels" else None
     rollout, rewards, policy = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
                                 for names in (ROLLOUT, REWARDS, POLICY))
     return TeacherStudent(RolloutBuffer(
-        own, Teacher(of_teacher), RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}), size,
-        RewardConfig(**rewards), log=lambda text: None, **options,
+        own, Teacher(of_teacher), RolloutConfig(sampling, **{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
+        size, RewardConfig(**rewards), log=lambda text: None, **options,
     ), penalties=penalties, **policy).train()
 
 

@@ -3,6 +3,7 @@
 from model import policy_gradient, teacher_student
 from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.language_model import LanguageModel
 from model.losses.policy_loss import Penalties
 from model.losses.registry import DIVERGENCES
@@ -33,9 +34,11 @@ def make_objective(
         prompt_format.prediction_prompts([], max_new_tokens)
 
     source = kwargs.rollout if kwargs.method == "policy_gradient" else "student"
+    alpha = {"student": 0.0, "teacher": 1.0}.get(source, kwargs.alpha)
+    sampling = SamplingOptions(alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p)
     rollout = RolloutConfig(
-        source, kwargs.alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, max_new_tokens,
-        batch_size, kwargs.rollout_epochs, config.trainer_kwargs.seed,
+        None if source == "labels" else sampling, max_new_tokens, batch_size, kwargs.rollout_epochs,
+        config.trainer_kwargs.seed,
     )
     rollouts = RolloutBuffer(
         student, teacher, rollout, vocabulary,
