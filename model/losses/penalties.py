@@ -1,4 +1,4 @@
-"""Penalties on the student's distributions along a sequence, each a number in [0, 1] a sequence.
+"""Penalties on the student's distributions along a sequence, each a number from 0 to 1 a sequence, but for rounding.
 
 Each grows with the fault it penalises and is ADDED to the loss. The arguments hold the n real positions of several
 sequences one after another, without padding:
@@ -29,7 +29,7 @@ def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     expected_uses = sum_rows(q, rows, counts)
     same_position = sum_rows(q.square().sum(-1), rows, counts)
     chance = (expected_uses.square().sum(-1) - same_position) / (counts * (counts - 1)).clamp(min=1)
-    return torch.where(counts >= 2, keep_within_one(chance), 0)
+    return torch.where(counts >= 2, chance, 0)
 
 
 def diversity_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, embeddings: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def entropy_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, entropy_floor: 
     """
     log_q = in_float32(log_q).clamp(min=FLOOR)
     entropy = -(log_q.exp() * log_q).sum(-1)
-    shortfall = keep_within_one(torch.relu(1 - entropy / entropy_floor))
+    shortfall = torch.relu(1 - entropy / entropy_floor)
     counts = counts.to(log_q)
     return sum_rows(shortfall, rows, counts) / counts.clamp(min=1)
 
@@ -73,11 +73,6 @@ def unit_embeddings(weight: Tensor) -> Tensor:
 def sum_rows(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """Sums over the positions of each sequence: [B, ...] from [N, ...]."""
     return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, rows, values)
-
-
-def keep_within_one(values: Tensor) -> Tensor:
-    """Clamps values that only rounding can take out of [0, 1]; the gradient passes unchanged."""
-    return values + (values.clamp(0, 1) - values).detach()
 
 
 def in_float32(values: Tensor) -> Tensor:
