@@ -3,7 +3,7 @@
 Each grows with the fault it penalises and is ADDED to the loss. The arguments hold the n real positions of several
 sequences one after another, without padding:
 
-    log_q   [N, V] the student's log-probabilities q_t, in nats; -inf or FLOOR where a token is excluded
+    log_q   [N, V] the student's log-probabilities q_t, in nats; finite, FLOOR where a token is excluded
     rows    [N] int64, which sequence a position belongs to, 0..B-1
     counts  [B] the n of each sequence; may be 0
 
@@ -14,8 +14,6 @@ linear in the positions and in B: pairs of positions are summed in closed form.
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-from model.losses.divergences import FLOOR
 
 
 def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def entropy_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, entropy_floor: 
 
     H is the entropy, entropy_floor > 0 a number of nats. After the confidence penalty of arXiv 1701.06548. 0 if n = 0.
     """
-    log_q = in_float32(log_q).clamp(min=FLOOR)
+    log_q = in_float32(log_q)
     entropy = -(log_q.exp() * log_q).sum(-1)
     shortfall = torch.relu(1 - entropy / entropy_floor)
     counts = counts.to(log_q)

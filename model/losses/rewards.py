@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.losses.divergences import FLOOR
-
 ROUNDING = 1e-14  # of a mean in float64, relative to it
 
 
 def immediate_rewards(teacher_log_probs: Tensor, student_log_probs: Tensor, mask: Tensor) -> Tensor:
     """r_t = log p(y_t) - log q(y_t), [B, L] in nats, from the log-probabilities [B, L] of the sampled tokens.
 
-    Positive where the teacher finds the token more likely than the student does. The log of a probability of 0 counts
-    as FLOOR, so the reward is finite; 0 where both exclude the token.
+    Positive where the teacher finds the token more likely than the student does.
     """
     return log_ratio(teacher_log_probs, student_log_probs, mask)
 
@@ -77,8 +74,8 @@ def whiten(
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
-    """Difference of log-probabilities [B, L] at the real tokens, log 0 taken as FLOOR."""
-    return real_values(numerator, mask).clamp(min=FLOOR) - real_values(denominator, mask).clamp(min=FLOOR)
+    """Difference of log-probabilities [B, L] at the real tokens."""
+    return real_values(numerator, mask) - real_values(denominator, mask)
 
 
 def exponential(log_weights: Tensor, mask: Tensor) -> Tensor:
