@@ -158,7 +158,7 @@ class LanguageModel(nn.Module):
     def compile_forward(self) -> None:
         """Compile training's forward pass: what lies between two attentions if rows are packed, else the library's own.
 
-        Takes about a minute at the first step, and again for each new kind of step.
+        Takes about a minute at the first step, and again for each new shape of step.
         """
         if self._packs():
             self._compiled = True

@@ -148,7 +148,7 @@ class RolloutBuffer:
         mask = token_mask(tokens, max(map(len, tokens), default=1), self.student.device)
         outputs = [self.teacher.outputs(*own) for own in inputs]
         states = [TeacherHidden(self.student.label_hidden(*own)[0], self.student.output_head()) for own in inputs]
-        log_q, log_p = (self._log_probs(each, inputs, mask) for each in (states, outputs))
+        log_q, log_p = self._log_probs(states, inputs, mask), self._log_probs(outputs, inputs, mask)
         return inputs, outputs, Rollouts(tokens, mask, log_q, log_q, torch.zeros_like(log_q), log_p, None)
 
     def _sample(self, batches: list[dict], rows: list[int]) -> tuple[list[Inputs], list[TeacherHidden], Rollouts]:
@@ -236,13 +236,10 @@ class RolloutBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         self.sets_drawn, self.passes_left, self.rows = state["made"], state["passes_left"], state["rows"]
-        self.warned, device = set(state["warned"]), self.student.device
-        self.kept = []
+        self.warned, self.kept = set(state["warned"]), []
         for batch in state["kept"]:
-            drawn = {name: value.to(device) if isinstance(value, Tensor) else value
-                     for name, value in batch["drawn"].items()}
-            teacher = TeacherHidden(batch["teacher"].to(device), self.teacher.head)
-            self.kept.append(RolloutBatch(**{**batch, "drawn": PolicyTokens(**drawn), "teacher": teacher}))
+            teacher = TeacherHidden(batch["teacher"].to(self.student.device), self.teacher.head)
+            self.kept.append(RolloutBatch(**{**batch, "drawn": PolicyTokens(**batch["drawn"]), "teacher": teacher}))
 
 
 def parts_of(batches: list[dict]) -> list[slice]:
@@ -252,9 +249,9 @@ def parts_of(batches: list[dict]) -> list[slice]:
 
 
 def on_cpu(value):
-    """Nested lists and dicts with their tensors on the CPU, without the rest of the storage they are views of."""
+    """Nested lists and dicts with their tensors on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.cpu()
     if isinstance(value, dict):
         return {name: on_cpu(item) for name, item in value.items()}
     return [on_cpu(item) for item in value] if isinstance(value, list) else value

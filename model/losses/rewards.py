@@ -36,15 +36,15 @@ def long_term_rewards(rewards: Tensor, mask: Tensor, normalize: bool = True) -> 
     return torch.where(mask, later, 0)
 
 
-def importance_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, mask: Tensor, kind: str) -> Tensor:
+def importance_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, mask: Tensor, level: str) -> Tensor:
     """Weights [B, L] that turn tokens sampled from p~ into the student's, from log-probabilities [B, L] of the tokens.
 
-    kind: "token", q(y_t) / p~(y_t), MiniLLM's approximation; "sequence", the product over all real tokens of the
+    level: "token", q(y_t) / p~(y_t), MiniLLM's approximation; "sequence", the product over all real tokens of the
     sequence, the same at each of them: unbiased, with a variance that grows with the length. A weight too large for
     the number format is its largest number, so that weight times 0 is 0.
     """
     ratio = log_ratio(student_log_probs, sampling_log_probs, mask)
-    if kind == "sequence":
+    if level == "sequence":
         ratio = ratio.sum(1, keepdim=True).expand_as(ratio)
     return exponential(ratio, mask)
 

@@ -46,7 +46,7 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
-    own, of_teacher = (LanguageModel(each, word_tokenizer(size)) for each in (student, teacher))
+    own, of_teacher = (LanguageModel(network, word_tokenizer(size)) for network in (student, teacher))
     penalties = Penalties() if options.pop("penalty", False) else None
     source, alpha = options.pop("rollout", "mixed"), options.pop("alpha", 0.2)
     alpha = {"student": 0.0, "teacher": 1.0}.get(source, alpha)
