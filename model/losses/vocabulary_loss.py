@@ -105,9 +105,9 @@ def chunked_loss(
     log-probabilities are at `temperature`. in_blocks: whether `chunk_loss` may be called with a part of a chunk.
     Gradients flow to hidden, weight and bias of the head.
     """
-    leaves = (hidden, head.weight, head.bias)
-    grads = [torch.empty_like(leaf) if leaf is not None and leaf.requires_grad and torch.is_grad_enabled() else None
-             for leaf in leaves]
+    inputs = (hidden, head.weight, head.bias)
+    grads = [torch.empty_like(value) if torch.is_grad_enabled() and value is not None and value.requires_grad else None
+             for value in inputs]
     needs_grad = any(grad is not None for grad in grads)
     product_type, precision = autocast_type(hidden), torch.promote_types(hidden.dtype, torch.float32)
     block_size = BLOCK if in_blocks and hidden.device.type == "cpu" else None
@@ -124,14 +124,14 @@ def chunked_loss(
             sums = sums + loss_of_chunk(logits, chunk, chunk_loss, teacher, temperature, block_size, needs_grad)
             if needs_grad and len(logits):
                 accumulate(grads, logits if slope is None else logits.mul_(slope), chunk, states, head.weight)
-    return WithGradients.apply(sums[0], grads, *leaves), sums[1:]
+    return WithGradients.apply(sums[0], grads, *inputs), sums[1:]
 
 
 class WithGradients(torch.autograd.Function):
-    """A loss whose gradients with respect to some leaves are there already."""
+    """A loss whose gradients with respect to its inputs are there already."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, grads: list[Tensor | None], *leaves: Tensor | None):
+    def forward(ctx, loss: Tensor, grads: list[Tensor | None], *inputs: Tensor | None):
         ctx.grads = grads
         return loss.clone()
 
