@@ -82,10 +82,6 @@ class LanguageModel(nn.Module):
         return limit if limit < 10**9 else 1024
 
     @property
-    def end_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
     def prompt_template(self) -> str | None:
         """Template of the prompts that this model was trained on; stored in its config.json."""
         return getattr(self.model.config, "prompt_template", None)
