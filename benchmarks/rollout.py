@@ -218,7 +218,7 @@ def check_processor(pair: tuple, prompts: Rows, new: int, alpha: float) -> None:
 
 def our_step(size: str, prompts: Rows, new: int, pair: tuple) -> Step:
     (teacher, student), vocabulary = pair, SIZES[size][2]
-    held, drawing = Teacher(teacher), RolloutConfig("student", max_new_tokens=new, batch_size=len(prompts), seed=SEED)
+    held, drawing = Teacher(teacher), RolloutConfig(SamplingOptions(0.0), new, len(prompts), seed=SEED)
     sets = RolloutBuffer(student, held, drawing, vocabulary, log=lambda text: None)
     objective = TeacherStudent(student, held, kl_div="JS", kd_weight=1.0, vocabulary=vocabulary, on_policy_fraction=1.0,
                                rollouts=sets).train()

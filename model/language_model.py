@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from model.errors import ModelError
+from model.errors import ModelError as ModelError  # callers import both from here
 from model.gpt2.packed_forward import can_pack, packed_hidden_states, plan_packing
 from model.gpt2.tied_weight import tied
 from model.label_shift import label_positions
@@ -82,30 +82,19 @@ class LanguageModel(nn.Module):
         return limit if limit < 10**9 else 1024
 
     @property
-    def end_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
     def prompt_template(self) -> str | None:
         """Template of the prompts that this model was trained on; stored in its config.json."""
-        return self._recorded("prompt_template", str)
+        return getattr(self.model.config, "prompt_template", None)
 
     @property
     def prompt_max_length(self) -> int | None:
         """`max_length` of the rows that this model was trained on; stored in its config.json."""
-        return self._recorded("prompt_max_length", int)
-
-    def _recorded(self, name: str, expected: type):
-        value = getattr(self.model.config, name, None)
-        if value is not None and type(value) is not expected:
-            raise ModelError(f"{name} in the model's config.json is {value!r}: expected {expected.__name__}")
-        return value
+        return getattr(self.model.config, "prompt_max_length", None)
 
     @property
     def max_new_tokens(self) -> int | None:
         """Length of a generated text, as recorded in the model's generation_config, or None."""
-        recorded = self.model.generation_config.max_new_tokens
-        return recorded if type(recorded) is int and recorded > 0 else None
+        return self.model.generation_config.max_new_tokens
 
     def record_training(self, prompt_template: str, prompt_max_length: int, max_new_tokens: int | None = None) -> None:
         """Store with the weights what is needed to prompt the model and decode as in training."""
@@ -165,7 +154,7 @@ class LanguageModel(nn.Module):
     def compile_forward(self) -> None:
         """Compile training's forward pass: what lies between two attentions if rows are packed, else the library's own.
 
-        Takes about a minute at the first step, and again for each new kind of step.
+        Takes about a minute at the first step, and again for each new shape of step.
         """
         if self._packs():
             self._compiled = True
@@ -202,19 +191,12 @@ class LanguageModel(nn.Module):
         """An empty cache for `last_hidden`."""
         return DynamicCache(config=self.model.config)
 
-    def last_hidden(self, input_ids: Tensor, attention_mask, cache, positions: Tensor | None = None) -> Tensor:
+    def last_hidden(self, input_ids: Tensor, cache, **arguments) -> Tensor:
         """Hidden states [B, D] of the last of new tokens [B, S] that continue `cache` (a `transformers` Cache).
 
-        attention_mask: [B, past + S] on the model's device, or None if no row is padded; with `positions` [B, S] of the
-        new tokens, a mask over all keys ([B, 1, S, keys], or a dict with one per type of layer). `cache` grows by S.
+        `cache` grows by S. arguments: others of the library's forward pass; without them rows have no padding.
         """
-        arguments = {self.cache_argument: cache}
-        if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
-            if positions is None and self._takes_positions:
-                positions = position_ids(attention_mask)[:, -input_ids.shape[1] :]
-        if positions is not None:
-            arguments["position_ids"] = positions
+        arguments[self.cache_argument] = cache
         return self.model.base_model(input_ids=input_ids, use_cache=True, **arguments)[0][:, -1]
 
     def limit_vocabulary(self, vocabulary: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.errors import ModelError
+from model.errors import ModelError, one_line_errors
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 # Causal masks and rotary tables that old versions of the library kept as buffers; the model builds them itself.
@@ -48,13 +48,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ModelError: as `load_legacy_weights`.
     """
-    try:
+    if not Path(path).exists():
+        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict")
+    # Damaged bytes raise almost anything, and torch's own message advises to unpickle them.
+    refused = (f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run code: write "
+               "it again with torch.save(model.state_dict(), path)")
+    with one_line_errors(refused, with_reason=False):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist: expected a .pt file with a state dict") from error
-    except Exception as error:  # damaged bytes raise almost anything; torch's own message advises to unpickle them
-        raise ModelError(f"{path} is damaged or holds more than tensors, and is not unpickled, since that could run "
-                         "code: write it again with torch.save(model.state_dict(), path)") from error
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     entries = content.items() if isinstance(content, dict) else ()

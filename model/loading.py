@@ -2,10 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import constants as hub
@@ -13,7 +10,7 @@ from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from model.errors import ModelError
+from model.errors import ModelError, one_line_errors
 from model.language_model import LanguageModel
 from model.legacy import load_legacy_weights
 from model.vocabulary import token_rows
@@ -26,7 +23,6 @@ GPT2_SHAPES = {
     "gpt2-large": {"n_layer": 36, "n_embd": 1280, "n_head": 20},
     "gpt2-xl": {"n_layer": 48, "n_embd": 1600, "n_head": 25},
 }
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 DEMO_SHAPES = {
     "demo-teacher": {"n_layer": 3, "n_embd": 128, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
     "demo-student": {"n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": 256, "initializer_range": 0.04},
@@ -89,7 +85,7 @@ def model_config(name: str, without_hub: bool = False):
     """
     family = name.removeprefix("openai-community/")
     if name in DEMO_SHAPES:
-        return GPT2Config(**DEMO_SHAPES[name], **_NO_DROPOUT)
+        return GPT2Config(**DEMO_SHAPES[name], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     if Path(name).is_dir():
         if Path(name, "adapter_config.json").is_file():
             raise ModelError(f"{name} is an adapter (adapter_config.json): merge it into its base model and save that")
@@ -136,8 +132,6 @@ def pretrained_model(name: str, config):
     Raises:
         ModelError: no weights, or weights that cannot be read or do not fit the config.
     """
-    with one_line_errors(f"{name} cannot be loaded"):
-        check_weight_index(Path(name))
     model, report = from_source(
         AutoModelForCausalLM, name, "model.safetensors", config=config, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below with their names
@@ -146,23 +140,6 @@ def pretrained_model(name: str, config):
     if wrong:
         raise ModelError(f"{name}: {len(wrong)} of its weights do not fit its config.json, the first is {wrong[0]}")
     return model
-
-
-@contextmanager
-def one_line_errors(text: str, with_reason: bool = True) -> Iterator[None]:
-    """Turns whatever a library raises for a wrong file or value into a ModelError of one line.
-
-    with_reason: adds the library's own message.
-    """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        if isinstance(error, UnpicklingError):  # torch's own message advises to unpickle it
-            reason = "its weights are damaged or more than tensors, and are not unpickled: save them as safetensors"
-        raise ModelError(f"{text}: {reason}" if with_reason else text) from error
 
 
 def apply_architecture(config, overrides: dict, tokenizer) -> None:
@@ -217,6 +194,7 @@ def from_source(library_class, name: str, file: str, **arguments):
         f"`hf download {name}`, or give a local folder; ./demo.sh shows everything without the hub"
     )
     with one_line_errors(f"{name} cannot be loaded" if local else out_of_reach, with_reason=local):
+        check_weight_index(Path(name))
         # trust_remote_code=False: code that lies beside a model never runs, and the user is not asked to run it.
         return library_class.from_pretrained(
             name, trust_remote_code=False, local_files_only=local or not hub_reachable(name, file), **arguments

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ObjectiveError(RuntimeError):
-    """Training cannot go on, and no step should be taken: one line for the user."""
+    """Training cannot continue, and no step should be taken: one line for the user."""
 
 
 class LossTerms(NamedTuple):
@@ -44,7 +44,7 @@ class Objective(Protocol):
         calls. May prefetch: a teacher on another device computes the next batch while the student computes this one.
 
         Raises:
-            ObjectiveError: training cannot go on.
+            ObjectiveError: training cannot continue.
         """
 
     def get_extra_state(self) -> dict:

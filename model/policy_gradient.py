@@ -1,42 +1,18 @@
 """Policy-gradient distillation: the student's own sequences, rewarded by the teacher, after MiniLLM."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from model.decoding.rollout_buffer import RewardConfig, RolloutBatch, RolloutBuffer, from_reference_summaries
-from model.decoding.rollouts import RolloutConfig
-from model.language_model import LanguageModel
+from model.decoding.rollout_buffer import RolloutBatch, RolloutBuffer, from_reference_summaries
 from model.losses.penalties import unit_embeddings
 from model.losses.policy_loss import Penalties, PolicyLoss, PolicyTokens, policy_loss
 from model.losses.vocabulary_loss import vocabulary_loss
 from model.objective import LossTerms, arguments_of
-from model.teacher import Teacher
 from model.transfer import to_device
-from model.vocabulary import shared_vocabulary
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """Weights of the parts of the loss.
-
-    lm_weight: of the cross-entropy; the rest is that of the policy gradient. clip_epsilon: None = no clipping.
-    frequency_weight, diversity_weight, entropy_weight: of the penalties. entropy_floor: in nats, below which entropy is
-    penalised; None = a tenth of log V. chunk_size: positions whose logits exist at a time.
-    """
-
-    lm_weight: float = 0.5
-    clip_epsilon: float | None = 0.2
-    frequency_weight: float = 0.1
-    diversity_weight: float = 0.1
-    entropy_weight: float = 0.01
-    entropy_floor: float | None = None
-    chunk_size: int = 128
 
 
 class TeacherStudent(nn.Module):
@@ -47,59 +23,31 @@ class TeacherStudent(nn.Module):
 
     - single step: the reverse KL of the next token at every state that a rollout visits, exact.
     - long term: the rewards after a token, R_{t+1} = sum_{t' > t} log p(y_t') - log q(y_t'), divided by the number of
-      tokens that remain (`normalize`), as the advantage of log q(y_t), clipped as in PPO.
+      tokens that remain (`normalize`), as the advantage of log q(y_t), clipped as in PPO (`long_term_rewards`).
     - importance weights: rollouts are sampled from p~ = alpha p + (1 - alpha) q. "sequence" multiplies q / p~ over the
-      sequence: unbiased. "token" takes the token's own ratio: less variance, some bias.
+      sequence. "token" takes the token's own ratio: less variance, some bias.
 
-    Bias of the expected gradient, measured: its distance from the gradient of the sequence-level reverse KL, relative
-    to that gradient's norm, with all sequences enumerated, as a mean over 20 random toys (3 tokens, sequences of up to
-    3). Without normalize, whiten and clip_epsilon: 0 with "sequence" weights, and with both at alpha 0; "token" weights
-    0.23 at alpha 0.2 and 0.56 at alpha 0.5; normalize 0.21 at alpha 0; "token" weights with clip_epsilon 0.2 0.25 at
-    alpha 0.2, and with normalize too, which is the default, 0.35.
+    Without normalize, whiten and clip_epsilon the expected gradient is exactly that of the reverse KL, with "sequence"
+    weights or alpha 0 (tests/model/test_policy_gradient.py enumerates all sequences of a toy). Each of the three, and
+    "token" weights with alpha > 0, trade bias for variance.
 
-    language_model: the student, without dropout: its probabilities must be the same while sampling and in the loss.
-    penalty: adds the penalties of `model/losses/penalties.py` on the student's distributions along the sequences; with
-    source "labels" those are its conditional distributions on the highlights, not on what it generates.
-    vocabulary: number of real tokens; None = that of the two tokenizers. truncate_prompt, autocast, all_reduce, log: as
-    for `RolloutBuffer`.
+    rollouts: with the student and the teacher. The student has no dropout: its probabilities must be the same while
+    sampling and in the loss. clip_epsilon: None = no clipping. penalties: on the student's distributions along the
+    sequences; without sampling those are its conditional distributions on the highlights, not on what it generates.
 
     In eval mode nothing is sampled: the loss is that of the highlights, without long-term part and penalties.
-
-    Raises:
-        ValueError: an unknown source of rollouts or kind of importance weight.
-        ModelError: teacher and student have different vocabularies.
     """
 
     def __init__(
         self,
-        language_model: LanguageModel,
-        teacher: Teacher,
-        penalty: bool = False,
-        *,
-        rollout: RolloutConfig | None = None,
-        rewards: RewardConfig | None = None,
-        policy: PolicyConfig | None = None,
-        vocabulary: int | None = None,
-        truncate_prompt: Callable[[list[int]], list[int]] = lambda prompt: prompt,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-        all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        log: Callable[[str], None] = print,
+        rollouts: RolloutBuffer,
+        lm_weight: float = 0.5,
+        clip_epsilon: float | None = 0.2,
+        penalties: Penalties | None = None,
     ):
         super().__init__()
-        if vocabulary is None:
-            vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)
-        self.language_model, self.teacher, self.vocabulary = language_model, teacher, vocabulary
-        self.policy = policy = policy or PolicyConfig()
-        self.penalties = None
-        if penalty:
-            floor = 0.1 * math.log(vocabulary) if policy.entropy_floor is None else policy.entropy_floor
-            self.penalties = Penalties(
-                policy.frequency_weight, policy.diversity_weight, policy.entropy_weight, floor, None
-            )
-        self.rollouts = RolloutBuffer(
-            language_model, teacher, rollout or RolloutConfig(), vocabulary, rewards, chunk_size=policy.chunk_size,
-            truncate_prompt=truncate_prompt, autocast=autocast, all_reduce=all_reduce, log=log,
-        )
+        self.rollouts, self.language_model, self.teacher = rollouts, rollouts.student, rollouts.teacher
+        self.lm_weight, self.clip_epsilon, self.penalties = lm_weight, clip_epsilon, penalties
 
     @property
     def passes(self) -> int:
@@ -134,33 +82,35 @@ class TeacherStudent(nn.Module):
 
         rollout: of `iter_steps`; None takes the highlights, without any advantage.
         """
-        model, policy = self.language_model, self.policy
+        model = self.language_model
+        options = {"vocabulary": self.rollouts.vocabulary, "chunk_size": self.rollouts.chunk_size}
         head, embedding_weight = model.tied_head()
         if rollout is None:
             rollout = from_reference_summaries(self.teacher, input_ids, attention_mask, labels)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and policy.lm_weight > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.lm_weight > 0):
             hidden, targets = model.label_hidden(input_ids, attention_mask, labels, embedding_weight)
-            ce_loss = vocabulary_loss(hidden, head, targets, vocabulary=self.vocabulary, scale=policy.lm_weight,
-                                      chunk_size=policy.chunk_size)
-        if rollout.input_ids is not input_ids or policy.lm_weight == 0:
+            ce_loss = vocabulary_loss(hidden, head, targets, scale=self.lm_weight, **options)
+        if rollout.input_ids is not input_ids or self.lm_weight == 0:
             hidden, _ = model.label_hidden(rollout.input_ids, rollout.attention_mask, rollout.labels, embedding_weight)
         drawn = PolicyTokens(*(to_device(value, hidden.device) if isinstance(value, Tensor) else value
                                for value in rollout.drawn))
         rollout_loss = policy_loss(
-            hidden, head, drawn, rollout.teacher, vocabulary=self.vocabulary,
-            temperature=self.rollouts.rewards.temperature, clip_epsilon=policy.clip_epsilon,
-            penalties=self.current_penalties() if self.training else None,
-            scale=(1 - policy.lm_weight) * rollout.token_scale, chunk_size=policy.chunk_size,
+            hidden, head, drawn, rollout.teacher, temperature=self.rollouts.rewards.temperature,
+            clip_epsilon=self.clip_epsilon, penalties=self.current_penalties() if self.training else None,
+            scale=(1 - self.lm_weight) * rollout.token_scale, **options,
         )
         parts = {"cross_entropy": ce_loss.cross_entropy, **self.logged_parts(rollout, drawn, rollout_loss)}
         return LossTerms(ce_loss.loss_sum + rollout_loss.loss_sum, len(targets), parts)
 
     def current_penalties(self) -> Penalties | None:
-        """The penalties with the student's present embeddings."""
-        if self.penalties is None or self.penalties.diversity == 0:
-            return self.penalties
-        weight = self.language_model.model.get_input_embeddings().weight[: self.vocabulary]
-        return self.penalties._replace(embeddings=unit_embeddings(weight))
+        """The penalties with the student's present embeddings, and the default entropy_floor."""
+        if self.penalties is None:
+            return None
+        vocabulary, embeddings = self.rollouts.vocabulary, None
+        if self.penalties.diversity:
+            embeddings = unit_embeddings(self.language_model.model.get_input_embeddings().weight[:vocabulary])
+        floor = self.penalties.entropy_floor or 0.1 * math.log(vocabulary)
+        return self.penalties._replace(entropy_floor=floor, embeddings=embeddings)
 
     def logged_parts(self, rollout: RolloutBatch, drawn: PolicyTokens, loss: PolicyLoss) -> dict[str, Tensor]:
         """Sums for the log, scaled such that the loop's division by the step's label tokens gives means over tokens or

@@ -20,9 +20,8 @@ SIZE_ONLY = {
 
 def spread_layers(teacher_blocks: int, student_blocks: int) -> list[int]:
     """Indices of the teacher's blocks, evenly from the first to the last; only the first for one."""
-    if student_blocks == 1:
-        return [0]
-    return [round(index * (teacher_blocks - 1) / (student_blocks - 1)) for index in range(student_blocks)]
+    gaps = max(1, student_blocks - 1)
+    return [round(index * (teacher_blocks - 1) / gaps) for index in range(student_blocks)]
 
 
 @torch.no_grad()

@@ -54,27 +54,20 @@ class Teacher:
         return self.to_student(self.hidden(input_ids, attention_mask, labels))
 
     def iter_steps(self, table, batches: Iterable[dict]) -> Iterator[tuple[Tensor, Tensor, Tensor, TeacherHidden]]:
-        """The arguments of `TeacherStudent.forward` for each collated batch, the teacher one batch ahead."""
-        return prefetch_one(
-            batches, lambda batch: self.hidden(*arguments_of(batch)),
-            lambda batch, hidden: (*arguments_of(batch), self.to_student(hidden)),
-        )
+        """The arguments of `TeacherStudent.forward` for each collated batch, the teacher one batch ahead.
 
-
-def prefetch_one(batches: Iterable[dict], start: Callable, finish: Callable) -> Iterator:
-    """Yields finish(batch, start(batch)) of each batch; the next batch is started before one is yielded.
-
-    So a teacher on its own device computes while the student does. A batch is finished, which copies to the student,
-    before the next one is started, because copies queue behind the work that a device was given earlier.
-    """
-    waiting = None
-    for batch in batches:
-        ready = None if waiting is None else finish(*waiting)
-        waiting = batch, start(batch)
-        if ready is not None:
-            yield ready
-    if waiting is not None:
-        yield finish(*waiting)
+        So a teacher on its own device computes while the student does. A batch's outputs are copied to the student
+        before the next batch is started, because copies queue behind the work that a device was given earlier.
+        """
+        started = None
+        for batch in batches:
+            ready = started and (*started[0], self.to_student(started[1]))
+            inputs = arguments_of(batch)
+            started = inputs, self.hidden(*inputs)
+            if ready:
+                yield ready
+        if started:
+            yield *started[0], self.to_student(started[1])
 
 
 def cast_products(base_model: nn.Module, dtype: torch.dtype) -> None:

@@ -30,11 +30,10 @@ class TeacherStudent(nn.Module):
 
     language_model: the student. teacher: a `Teacher`, or an object with its `outputs` and `iter_steps`.
     vocabulary: number of real tokens; None = that of the two tokenizers.
-    chunk_size: label positions whose logits exist at a time. rollouts: for on_policy_fraction, with source "student".
+    chunk_size: label positions whose logits exist at a time. rollouts: for on_policy_fraction, of the student alone.
     parameters: of the divergence, such as beta (`model/losses/registry.py`).
 
     Raises:
-        ValueError: an unknown kl_div or parameter, or a parameter out of range.
         ModelError: teacher and student have different vocabularies.
     """
 
@@ -72,18 +71,16 @@ class TeacherStudent(nn.Module):
             return
         batches = iter(batches)
         for count in counts:
-            own, on_policy = list(islice(batches, count)), self.next_is_on_policy()
+            own = list(islice(batches, count))
+            # A random number per step, so that a resumed run and every process decide alike.
+            draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
+            on_policy = draw < self.on_policy_fraction
             drawn = self.rollouts.for_step(table, own) if on_policy else None
             self.steps += 1  # not before sampling, which may fail: a resumed run must decide alike
             if on_policy:
                 yield ((*arguments_of(batch), None, rollout) for batch, rollout in zip(own, drawn, strict=True))
             else:
                 yield self.teacher.iter_steps(table, own)
-
-    def next_is_on_policy(self) -> bool:
-        """Decided by a random number per step, so that a resumed run and every process decide alike."""
-        draw = np.random.default_rng([self.rollouts.config.seed, self.steps]).random()
-        return draw < self.on_policy_fraction
 
     def get_extra_state(self) -> dict:
         return {"steps": self.steps, "rollouts": self.rollouts.state_dict()} if self.rollouts else {}

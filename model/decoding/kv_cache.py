@@ -50,7 +50,7 @@ class BatchKVCache:
 
     def _prefill(self, prompt: list[int]) -> Tensor:
         prompt_cache, device = self.language_model.new_cache(), self.language_model.device
-        hidden = self.language_model.last_hidden(torch.tensor([prompt], device=device), None, prompt_cache)
+        hidden = self.language_model.last_hidden(torch.tensor([prompt], device=device), prompt_cache)
         if self.cache is None:
             self.cache = Cache([BatchLayer(layer, self.batch_size, self.max_length, self.rows)
                                 for layer in prompt_cache.layers])
@@ -60,8 +60,8 @@ class BatchKVCache:
         return hidden
 
     def step(self, tokens: Tensor) -> Tensor:
-        positions = self.rows.positions[:, None].clone()
-        hidden = self.language_model.last_hidden(tokens[:, None], self._masks(), self.cache, positions)
+        hidden = self.language_model.last_hidden(tokens[:, None], self.cache, attention_mask=self._masks(),
+                                                 position_ids=self.rows.positions[:, None].clone())
         self.rows.advance()
         return hidden
 
@@ -141,7 +141,7 @@ class PerRowKVCaches:
 
     def _read(self, rows: list[list[int]], caches: list[Cache]) -> Tensor:
         device = self.language_model.device
-        return torch.cat([self.language_model.last_hidden(torch.tensor([ids], device=device), None, cache)
+        return torch.cat([self.language_model.last_hidden(torch.tensor([ids], device=device), cache)
                           for ids, cache in zip(rows, caches, strict=True)])
 
     def move(self, source: int, target: int) -> None:

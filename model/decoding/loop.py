@@ -7,10 +7,12 @@ and a row that has finished makes room for a waiting prompt. The caller supplies
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from model.decoding.kv_cache import can_decode_together, make_kv_cache
@@ -46,9 +48,8 @@ def make_decoder(
 
     Under autocast the head is cast to its type here, once.
     """
-    head = cut_head(language_model.output_head() if head is None else head, vocabulary)
-    bias = None if head.bias is None else head.bias.detach()
-    return Decoder(language_model, head._replace(weight=head.weight.detach().to(autocast_type(head.weight)), bias=bias))
+    head = language_model.output_head() if head is None else head
+    return Decoder(language_model, cut_head(head, vocabulary, autocast_type(head.weight)))
 
 
 @torch.inference_mode()
@@ -199,7 +200,6 @@ def beam_search(
     with evaluating(language_model):
         for rows in batches_by_length(prompts, batch_size if can_decode_together(language_model, max_length) else 1):
             input_ids, mask = left_padded([prompts[row] for row in rows], language_model)
-            mask = torch.ones_like(input_ids) if mask is None else mask
             output = generate_plainly(language_model.model, input_ids, mask, settings)
             for row, new in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 results[row] = new[: length_to_end(new, language_model.end_ids)]
@@ -218,8 +218,6 @@ def generate_plainly(model, input_ids: Tensor, mask: Tensor, settings: Generatio
 
 def check_prompts(language_model: LanguageModel, prompts: list[list[int]], max_new_tokens: int) -> None:
     context = language_model.context
-    if max_new_tokens >= context:
-        raise ModelError(f"max_generation_length is {max_new_tokens}: expected less than the model's {context} tokens")
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ModelError(f"prompt {index} is empty: expected at least one token")
@@ -240,12 +238,10 @@ def batches_by_length(prompts: list[list[int]], batch_size: int) -> Iterator[lis
         yield order[start : start + batch_size]
 
 
-def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tuple[Tensor, Tensor | None]:
-    """input_ids [B, T] and attention_mask [B, T] on the model's device; no mask if all lengths are equal."""
-    longest = max(map(len, prompts))
-    pad = language_model.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    if all(len(prompt) == longest for prompt in prompts):
-        return ids.to(language_model.device), None
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def left_padded(prompts: list[list[int]], language_model: LanguageModel) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask [B, T] on the model's device."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad(rows, padding_value=language_model.tokenizer.pad_token_id)
+    mask = pad([torch.ones_like(row) for row in rows])
     return ids.to(language_model.device), mask.to(language_model.device)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from model.objective import ObjectiveError, arguments_of
 from model.teacher import Teacher
 from model.transfer import to_device
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # input_ids, attention_mask, labels of a micro-batch
 MIN_ENTROPY = 1e-3  # of log V: a policy below it, on average, has collapsed
 MAX_REWARD = 1e9  # nats: a larger one comes from a probability of 0
 
@@ -82,7 +84,7 @@ class RolloutBuffer:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         log: Callable[[str], None] = print,
-        hint: str = "raise distillation_kwargs.lm_weight or set penalty to true",
+        hint: str = "change the weights of the loss",
     ):
         self.student, self.teacher, self.config, self.vocabulary = student, teacher, config, vocabulary
         self.rewards = rewards or RewardConfig()
@@ -116,110 +118,98 @@ class RolloutBuffer:
     def collect(self, table, batches: list[dict], rows: list[int]) -> list[RolloutBatch]:
         """Sample (or take the highlights), let the teacher read, check, and score."""
         with evaluating(self.student), torch.no_grad(), self.autocast():
-            inputs, rollouts, mask = self._sequences(batches, rows)
-        rewards = immediate_rewards(rollouts.log_p, rollouts.log_q, mask)
-        label_tokens, tokens, sequences = self._check(table, batches, rows, rollouts, mask, rewards)
+            if self.config.sampling is None:
+                inputs, outputs, rollouts = self._read_highlights(batches)
+            else:
+                inputs, outputs, rollouts = self._sample(batches, rows)
+        log_q, behavior_log_probs, mask = rollouts.log_q, rollouts.behavior_log_probs, rollouts.mask
+        rewards = immediate_rewards(rollouts.log_p, log_q, mask)
+        label_tokens, tokens, sequences = self._check(table, batches, rows, rollouts, rewards)
         self.sets_drawn += 1
         advantages = long_term_rewards(rewards, mask, self.rewards.normalize)
         if self.rewards.whiten:
             advantages = whiten(advantages, mask, self.all_reduce)
-        weights = importance_weights(rollouts.log_q, rollouts.behavior_log_probs, mask, self.rewards.importance_weight)
+        weights = importance_weights(log_q, behavior_log_probs, mask, self.rewards.importance_weight)
         state_weights = torch.ones_like(weights)
         if self.rewards.importance_weight == "sequence":
-            state_weights = prefix_weights(rollouts.log_q, rollouts.behavior_log_probs, mask)
-        result, start = [], 0
-        for batch, outputs in inputs:
-            part = slice(start, start + len(batch[0]))
-            start = part.stop
-            own = rollouts.tokens[part]
-            drawn = PolicyTokens(
-                torch.tensor([token for sequence in own for token in sequence]), [len(sequence) for sequence in own],
-                *(values[part][mask[part]] for values in (rollouts.log_q, advantages, weights, state_weights, rewards)),
-            )
-            result.append(RolloutBatch(*batch, drawn, outputs, label_tokens / tokens, label_tokens / sequences))
+            state_weights = prefix_weights(log_q, behavior_log_probs, mask)
+        result = []
+        for part, own, teacher in zip(parts_of(batches), inputs, outputs, strict=True):
+            constants = (values[part][mask[part]] for values in (log_q, advantages, weights, state_weights, rewards))
+            counts = [len(sequence) for sequence in rollouts.tokens[part]]
+            drawn = PolicyTokens(label_positions(own[2]).targets, counts, *constants)
+            result.append(RolloutBatch(*own, drawn, teacher, label_tokens / tokens, label_tokens / sequences))
         return result
 
-    def _sequences(
-        self, batches: list[dict], rows: list[int]
-    ) -> tuple[list[tuple[tuple[Tensor, Tensor, Tensor], TeacherHidden]], Rollouts, Tensor]:
-        """((input_ids, attention_mask, labels), teacher's outputs) of each micro-batch, all Rollouts, their mask."""
-        pairs = [split_rows(batch) for batch in batches]
-        prompts = [self.truncate_prompt(prompt) for own, _ in pairs for prompt in own]
-        from_labels = self.config.source == "labels"
-        if from_labels or not rows:  # a process may have no rows in a step
-            texts = [text for _, own in pairs for text in own]
-            none = torch.zeros(len(texts), max(map(len, texts), default=1), device=self.student.device)
-            rollouts = Rollouts(texts, none, none, none, none, None)
-        else:
-            rollouts = self._sample(prompts, rows)
-        mask = token_mask(rollouts.tokens, rollouts.log_q.shape[1], rollouts.log_q.device)
-        inputs, log_p, log_q, start = [], [], [], 0
-        for batch in batches:
-            part = slice(start, start + len(batch["rows"]))
-            start = part.stop
-            pad_id = self.student.tokenizer.pad_token_id
-            own = arguments_of(batch) if from_labels else as_batch(prompts[part], rollouts.tokens[part], pad_id)
-            if rollouts.hidden is None:
-                outputs = self.teacher.outputs(*own)
-                log_p.append(self._log_probs(*outputs, label_positions(own[2]).targets))
-            else:
-                outputs = TeacherHidden(rollouts.hidden[part][mask[part]], self.teacher.head)
-            if from_labels:
-                hidden, targets = self.student.label_hidden(*own)
-                log_q.append(self._log_probs(hidden, self.student.output_head(), targets))
-            inputs.append((own, outputs))
-        if log_q:
-            log_q = to_rows(torch.cat(log_q), mask)
-            rollouts = rollouts._replace(log_q=log_q, behavior_log_probs=log_q)
-        if log_p:
-            rollouts = rollouts._replace(log_p=to_rows(torch.cat(log_p), mask))
-        return inputs, rollouts, mask
+    def _read_highlights(self, batches: list[dict]) -> tuple[list[Inputs], list[TeacherHidden], Rollouts]:
+        """The inputs and the teacher's outputs of each micro-batch, and the highlights as Rollouts."""
+        inputs = [arguments_of(batch) for batch in batches]
+        tokens = [text for batch in batches for text in split_rows(batch)[1]]
+        mask = token_mask(tokens, max(map(len, tokens), default=1), self.student.device)
+        outputs = [self.teacher.outputs(*own) for own in inputs]
+        states = [TeacherHidden(self.student.label_hidden(*own)[0], self.student.output_head()) for own in inputs]
+        log_q, log_p = self._log_probs(states, inputs, mask), self._log_probs(outputs, inputs, mask)
+        return inputs, outputs, Rollouts(tokens, mask, log_q, log_q, torch.zeros_like(log_q), log_p, None)
 
-    def _sample(self, prompts: list[list[int]], rows: list[int]) -> Rollouts:
+    def _sample(self, batches: list[dict], rows: list[int]) -> tuple[list[Inputs], list[TeacherHidden], Rollouts]:
+        """The inputs and the teacher's outputs of each micro-batch, and the Rollouts of all prompts."""
         config, options = self.config, self.config.sampling
+        prompts = [self.truncate_prompt(prompt) for batch in batches for prompt in split_rows(batch)[0]]
         teacher = None
         if options.alpha > 0:
             with self.teacher.autocast():
                 teacher = make_decoder(self.teacher.language_model, self.teacher.head, self.vocabulary)
-        return draw_rollouts(
+        rollouts = draw_rollouts(
             make_decoder(self.student, vocabulary=self.vocabulary), teacher, prompts, config.max_new_tokens,
             config.batch_size, options, row_uniforms(config.seed, self.sets_drawn, rows, config.max_new_tokens),
             self.rewards.temperature,
         )
+        pad_id, parts = self.student.tokenizer.pad_token_id, parts_of(batches)
+        inputs = [as_batch(prompts[part], rollouts.tokens[part], pad_id) for part in parts]
+        if rollouts.hidden is None:
+            outputs = [self.teacher.outputs(*own) for own in inputs]
+            return inputs, outputs, rollouts._replace(log_p=self._log_probs(outputs, inputs, rollouts.mask))
+        outputs = [TeacherHidden(rollouts.hidden[part][rollouts.mask[part]], self.teacher.head) for part in parts]
+        return inputs, outputs, rollouts
 
-    def _log_probs(self, hidden: Tensor, head, tokens: Tensor) -> Tensor:
-        return token_log_probs(hidden, head, to_device(tokens, hidden.device), self.vocabulary,
-                               self.rewards.temperature, self.chunk_size)
+    def _log_probs(self, outputs: list[TeacherHidden], inputs: list[Inputs], mask: Tensor) -> Tensor:
+        """Log-probabilities [R, L] of the tokens, from the hidden states of each micro-batch and their head."""
+        values = [mask.new_zeros(0, dtype=torch.float32)]  # a process may have no rows in a step
+        for (hidden, head), (*_, labels) in zip(outputs, inputs, strict=True):
+            tokens = to_device(label_positions(labels).targets, hidden.device)
+            values.append(token_log_probs(hidden, head, tokens, self.vocabulary, self.rewards.temperature,
+                                          self.chunk_size))
+        values = torch.cat(values)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
     def _check(
-        self, table, batches: list[dict], rows: list[int], rollouts: Rollouts, mask: Tensor, rewards: Tensor
+        self, table, batches: list[dict], rows: list[int], rollouts: Rollouts, rewards: Tensor
     ) -> tuple[float, float, float]:
         """Stops if rewards are not finite, warns once of a collapse; (label tokens, tokens, rollouts) of all processes.
 
         All sums are over all processes, so that they decide alike.
         """
         end_ids, limit = self.student.end_ids, self.config.max_new_tokens
-        bad = mask & ~(rewards.abs() < MAX_REWARD)
+        bad = rollouts.mask & ~(rewards.abs() < MAX_REWARD)
         tokens, sequences, label_tokens, empty, at_limit, entropy, bad_rewards, bad_of_teacher = self.all_reduce(
             torch.tensor([
                 sum(map(len, rollouts.tokens)), len(rollouts.tokens),
                 sum(len(label_positions(batch["labels"]).targets) for batch in batches),
                 sum(len(own) == 1 and own[0] in end_ids for own in rollouts.tokens),
                 sum(len(own) == limit and own[-1] not in end_ids for own in rollouts.tokens),
-                float(torch.where(mask, rollouts.entropy, 0).sum()), float(bad.sum()),
+                float(torch.where(rollouts.mask, rollouts.entropy, 0).sum()), float(bad.sum()),
                 float((bad & ~(rollouts.log_p.abs() < MAX_REWARD)).sum()),
             ], dtype=torch.float64, device=self.student.device)).tolist()
         if bad_rewards:
             own = [rows[index] for index in bad.any(1).nonzero()[:8, 0].tolist()]
-            names = table.names(own) if hasattr(table, "names") else own
             raise ObjectiveError(
                 f"rewards (log p - log q) of {bad_rewards:.0f} rollout tokens are not finite"
                 + (f", the teacher's log p of {bad_of_teacher:.0f} of them" if bad_of_teacher else "")
-                + (f"; rows: {', '.join(map(str, names))}" if own else "")
+                + (f"; rows: {', '.join(map(str, table.names(own)))}" if own else "")
                 + ": lower optimizer_kwargs.lm_lr, set trainer_kwargs.precision to float32, or raise "
                 "distillation_kwargs.temperature"
             )
-        if self.config.source != "labels":
+        if self.config.sampling is not None:
             for name, found, text in (
                 ("empty", empty == sequences, "all rollouts are empty (end-of-text at once): lower "
                  f"optimizer_kwargs.lm_lr, {self.hint}, or start from a fine-tuned student "
@@ -246,29 +236,25 @@ class RolloutBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         self.sets_drawn, self.passes_left, self.rows = state["made"], state["passes_left"], state["rows"]
-        self.warned, device = set(state["warned"]), self.student.device
-        self.kept = []
+        self.warned, self.kept = set(state["warned"]), []
         for batch in state["kept"]:
-            drawn = {name: value.to(device) if isinstance(value, Tensor) else value
-                     for name, value in batch["drawn"].items()}
-            teacher = TeacherHidden(batch["teacher"].to(device), self.teacher.head)
-            self.kept.append(RolloutBatch(**{**batch, "drawn": PolicyTokens(**drawn), "teacher": teacher}))
+            teacher = TeacherHidden(batch["teacher"].to(self.student.device), self.teacher.head)
+            self.kept.append(RolloutBatch(**{**batch, "drawn": PolicyTokens(**batch["drawn"]), "teacher": teacher}))
+
+
+def parts_of(batches: list[dict]) -> list[slice]:
+    """The rows of each batch among those of all."""
+    ends = [0, *accumulate(len(batch["rows"]) for batch in batches)]
+    return [slice(*pair) for pair in pairwise(ends)]
 
 
 def on_cpu(value):
-    """Nested lists and dicts with their tensors on the CPU, without the rest of the storage they are views of."""
+    """Nested lists and dicts with their tensors on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.cpu()
     if isinstance(value, dict):
         return {name: on_cpu(item) for name, item in value.items()}
     return [on_cpu(item) for item in value] if isinstance(value, list) else value
-
-
-def to_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Values [N] of the sequences' tokens, one sequence after another, as [R, L] with 0 where the mask is False."""
-    result = values.new_zeros(mask.shape)
-    result[mask] = values
-    return result
 
 
 def from_reference_summaries(

@@ -26,18 +26,15 @@ def row_uniforms(seed: int, draw: int, rows: list[int], count: int) -> Tensor:
 
     draw: index of the set of rollouts, so that a row is not sampled alike each time.
     """
-    return torch.from_numpy(np.stack([np.random.default_rng([seed, draw, row]).random(count) for row in rows]))
+    uniforms = [np.random.default_rng([seed, draw, row]).random(count) for row in rows]
+    return torch.from_numpy(np.array(uniforms).reshape(len(rows), count))
 
 
-class Sampled(NamedTuple):
-    """tokens [n] int64 and log_probs [n]: log of the probability that each was sampled with."""
-
-    tokens: Tensor
-    log_probs: Tensor
-
-
-def sample(student: Tensor, teacher: Tensor | None, options: SamplingOptions, uniforms: Tensor) -> Sampled:
-    """One token per row from the mixture p~ of the rollout, truncated if asked (and then renormalised).
+def sample(
+    student: Tensor, teacher: Tensor | None, options: SamplingOptions, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(tokens [n] int64, the log [n] of the probability that each was sampled with), from the mixture p~ of the
+    rollout, truncated if asked (and then renormalised).
 
     student, teacher: log-probabilities [n, V] at the rollout's temperature; teacher is None if alpha is 0.
     uniforms [n]: numbers in [0, 1) that decide. The distribution is inverted in float64, and a token of probability 0
@@ -52,7 +49,7 @@ def sample(student: Tensor, teacher: Tensor | None, options: SamplingOptions, un
     # The last token that has a share, for a number that rounding puts behind all of them.
     last = (cumulated < total).sum(-1, keepdim=True)
     tokens = torch.searchsorted(cumulated, uniforms[:, None].to(total) * total, right=True).minimum(last)
-    return Sampled(tokens[:, 0], (probabilities.gather(1, tokens) / total).log()[:, 0].to(student.dtype))
+    return tokens[:, 0], (probabilities.gather(1, tokens) / total).log()[:, 0].to(student.dtype)
 
 
 def truncate(probabilities: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -1,9 +1,8 @@
 """Divergences between teacher and student distributions over the vocabulary, one value a position.
 
-`choose_divergence` returns one by name, as a function of log-probabilities that computes value and gradient together;
-`from_logits` applies it to logits [N, V] of both and returns values [N] in nats, differentiable in the student's
-logits; the teacher is a constant. Most gradients are written out: nothing is multiplied by an infinite log, so they are
-finite for any finite logits. Formulas without one are differentiated by autograd. Names and parameters are in
+`choose_divergence` returns one by name, as a function of log-probabilities that computes value, in nats, and gradient
+together; the teacher is a constant. log 0 is given as FLOOR: nothing is multiplied by an infinite log, so values and
+gradients are finite for any finite logits. A gradient is written out, or left to autograd. Names and parameters are in
 model/losses/registry.py.
 
 In the notation of the docstrings p is the teacher's distribution and q the student's, both at the temperature.
@@ -11,14 +10,13 @@ In the notation of the docstrings p is the teacher's distribution and q the stud
 
 import math
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from model.losses.registry import parameters_of
+from model.losses.registry import DIVERGENCES, PARAMETERS
 
 # (log_p [N, V], log_q [N, V], q [N, V]) -> (values [N], gradient with respect to the student's logits [N, V])
 Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -29,91 +27,26 @@ FORMULAS: dict[str, Divergence] = {}  # filled by `formula`, below
 
 
 def choose_divergence(name: str, **parameters: float) -> Divergence:
-    """The divergence of a config's `kl_div`. parameters: `beta`, `lambda_` or `mu`, by default those of the registry.
-
-    Raises:
-        ValueError: an unknown name, or a number that is out of range.
-    """
-    values = parameters_of(name, parameters)
-    if name == "symmetric" and values["mu"] in (0, 1):  # the other KL has no share, but might be infinite
-        name, values = ("forward" if values["mu"] else "reverse"), {}
-    return partial(FORMULAS[name], **values) if values else FORMULAS[name]
+    """The divergence of a config's `kl_div`. parameters: its own, such as `beta`; by default those of the registry."""
+    defaults = {key: PARAMETERS[key].default for key in DIVERGENCES[name].parameters}
+    return partial(FORMULAS[name], **defaults | parameters)
 
 
-def check_range(name: str, value: float, good: bool, expected: str) -> None:
-    if not good:
-        raise ValueError(f"{name} is {value}: expected a number {expected}")
-
-
-# -- from logits -------------------------------------------------------------------------------------------------
-
-
-def from_logits(teacher_logits: Tensor, student_logits: Tensor, temperature: float, divergence: Divergence) -> Tensor:
-    """Values [N] of a divergence of `choose_divergence`; logits [N, V] of one shape, computed in float32 at least.
-
-    A token excluded on both sides (logit -inf) contributes 0 with gradient 0. NaN stays NaN.
-
-    Raises:
-        ValueError: shapes that differ, a temperature of 0 or less, or an infinite divergence, naming the token.
-    """
-    if teacher_logits.shape != student_logits.shape or teacher_logits.dim() != 2:
-        shapes = f"{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}"
-        raise ValueError(f"teacher and student logits have the shapes {shapes}: expected the same [N, V]")
-    check_range("temperature", temperature, temperature > 0, "greater than 0")
-    return FromLogits.apply(student_logits, teacher_logits.detach(), temperature, divergence)
-
-
-class FromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student_logits: Tensor, teacher_logits: Tensor, temperature: float, divergence: Divergence):
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        with torch.autocast(student_logits.device.type, enabled=False):
-            log_p, log_q = (torch.log_softmax(logits.to(dtype) / temperature, -1)
-                            for logits in (teacher_logits, student_logits))
-            check_support(divergence, torch.isneginf(log_p), torch.isneginf(log_q))
-            log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
-            values, gradient = divergence(log_p, log_q, log_q.exp())
-        ctx.save_for_backward(gradient / temperature)
-        ctx.dtype = student_logits.dtype
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_values: Tensor):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad_values[:, None]).to(ctx.dtype), None, None, None
-
-
-def check_support(divergence: Divergence, teacher_excludes: Tensor, student_excludes: Tensor) -> None:
-    """Raises ValueError where a token that one side alone excludes makes the divergence infinite."""
-    infinite_if = getattr(divergence, "func", divergence).infinite_if
-    for who, excludes, other in (("teacher", teacher_excludes, student_excludes),
-                                 ("student", student_excludes, teacher_excludes)):
-        if who in infinite_if and (infinite := excludes & ~other).any():
-            position, token = infinite.nonzero()[0].tolist()
-            raise ValueError(f"the divergence is infinite at position {position}: the {who} excludes token {token} "
-                             "(logit -inf) and the other model does not")
-
-
-def formula(name: str, infinite_if: tuple[str, ...] = (), by_autograd: bool = False) -> Callable:
+def formula(name: str, by_autograd: bool = False) -> Callable:
     """Registers a function as the divergence `name`.
 
-    infinite_if: "teacher", "student": who makes it infinite by excluding a token that the other does not exclude.
     by_autograd: the function returns values [N] of (log_p, log_q, **parameters) alone; its gradient is autograd's.
     Otherwise it returns values and gradient of (log_p, log_q, q, **parameters), as `Divergence` says.
     """
 
     def register(function: Callable) -> Callable:
-        terms = with_gradient(function) if by_autograd else function
-        terms.infinite_if = infinite_if
-        FORMULAS[name] = terms
-        return terms
+        FORMULAS[name] = with_gradient(function) if by_autograd else function
+        return function
 
     return register
 
 
 def with_gradient(values_of: Callable[..., Tensor]) -> Divergence:
-    @wraps(values_of)
     def terms(log_p: Tensor, log_q: Tensor, q: Tensor, **parameters: float) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = log_q.detach().requires_grad_()
@@ -124,11 +57,10 @@ def with_gradient(values_of: Callable[..., Tensor]) -> Divergence:
     return terms
 
 
-# -- from log-probabilities: value and gradient with respect to the student's logits -----------------------------
 # With G = d value / d log q, the gradient is G - q sum_v G.
 
 
-@formula("forward", infinite_if=("student",))
+@formula("forward")
 def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) = sum_v p (log p - log q) (Hinton et al. 2015, arXiv 1503.02531)."""
     p = log_p.exp()
@@ -136,7 +68,7 @@ def forward_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tens
     return values, q - p
 
 
-@formula("reverse", infinite_if=("teacher",))
+@formula("reverse")
 def reverse_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum_v q (log q - log p) (MiniLLM, arXiv 2306.08543)."""
     ratio = log_q - log_p
@@ -196,7 +128,7 @@ def total_variation_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tens
     return values, sign.sub_(torch.linalg.vecdot(q, sign)[:, None]).mul_(q)
 
 
-@formula("symmetric", infinite_if=("teacher", "student"))
+@formula("symmetric")
 def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor) -> tuple[Tensor, Tensor]:
     """mu KL(p || q) + (1 - mu) KL(q || p); Jeffreys' divergence, halved, at mu = 1/2."""
     forward, forward_gradient = forward_terms(log_p, log_q, q)
@@ -205,7 +137,7 @@ def symmetric_terms(log_p: Tensor, log_q: Tensor, q: Tensor, mu: float | Tensor)
     return mu * forward + (1 - mu) * reverse, share * forward_gradient + (1 - share) * reverse_gradient
 
 
-@formula("adaptive", infinite_if=("teacher", "student"))
+@formula("adaptive")
 def adaptive_terms(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """w KL(p || q) + (1 - w) KL(q || p), w at each position by where p and q differ (after arXiv 2404.02657).
 

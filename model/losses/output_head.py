@@ -23,11 +23,11 @@ class OutputHead(NamedTuple):
     gaps: Tensor | None = None
 
 
-def cut_head(head: OutputHead, vocabulary: int | None = None) -> OutputHead:
-    """The head of only the first `vocabulary` tokens; None = `head.vocabulary`."""
+def cut_head(head: OutputHead, vocabulary: int | None = None, dtype: torch.dtype | None = None) -> OutputHead:
+    """The head of only the first `vocabulary` tokens; None = `head.vocabulary`. dtype: of the weight."""
     size = head.vocabulary if vocabulary is None else vocabulary
     bias = None if head.bias is None else head.bias[:size]
-    return head._replace(weight=head.weight[:size], bias=bias, vocabulary=size)
+    return head._replace(weight=head.weight[:size].to(dtype=dtype), bias=bias, vocabulary=size)
 
 
 def autocast_type(hidden: Tensor) -> torch.dtype:

@@ -1,9 +1,9 @@
-"""Penalties on the student's distributions along a sequence, each a number in [0, 1] a sequence.
+"""Penalties on the student's distributions along a sequence, each a number from 0 to 1 a sequence, but for rounding.
 
 Each grows with the fault it penalises and is ADDED to the loss. The arguments hold the n real positions of several
 sequences one after another, without padding:
 
-    log_q   [N, V] the student's log-probabilities q_t, in nats; -inf or FLOOR where a token is excluded
+    log_q   [N, V] the student's log-probabilities q_t, in nats; finite, FLOOR where a token is excluded
     rows    [N] int64, which sequence a position belongs to, 0..B-1
     counts  [B] the n of each sequence; may be 0
 
@@ -13,8 +13,7 @@ linear in the positions and in B: pairs of positions are summed in closed form.
 
 import torch
 from torch import Tensor
-
-from model.losses.divergences import FLOOR, check_range
+from torch.nn.functional import normalize
 
 
 def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def frequency_penalty(log_q: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     expected_uses = sum_rows(q, rows, counts)
     same_position = sum_rows(q.square().sum(-1), rows, counts)
     chance = (expected_uses.square().sum(-1) - same_position) / (counts * (counts - 1)).clamp(min=1)
-    return torch.where(counts >= 2, keep_within_one(chance), 0)
+    return torch.where(counts >= 2, chance, 0)
 
 
 def diversity_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, embeddings: Tensor) -> Tensor:
@@ -52,15 +51,11 @@ def diversity_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, embeddings: T
 def entropy_penalty(log_q: Tensor, rows: Tensor, counts: Tensor, entropy_floor: float) -> Tensor:
     """mean_t max(0, 1 - H(q_t) / entropy_floor), [B]; grows with over-confidence, 0 where all are spread enough.
 
-    H is the entropy, entropy_floor a number of nats. After the confidence penalty of arXiv 1701.06548. 0 where n = 0.
-
-    Raises:
-        ValueError: entropy_floor of 0 or less.
+    H is the entropy, entropy_floor > 0 a number of nats. After the confidence penalty of arXiv 1701.06548. 0 if n = 0.
     """
-    check_range("entropy_floor", entropy_floor, entropy_floor > 0, "greater than 0")
-    log_q = in_float32(log_q).clamp(min=FLOOR)
+    log_q = in_float32(log_q)
     entropy = -(log_q.exp() * log_q).sum(-1)
-    shortfall = keep_within_one(torch.relu(1 - entropy / entropy_floor))
+    shortfall = torch.relu(1 - entropy / entropy_floor)
     counts = counts.to(log_q)
     return sum_rows(shortfall, rows, counts) / counts.clamp(min=1)
 
@@ -70,20 +65,12 @@ def unit_embeddings(weight: Tensor) -> Tensor:
 
     A row of zeros stays zero.
     """
-    weight = in_float32(weight.detach())
-    largest = weight.abs().amax(-1, keepdim=True)
-    weight = weight / torch.where(largest > 0, largest, 1)  # so that no square overflows or vanishes
-    return weight / weight.norm(dim=-1, keepdim=True).clamp(min=1)
+    return normalize(in_float32(weight.detach()), dim=-1)
 
 
 def sum_rows(values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
     """Sums over the positions of each sequence: [B, ...] from [N, ...]."""
     return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, rows, values)
-
-
-def keep_within_one(values: Tensor) -> Tensor:
-    """Clamps values that only rounding can take out of [0, 1]; the gradient passes unchanged."""
-    return values + (values.clamp(0, 1) - values).detach()
 
 
 def in_float32(values: Tensor) -> Tensor:

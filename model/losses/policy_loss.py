@@ -32,13 +32,17 @@ class PolicyTokens(NamedTuple):
 
 
 class Penalties(NamedTuple):
-    """Weights of the penalties (`model/losses/penalties.py`); entropy_floor in nats; embeddings [V, D] of unit norm."""
+    """Weights of the penalties (`model/losses/penalties.py`).
 
-    frequency: float
-    diversity: float
-    entropy: float
-    entropy_floor: float
-    embeddings: Tensor | None
+    entropy_floor: in nats, below which entropy is penalised; None = a tenth of log V. embeddings [V, D]: of unit norm;
+    `TeacherStudent` fills in the present ones.
+    """
+
+    frequency: float = 0.1
+    diversity: float = 0.1
+    entropy: float = 0.01
+    entropy_floor: float | None = None
+    embeddings: Tensor | None = None
 
 
 class PolicyLoss(NamedTuple):

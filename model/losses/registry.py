@@ -39,21 +39,3 @@ DIVERGENCES = {
     "symmetric": Entry("mu KL(p‖q) + (1 - mu) KL(q‖p)", ("mu",)),
     "adaptive": Entry("forward and reverse KL, weighted at each token by where p and q differ"),
 }
-
-
-def parameters_of(name: str, given: dict[str, float]) -> dict[str, float]:
-    """The parameters of the divergence `name`: those given, defaults for the rest; those of other ones are ignored.
-
-    Raises:
-        ValueError: an unknown divergence or parameter, or one out of range.
-    """
-    if name not in DIVERGENCES:
-        raise ValueError(f"kl_div is {name!r}: expected one of {', '.join(DIVERGENCES)}")
-    for key, value in given.items():
-        if key not in PARAMETERS:
-            raise ValueError(f"{key} is no parameter of a divergence: expected one of {', '.join(PARAMETERS)}")
-        _, lowest, highest, is_open, _ = PARAMETERS[key]
-        if not (lowest < value < highest if is_open else lowest <= value <= highest):
-            words = f"between {lowest} and {highest}" if is_open else f"from {lowest} to {highest}"
-            raise ValueError(f"{key.rstrip('_')} is {value}: expected a number {words}")
-    return {key: given.get(key, PARAMETERS[key].default) for key in DIVERGENCES[name].parameters}

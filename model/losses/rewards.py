@@ -12,53 +12,40 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.losses.divergences import FLOOR
-
 ROUNDING = 1e-14  # of a mean in float64, relative to it
 
 
 def immediate_rewards(teacher_log_probs: Tensor, student_log_probs: Tensor, mask: Tensor) -> Tensor:
     """r_t = log p(y_t) - log q(y_t), [B, L] in nats, from the log-probabilities [B, L] of the sampled tokens.
 
-    Positive where the teacher finds the token more likely than the student does. The log of a probability of 0 counts
-    as FLOOR, so the reward is finite; 0 where both exclude the token.
+    Positive where the teacher finds the token more likely than the student does.
     """
     return log_ratio(teacher_log_probs, student_log_probs, mask)
-
-
-def reward_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    """R_t = sum over t' >= t of r_t', [B, L] from rewards [B, L] in nats."""
-    return torch.where(mask, sum_from_here(real_values(rewards, mask)), 0)
 
 
 def long_term_rewards(rewards: Tensor, mask: Tensor, normalize: bool = True) -> Tensor:
     """R_{t+1}, the sum of the rewards after token t, [B, L] from rewards [B, L]; exactly 0 at the last real token.
 
-    r_t itself is excluded: the single-step part of the loss contains it exactly, and it would count twice. normalize:
-    divide by the number of real tokens after t, so that long sequences do not weigh more (MiniLLM's length
-    normalisation).
+    It is the advantage of log q(y_t) in the policy gradient. r_t itself is excluded: the single-step part of the loss
+    contains it exactly, and it would count twice. normalize: divide by the number of real tokens after t, so that long
+    sequences do not weigh more (MiniLLM's length normalisation).
     """
-    to_go = pad(reward_to_go(rewards, mask), (0, 1))[:, 1:]
+    later = pad(sum_from_here(real_values(rewards, mask)), (0, 1))[:, 1:]
     if normalize:
-        to_go = to_go / (sum_from_here(mask.long()) - 1).clamp(min=1)
-    return torch.where(mask, to_go, 0)
+        later = later / (sum_from_here(mask.long()) - 1).clamp(min=1)
+    return torch.where(mask, later, 0)
 
 
-def importance_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, mask: Tensor, kind: str) -> Tensor:
+def importance_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, mask: Tensor, level: str) -> Tensor:
     """Weights [B, L] that turn tokens sampled from p~ into the student's, from log-probabilities [B, L] of the tokens.
 
-    kind: "token", q(y_t) / p~(y_t), MiniLLM's approximation; "sequence", the product over all real tokens of the
+    level: "token", q(y_t) / p~(y_t), MiniLLM's approximation; "sequence", the product over all real tokens of the
     sequence, the same at each of them: unbiased, with a variance that grows with the length. A weight too large for
     the number format is its largest number, so that weight times 0 is 0.
-
-    Raises:
-        ValueError: another kind.
     """
     ratio = log_ratio(student_log_probs, sampling_log_probs, mask)
-    if kind == "sequence":
+    if level == "sequence":
         ratio = ratio.sum(1, keepdim=True).expand_as(ratio)
-    elif kind != "token":
-        raise ValueError(f"the kind of importance weight is {kind!r}: expected token or sequence")
     return exponential(ratio, mask)
 
 
@@ -87,8 +74,8 @@ def whiten(
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
-    """Difference of log-probabilities [B, L] at the real tokens, log 0 taken as FLOOR."""
-    return real_values(numerator, mask).clamp(min=FLOOR) - real_values(denominator, mask).clamp(min=FLOOR)
+    """Difference of log-probabilities [B, L] at the real tokens."""
+    return real_values(numerator, mask) - real_values(denominator, mask)
 
 
 def exponential(log_weights: Tensor, mask: Tensor) -> Tensor:

@@ -69,23 +69,11 @@ def vocabulary_loss(
 
     Reductions are in float32 at least; under autocast the products are in its type. Gradients flow to hidden, weight
     and bias. N = 0 gives exactly 0 with zero gradients.
-
-    Raises:
-        ValueError: sizes that do not fit.
     """
-    if len(hidden) != len(targets):
-        raise ValueError(f"{len(hidden)} hidden states but {len(targets)} targets: expected one each")
-    if teacher is not None and len(teacher[0]) != len(hidden):
-        raise ValueError(f"{len(teacher[0])} teacher positions but {len(hidden)} of the student: expected as many")
-    rows = min(len(part.weight) for part in (head, teacher.head if isinstance(teacher, TeacherHidden) else head))
-    size = head.vocabulary if vocabulary is None else vocabulary
-    size = len(head.weight) if size is None else size
-    if not 1 <= size <= rows:
-        raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the heads, {rows}")
     chunk_loss = partial(label_loss, targets=targets, divergence=divergence, temperature=temperature,
                          kd_weight=0.0 if teacher is None else kd_weight, scale=scale)
     loss_sum, sums = chunked_loss(
-        hidden, head, even_chunks(len(hidden), chunk_size), chunk_loss, vocabulary=size, teacher=teacher,
+        hidden, head, even_chunks(len(hidden), chunk_size), chunk_loss, vocabulary=vocabulary, teacher=teacher,
         temperature=temperature,
     )
     return VocabularyLoss(loss_sum, sums[0], None if teacher is None else sums[1])
@@ -100,26 +88,13 @@ def even_chunks(count: int, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, count, chunk_size)]
 
 
-class ChunkArgs(NamedTuple):
-    """The arguments of `ChunkedLoss` that no gradient flows to."""
-
-    head: OutputHead
-    chunks: list[slice]
-    chunk_loss: ChunkLoss
-    vocabulary: int
-    teacher: TeacherHidden | TeacherTopK | None
-    temperature: float
-    in_blocks: bool
-    grad_enabled: bool
-
-
 def chunked_loss(
     hidden: Tensor,
     head: OutputHead,
     chunks: list[slice],
     chunk_loss: ChunkLoss,
     *,
-    vocabulary: int,
+    vocabulary: int | None = None,
     teacher: TeacherHidden | TeacherTopK | None = None,
     temperature: float = 1.0,
     in_blocks: bool = True,
@@ -130,42 +105,39 @@ def chunked_loss(
     log-probabilities are at `temperature`. in_blocks: whether `chunk_loss` may be called with a part of a chunk.
     Gradients flow to hidden, weight and bias of the head.
     """
-    args = ChunkArgs(head, chunks, chunk_loss, vocabulary, teacher, temperature, in_blocks, torch.is_grad_enabled())
-    return ChunkedLoss.apply(hidden, head.weight, head.bias, args)
+    inputs = (hidden, head.weight, head.bias)
+    grads = [torch.empty_like(value) if torch.is_grad_enabled() and value is not None and value.requires_grad else None
+             for value in inputs]
+    needs_grad = any(grad is not None for grad in grads)
+    product_type, precision = autocast_type(hidden), torch.promote_types(hidden.dtype, torch.float32)
+    block_size = BLOCK if in_blocks and hidden.device.type == "cpu" else None
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head, states = cut_head(head, vocabulary, product_type), hidden.to(product_type)
+        if isinstance(teacher, TeacherHidden):
+            teacher = TeacherHidden(teacher.hidden.to(product_type), cut_head(teacher.head, vocabulary, product_type))
+        for grad in grads[1:]:
+            if grad is not None:
+                grad[len(head.weight) if len(hidden) else 0 :].zero_()  # the first chunk writes the other rows
+        sums = 0
+        for chunk in chunks or [slice(0, 0)]:  # an empty chunk tells how many sums there are
+            logits, slope = head_logits(states[chunk], head, precision, needs_grad)
+            sums = sums + loss_of_chunk(logits, chunk, chunk_loss, teacher, temperature, block_size, needs_grad)
+            if needs_grad and len(logits):
+                accumulate(grads, logits if slope is None else logits.mul_(slope), chunk, states, head.weight)
+    return WithGradients.apply(sums[0], grads, *inputs), sums[1:]
 
 
-class ChunkedLoss(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
+    """A loss whose gradients with respect to its inputs are there already."""
+
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: ChunkArgs):
-        needs_grad = [args.grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        product_type, precision = autocast_type(hidden), torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            head, teacher = in_type(args.head, args.vocabulary, product_type), args.teacher
-            if isinstance(teacher, TeacherHidden):
-                teacher = TeacherHidden(teacher.hidden.to(product_type),
-                                        in_type(teacher.head, args.vocabulary, product_type))
-            states = hidden.to(product_type)
-            grads = [torch.empty_like(tensor) if needed else None
-                     for tensor, needed in zip((hidden, weight, bias), needs_grad, strict=True)]
-            for grad in grads[1:]:
-                if grad is not None:
-                    grad[args.vocabulary if len(hidden) else 0 :].zero_()  # the first chunk writes the other rows
-            sums = None
-            for chunk in args.chunks or [slice(0, 0)]:  # an empty chunk tells how many sums there are
-                logits, slope = head_logits(states[chunk], head, precision, any(needs_grad))
-                chunk_sums = loss_of_chunk(logits, chunk, teacher, args, any(needs_grad))
-                sums = chunk_sums if sums is None else sums + chunk_sums
-                if any(needs_grad) and len(logits):
-                    grad_logits = logits if slope is None else logits.mul_(slope)
-                    accumulate(grads, grad_logits, chunk, states, head.weight)
+    def forward(ctx, loss: Tensor, grads: list[Tensor | None], *inputs: Tensor | None):
         ctx.grads = grads
-        loss, others = sums[0].clone(), sums[1:]
-        ctx.mark_non_differentiable(others)
-        return loss, others
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *unused):
+    def backward(ctx, grad_loss: Tensor):
         # Drop our reference, so that autograd can accumulate the head's gradient in place.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
@@ -175,38 +147,33 @@ class ChunkedLoss(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(grad_loss)
-        return *grads, None
+        return None, None, *grads
 
 
-def in_type(head: OutputHead, vocabulary: int, dtype: torch.dtype) -> OutputHead:
-    head = cut_head(head, vocabulary)
-    return head._replace(weight=head.weight.to(dtype))
-
-
-def loss_of_chunk(logits: Tensor, chunk: slice, teacher, args: ChunkArgs, needs_grad: bool) -> Tensor:
+def loss_of_chunk(
+    logits: Tensor, chunk: slice, chunk_loss: ChunkLoss, teacher: TeacherHidden | TeacherTopK | None,
+    temperature: float, block_size: int | None, needs_grad: bool,
+) -> Tensor:
     """Sums of one chunk; its logits [n, V] are overwritten by their gradient if that is needed.
 
-    On a CPU the losses are computed in blocks of a few positions, if allowed: their many temporaries are then small
-    and stay in its cache.
+    block_size: positions whose losses are computed at a time, None = all. On a CPU small blocks are faster: their many
+    temporaries stay in its cache.
     """
-    top_k = isinstance(teacher, TeacherTopK)
     if isinstance(teacher, TeacherHidden):
         teacher_logits = head_logits(teacher.hidden[chunk], teacher.head, logits.dtype, with_slope=False)[0]
-    rows = BLOCK if args.in_blocks and logits.device.type == "cpu" else max(1, len(logits))
-    sums = None
-    for start in range(0, max(1, len(logits)), rows):
-        block = slice(start, min(start + rows, len(logits)))
+    count, sums = max(1, len(logits)), 0
+    for start in range(0, count, block_size or count):
+        block = slice(start, min(start + (block_size or count), len(logits)))
         positions = slice(chunk.start + block.start, chunk.start + block.stop)
-        if teacher is None:
-            log_p = None
-        elif top_k:
+        log_p = None
+        if isinstance(teacher, TeacherTopK):
             ids, *logs = (values[positions] for values in teacher)
             log_p = TeacherTopK(ids, *(values.to(logits.dtype) for values in logs))
-        else:
+        elif teacher is not None:
             own = teacher_logits[block]
-            log_p = torch.log_softmax(own if args.temperature == 1.0 else own.div_(args.temperature), -1)
-        block_sums, grad = args.chunk_loss(logits[block], positions, log_p, needs_grad)
-        sums = block_sums if sums is None else sums + block_sums
+            log_p = torch.log_softmax(own if temperature == 1.0 else own.div_(temperature), -1)
+        block_sums, grad = chunk_loss(logits[block], positions, log_p, needs_grad)
+        sums = sums + block_sums
         if grad is not None:
             logits[block] = grad
     return sums

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from model.decoding.loop import greedy_decode
 from model.decoding.rollout_buffer import RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
+from model.losses.policy_loss import Penalties
 from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of, vocabulary_loss
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
@@ -290,13 +292,13 @@ def objectives() -> dict:
     batch = random_rows([(length, list(range(length - 20, length))) for length in (1000, 1000, 1000, 200)])
     ids, mask, labels = batch
     rows = {"input_ids": ids, "attention_mask": mask, "labels": labels, "rows": list(range(len(ids)))}
-    drawing = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=6), 257, log=lambda text: None)
-    policy = {"rollout": RolloutConfig(max_new_tokens=6), "log": lambda text: None, "penalty": True}
+    drawing, mixed = (RolloutBuffer(own, of_teacher, RolloutConfig(SamplingOptions(alpha), 6), 257,
+                                    log=lambda text: None) for alpha in (0.0, 0.2))
     found = {"fine-tuning": (FineTuning(own), batch)}
     for kl_div in NAMES:
         found[kl_div] = TeacherStudent(own, of_teacher, kl_div, 2.0), batch
     for name, objective in (
-        ("policy gradient", test_policy_gradient.TeacherStudent(own, of_teacher, **policy)),
+        ("policy gradient", test_policy_gradient.TeacherStudent(mixed, penalties=Penalties())),
         ("on policy", TeacherStudent(own, of_teacher, on_policy_fraction=1.0, rollouts=drawing)),
     ):
         ((arguments,),) = (list(step) for step in objective.train().iter_steps(None, [rows], [1]))

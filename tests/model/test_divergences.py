@@ -1,18 +1,17 @@
 """Divergences between teacher and student against their formulas in float64: model/losses/divergences.py."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 
-from model.losses import divergences as ours
-from model.losses.divergences import choose_divergence
+from model.losses.divergences import FLOOR, choose_divergence
+from model.losses.registry import DIVERGENCES
 
 INF = math.inf
 NUMBERS = {"generalized_js": {"beta": 0.3}, "skew_forward": {"lambda_": 0.1}, "skew_reverse": {"lambda_": 0.1},
            "symmetric": {"mu": 0.3}}
-NAMES = [*ours.FORMULAS]
+NAMES = [*DIVERGENCES]
 BOUNDS = {"JS": math.log(2), "generalized_js": -0.3 * math.log(0.3) - 0.7 * math.log(0.7),
           "skew_forward": -math.log(0.1), "skew_reverse": -math.log(0.1), "total_variation": 1}
 
@@ -59,17 +58,12 @@ def from_formula(name, teacher, student, temperature=1.0, **fixed):
     return FORMULAS[name](p, q, **fixed)
 
 
-def divergence_of(name, teacher, student, temperature=1.0):
-    return ours.from_logits(teacher, student, temperature, choose_divergence(name, **NUMBERS.get(name, {})))
-
-
-def with_gradient(name, teacher, student, temperature=1.0, coefficients=1.0):
-    """(values [N], gradient [N, V] of their weighted sum by the student's logits); the teacher has none."""
-    teacher, student = (logits.detach().clone().requires_grad_() for logits in (teacher, student))
-    values = divergence_of(name, teacher, student, temperature)
-    (values * coefficients).sum().backward()
-    assert teacher.grad is None
-    return values.detach(), student.grad
+def with_gradient(name, teacher, student, temperature=1.0, **parameters):
+    """(values [N], gradient [N, V] of their sum by the student's logits), computed as the losses do."""
+    divergence = choose_divergence(name, **(parameters or NUMBERS.get(name, {})))
+    log_p, log_q = (torch.log_softmax(logits / temperature, -1).clamp(min=FLOOR) for logits in (teacher, student))
+    values, gradient = divergence(log_p, log_q, log_q.exp())
+    return values, gradient / temperature
 
 
 def logits_of(*rows, dtype=torch.float64):
@@ -94,11 +88,10 @@ def test_values_and_gradients_equal_the_formula(name, vocabulary, temperature, d
     """Fault: another divergence, direction, weight or temperature than the name says, in value or gradient; or one that
     is divided by positions or tokens (A9); accuracy is lost with the size of the vocabulary."""
     teacher, student = random_logits(3, vocabulary, seed=7, dtype=dtype)
-    coefficients = torch.tensor([1.0, -0.5, 2.0], dtype=dtype)
     reference = student.double().clone().requires_grad_()
     expected = from_formula(name, teacher, reference, temperature)
-    (expected * coefficients).sum().backward()
-    values, gradient = with_gradient(name, teacher, student, temperature, coefficients)
+    expected.sum().backward()
+    values, gradient = with_gradient(name, teacher, student, temperature)
     assert values.dtype == gradient.dtype == dtype
     torch.testing.assert_close(values.double(), expected.detach(), rtol=tolerance, atol=tolerance / 10)
     assert (gradient.double() - reference.grad).abs().max() <= tolerance * reference.grad.abs().max()
@@ -140,15 +133,14 @@ def test_zero_at_equality(name):
 
 
 @pytest.mark.parametrize(("mu", "same", "teacher", "student"), [
-    (1, "forward", [0, -INF, 0], [0, 0, 0]), (0, "reverse", [0, 0, 0], [0, -INF, 0]),
+    (1.0, "forward", [0, -INF, 0], [0, 0, 0]), (0.0, "reverse", [0, 0, 0], [0, -INF, 0]),
 ])
 def test_ends_of_symmetric(mu, same, teacher, student):
-    """Fault: mu weights reverse KL; or a KL of weight 0 refuses the input that the other one takes."""
-    mixed = partial(ours.from_logits, temperature=1.0, divergence=choose_divergence("symmetric", mu=mu))
-    pair = random_logits(4, 9, seed=3)
-    torch.testing.assert_close(mixed(*pair), divergence_of(same, *pair), rtol=1e-14, atol=0)
-    value = mixed(logits_of(teacher), logits_of(student)).item()
-    assert value == pytest.approx(math.log(1.5), abs=1e-12)
+    """Fault: mu weights reverse KL; or a KL of weight 0 that would be infinite makes the other one NaN."""
+    for pair in (random_logits(4, 9, seed=3), (logits_of(teacher), logits_of(student))):
+        ours, expected = with_gradient("symmetric", *pair, mu=mu), with_gradient(same, *pair)
+        torch.testing.assert_close(ours, expected, rtol=1e-14, atol=1e-14)
+    assert ours[0].item() == pytest.approx(math.log(1.5), abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -164,22 +156,6 @@ def test_extreme_logits(name, dtype):
     wide = random_logits(4, 50, scale=1e4, dtype=dtype)
     for teacher, student in (wide, wide.flip(0), (wide[0], wide[0])):
         assert all(each.isfinite().all() for each in with_gradient(name, teacher, student, temperature=0.5))
-
-
-def test_half_precision_logits_are_computed_in_float32():
-    """Fault: Log-softmax and sum run in bfloat16, with a negative KL in the end (A24)."""
-    generator = torch.Generator().manual_seed(0)
-    student = 3 * torch.randn(1, 50257, generator=generator)
-    teacher = student + 0.05 * torch.randn(1, 50257, generator=generator)
-    assert divergence_of("forward", teacher.double(), student.double()).item() == pytest.approx(0.00101432, abs=1e-8)
-    rounded = teacher.bfloat16(), student.bfloat16().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        of_float32, values = (divergence_of("forward", *pair) for pair in ((teacher, student), rounded))
-    assert of_float32.item() == pytest.approx(0.00101432, abs=3e-6)  # one rounding of log-probabilities near -15
-    expected = from_formula("forward", *rounded).item()  # 0.00108; all in bfloat16 -0.00075
-    assert values.dtype == torch.float32 and values.item() == pytest.approx(expected, abs=3e-6)
-    values.backward()
-    assert rounded[1].grad.dtype == torch.bfloat16 and rounded[1].grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,47 +180,10 @@ def test_token_excluded_by_one_side(name, teacher, student):
     assert gradient.isfinite().all() and (gradient[0, 1] == 0 if student[0, 1] == -INF else gradient[0, 1] > 0)
 
 
-@pytest.mark.parametrize(("name", "who"), [("reverse", "teacher"), ("symmetric", "teacher"), ("adaptive", "teacher"),
-                                           ("forward", "student"), ("symmetric", "student"), ("adaptive", "student")])
-def test_infinite_divergence_names_the_token(name, who):
-    """Fault: An infinite divergence is NaN or a silently clipped number (A5)."""
-    excluding, full = logits_of([0, 1, 2], [0, 1, -INF], [2, 1, 0]), logits_of([0, 1, 2], [0, 0, 0], [3, 2, 1])
-    teacher, student = (excluding, full) if who == "teacher" else (full, excluding)
-    with pytest.raises(ValueError, match=f"infinite at position 1: the {who} excludes token 2"):
-        divergence_of(name, teacher, student)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_stays_visible(name):
     """Fault: A NaN logit becomes 0, or reaches other positions (A5)."""
     for faulty in (0, 1):
         pair = random_logits(3, 5, seed=8)
         pair[faulty, 1, 2] = math.nan
-        assert divergence_of(name, *pair).isnan().tolist() == [False, True, False]
-
-
-def test_unknown_name():
-    """Fault: An unknown name takes some default, or the message does not tell the names there are."""
-    with pytest.raises(ValueError, match="kl_div is 'jsd'") as error:
-        choose_divergence("jsd")
-    assert all(name in str(error.value) for name in NAMES)
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    *[(key, value) for key in ("beta", "lambda_") for value in (0, 1, -0.1, 1.5, math.nan)],
-    *[("mu", value) for value in (-0.1, 1.1, math.nan)],
-])
-def test_parameters_out_of_range(key, value):
-    """Fault: A mixture weight without meaning gives a number, or the message does not name it."""
-    with pytest.raises(ValueError, match=f"^{key.strip('_')} is {value}: expected"):
-        choose_divergence("forward", **{key: value})
-
-
-@pytest.mark.parametrize(("teacher", "student", "temperature", "message"), [
-    *[((2, 3), (2, 3), temperature, f"temperature is {temperature}") for temperature in (0, -1.0, math.nan)],
-    *[(*shapes, 1.0, "shapes") for shapes in (((2, 3), (2, 4)), ((1, 3), (2, 3)), ((3,), (3,)), ((2, 2, 3),) * 2)],
-])
-def test_refused_arguments(teacher, student, temperature, message):
-    """Fault: A temperature of 0 or less gives NaN (A10); another vocabulary or number of positions is broadcast."""
-    with pytest.raises(ValueError, match=message):
-        divergence_of("forward", torch.zeros(teacher), torch.zeros(student), temperature)
+        assert with_gradient(name, *pair)[0].isnan().tolist() == [False, True, False]

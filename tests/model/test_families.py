@@ -107,11 +107,17 @@ def test_head_with_another_transform_is_refused():
     assert "BertLMHeadModel: its logits are not head(hidden states)" in refusal(model)
 
 
+def model_that_numbers_columns(**shape) -> LanguageModel:
+    """A GPT-2 whose forward pass does not take position ids."""
+    network = tiny_gpt2(**shape)
+    forward = network.base_model.forward
+    network.base_model.forward = lambda input_ids=None, **others: forward(input_ids=input_ids, **others)
+    return LanguageModel(network, byte_tokenizer())
+
+
 def test_positions_that_cannot_be_given_are_refused():
     """A family that numbers columns itself passes, and left padding changes its predictions."""
-    model = tiny_language_model(std=0.4)
-    model._takes_positions = False
-    assert "its logits change with padding on the left" in refusal(model)
+    assert "its logits change with padding on the left" in refusal(model_that_numbers_columns(std=0.4))
 
 
 def test_family_without_a_cache_is_refused():
@@ -124,11 +130,9 @@ def test_family_without_a_cache_is_refused():
 
 def test_the_check_leaves_the_modes():
     """The check sets parts to train that were in eval, or leaves all in eval where it refuses (A19)."""
-    model = LanguageModel(tiny_gpt2(layers=2, dropout=0.1), byte_tokenizer()).train()
-    model.model.transformer.h[1].eval()
-    before = [part.training for part in model.modules()]
-    verify_model(model)
-    assert [part.training for part in model.modules()] == before
-    model._takes_positions = False
-    refusal(model)
-    assert [part.training for part in model.modules()] == before
+    shape = {"layers": 2, "dropout": 0.1, "std": 0.4}
+    for check, model in ((verify_model, tiny_language_model(**shape)), (refusal, model_that_numbers_columns(**shape))):
+        model.train().model.transformer.h[1].eval()
+        before = [part.training for part in model.modules()]
+        check(model)
+        assert [part.training for part in model.modules()] == before

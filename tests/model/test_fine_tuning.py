@@ -84,7 +84,7 @@ def test_no_label_at_all():
 def test_end_of_text_is_learnt_where_it_also_pads():
     """pad = end-of-text is never learnt, so that a fine-tuned model does not stop (A12)."""
     model = tiny_language_model(seed=1, width=32, std=0.1)
-    assert model.tokenizer.pad_token_id == model.end_id
+    assert model.tokenizer.pad_token_id == END
     rows = [(b"Q:", b"ok"), (b"Q: why?", b"no!")]
     objective, optimizer = FineTuning(model), torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(60):

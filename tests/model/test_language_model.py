@@ -69,7 +69,7 @@ def test_facts():
     """A tied head is counted twice (A22: 9,472 parameters), or context and end-of-text are not the model's."""
     model = tiny_language_model(positions=64)
     assert tiny_language_model().parameter_count() == 9472
-    assert (model.context, model.end_id, model.device.type) == (64, END, "cpu")
+    assert (model.context, model.end_ids, model.device.type) == (64, [END], "cpu")
     assert model.prompt_template is None and model.prompt_max_length is None
     model.record_training("{article} =>", 50)
     assert (model.prompt_template, model.prompt_max_length) == ("{article} =>", 50)
@@ -81,7 +81,7 @@ def test_vocabulary_never_grows():
     padded.pad_token = "a"
     assert LanguageModel(network, padded).tokenizer.pad_token_id == ord("a")
     model = LanguageModel(network, tokenizer)
-    assert model.tokenizer.pad_token_id == END == model.end_id
+    assert model.tokenizer.pad_token_id == END
     assert len(model.tokenizer) == network.get_input_embeddings().weight.shape[0] == 257
 
 

@@ -61,7 +61,7 @@ def test_round_trip(tmp_path):
     assert again.prompt_template == network.config.prompt_template == "{article} =>"
     assert again.prompt_max_length == 99
     assert tokenizer("Hi é").input_ids == again.tokenizer("Hi é").input_ids == [72, 105, 32, 195, 169]
-    assert again.end_id == tokenizer.eos_token_id == network.config.eos_token_id == END
+    assert again.end_ids == [tokenizer.eos_token_id] == [network.config.eos_token_id] == [END]
     for other in (network, again.model):
         for (name, ours), theirs in zip(model.model.state_dict().items(), other.state_dict().values(), strict=True):
             assert torch.equal(ours, theirs), name

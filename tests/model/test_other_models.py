@@ -326,10 +326,9 @@ def test_a_pad_token_of_the_teacher_alone_is_never_generated(tmp_path):
     assert load_language_model(str(tmp_path / "run/model_checkpoints/last")).unused_ids == [257]
 
 
-@pytest.mark.parametrize("kl_div", ["forward", "JS"])
-def test_a_student_with_padding_rows_is_distilled(kl_div, tmp_path):
+def test_a_student_with_padding_rows_is_distilled(tmp_path):
     """Fault: a student with more rows than tokens (50,304 for 50,257) ended with good perplexity and empty texts."""
-    config = make_kd_project(tmp_path, kl_div=kl_div)
+    config = make_kd_project(tmp_path)
     tokenizer = byte_tokenizer()
     padded = on_tokenizer(tokenizer, 300).model
     padded.save_pretrained(tmp_path / "student")
@@ -396,15 +395,6 @@ def test_a_row_ends_at_any_end(family, listed, tmp_path):
     assert saved["pad_token_id"] == END
     assert load_language_model(str(tmp_path)).end_ids == expected
     assert generated(AutoModelForCausalLM.from_pretrained(tmp_path), prompts, expected) == wanted
-
-
-def test_the_pad_token_stays_out_of_the_embedding():
-    """Fault: a pad id in config.json becomes padding_idx of Llama's embedding: that token no longer learns."""
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
-    folder_free = transformers.LlamaConfig(**{**GROUPED, "pad_token_id": None})
-    model = LanguageModel(AutoModelForCausalLM.from_config(folder_free, dtype=torch.float32), tokenizer)
-    assert model.model.get_input_embeddings().padding_idx is None and model.model.config.pad_token_id is None
 
 
 def test_an_end_outside_the_vocabulary_is_no_end():

@@ -3,39 +3,37 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import model.decoding.rollout_buffer
 import model.teacher_student
 from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.language_model import LanguageModel
 from model.loading import load_language_model
-from model.policy_gradient import PolicyConfig, TeacherStudent
+from model.losses.policy_loss import Penalties
+from model.objective import ObjectiveError
+from model.policy_gradient import TeacherStudent
 from model.teacher import Teacher
 from tests.model.test_policy_loss import pair_penalties
+from tests.model.test_sampling import word_tokenizer
 from tests.model.test_teacher_student import gradients
 from tests.small_kd_runs import randomised
 
 SIZE, PADDING, LENGTH = 7, 2, 6  # tokens, rows of the embedding behind them, tokens of a rollout at most
 PARTS = {"cross_entropy", "reward", "single_step", "long_term", "importance_weight_mean", "clip_fraction", "entropy",
          "sequence_reverse_kl", "rollout_length"}
-# Keys of a config and the fields that they set; all others are those of PolicyConfig.
-ROLLOUT = {"rollout": "source", "alpha": "alpha", "rollout_temperature": "temperature", "rollout_epochs": "epochs",
-           "max_generation_length": "max_new_tokens"}
+# Keys of a config and the fields that they set; all others are those of RolloutBuffer.
+ROLLOUT = {"rollout_epochs": "epochs", "max_generation_length": "max_new_tokens"}
 REWARDS = {"temperature": "temperature", "importance_weight": "importance_weight", "normalize_rewards": "normalize",
            "whiten": "whiten"}
+POLICY = {name: name for name in ("lm_weight", "clip_epsilon")}
 ROWS = [([1, 2, 0], [3, 4, 6]), ([5], [2, 2, 1, 0, 6]), ([4, 4, 3, 2, 1], [6]), ([0, 3], [5, 6])]
-
-
-def tokenizer(size: int = SIZE) -> PreTrainedTokenizerFast:
-    """Words 0, 1, 2 ..., the last of which is the end of a text."""
-    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
 
 
 def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -> GPT2LMHeadModel:
@@ -48,15 +46,17 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
-    own, of_teacher = (LanguageModel(each, tokenizer(size)) for each in (student, teacher))
-    penalty = options.pop("penalty", False)
-    rollout, rewards = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
-                        for names in (ROLLOUT, REWARDS))
-    return TeacherStudent(
-        own, Teacher(of_teacher), penalty,
-        rollout=RolloutConfig(**{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
-        rewards=RewardConfig(**rewards), policy=PolicyConfig(**options), log=lambda text: None,
-    ).train()
+    own, of_teacher = (LanguageModel(network, word_tokenizer(size)) for network in (student, teacher))
+    penalties = Penalties() if options.pop("penalty", False) else None
+    source, alpha = options.pop("rollout", "mixed"), options.pop("alpha", 0.2)
+    alpha = {"student": 0.0, "teacher": 1.0}.get(source, alpha)
+    sampling = SamplingOptions(alpha, options.pop("rollout_temperature", 1.0)) if source != "labels" else None
+    rollout, rewards, policy = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
+                                for names in (ROLLOUT, REWARDS, POLICY))
+    return TeacherStudent(RolloutBuffer(
+        own, Teacher(of_teacher), RolloutConfig(sampling, **{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
+        size, RewardConfig(**rewards), log=lambda text: None, **options,
+    ), penalties=penalties, **policy).train()
 
 
 def collated(rows, first: int = 0, columns: int = 0, pad: int = SIZE - 1) -> dict:
@@ -237,11 +237,11 @@ def test_in_eval_mode_the_highlights_are_read_and_nothing_is_drawn():
 def test_on_policy_divergence_equals_the_formula():
     """Fault: the divergence is taken on the highlights, or cross-entropy on samples, or means are over other tokens."""
     student, teacher = network(1), network(2, width=12)
-    own, of_teacher = LanguageModel(student, tokenizer()), Teacher(LanguageModel(teacher, tokenizer()))
-    rollouts = RolloutBuffer(own, of_teacher, RolloutConfig("student", max_new_tokens=LENGTH, batch_size=2), SIZE,
-                             RewardConfig(2.0), log=lambda text: None)
-    objective = model.teacher_student.TeacherStudent(own, of_teacher, temperature=2.0, kd_weight=0.3, chunk_size=4,
-                                                     on_policy_fraction=1.0, rollouts=rollouts).train()
+    rollouts = objective_of(student, teacher, rollout="student", temperature=2.0).rollouts
+    objective = model.teacher_student.TeacherStudent(
+        rollouts.student, rollouts.teacher, temperature=2.0, kd_weight=0.3, chunk_size=4, on_policy_fraction=1.0,
+        rollouts=rollouts,
+    ).train()
     means, slopes, drawn = take_step(objective, in_batches(ROWS, 3))
     assert sum(map(len, drawn)) != sum(len(text) for _, text in ROWS)
     reference = copy.deepcopy(student)
@@ -254,6 +254,27 @@ def test_on_policy_divergence_equals_the_formula():
     assert_same((means, slopes), (right, gradients(reference)), 1e-10)
 
 
+def test_a_token_that_the_teacher_excludes_stops_training():
+    """Fault: log p = -inf of a drawn token becomes a reward of -1e30 that tears the weights apart."""
+    objective = objective_of(network(1), network(2), rollout="student")
+    head = objective.teacher.head
+    only_the_end = torch.full((SIZE + PADDING,), -math.inf).index_fill(0, torch.tensor([SIZE - 1]), 0)
+    objective.teacher.head = head._replace(bias=only_the_end.double())
+    with pytest.raises(ObjectiveError, match=r"rows: \d.*raise distillation_kwargs\.temperature"):
+        next(objective.iter_steps(SimpleNamespace(names=list), in_batches(ROWS, 2), [2]))
+    objective.teacher.head = head
+    take_step(objective, in_batches(ROWS, 2))
+
+
+def test_prompts_are_cut_to_make_room():
+    """Fault: a row that fills the context is continued beyond it, or its whole prompt is learnt from."""
+    objective = objective_of(network(1), network(2), rollout="student", truncate_prompt=lambda prompt: prompt[-2:])
+    ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS)], [1]))
+    for (prompt, _), ids, labels in zip(ROWS, rollout.input_ids, rollout.labels, strict=True):
+        start = int((labels != -100).int().argmax())
+        assert ids[:start].tolist() == prompt[-2:]
+
+
 # -- what must be zero, one, or without effect -------------------------------------------------------------------
 
 
@@ -261,7 +282,7 @@ def test_on_policy_divergence_equals_the_formula():
 def test_rho_is_one_on_the_first_pass(dropout, equal, tmp_path):
     """Fault: a dropout of the model's config acts in the loss, or while drawing; None shows that it would tell."""
     network(1, dropout=0.3).float().save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
+    word_tokenizer(SIZE).save_pretrained(tmp_path)
     student = load_language_model(str(tmp_path), dropout=dropout).model.double()
     objective = objective_of(student, network(2))
     ((_, _, _, rollout),) = next(objective.iter_steps(None, [collated(ROWS)], [1]))

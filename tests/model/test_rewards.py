@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.losses import rewards
-from model.losses.divergences import FLOOR
-from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards, reward_to_go
+from model.losses.rewards import immediate_rewards, importance_weights, long_term_rewards
 
 INF, NAN = math.inf, math.nan
 LARGEST = torch.finfo(torch.float32).max
@@ -23,10 +22,6 @@ def mask_of(lengths, width):
 
 
 # The formulas, in plain Python over one sequence without padding.
-def loop_to_go(rewards):
-    return [sum(rewards[now:]) for now in range(len(rewards))]
-
-
 def loop_long_term(rewards, normalize):
     following = [rewards[now + 1:] for now in range(len(rewards))]
     return [sum(later) / (max(len(later), 1) if normalize else 1) for later in following]
@@ -50,7 +45,6 @@ def loop_whiten(rows):
 # Each function of two tensors [B, L] and a mask, and its formula for two rows; some leave the second out.
 FORMULAS = {
     "immediate": (immediate_rewards, lambda a, b: [p - q for p, q in zip(a, b, strict=True)]),
-    "to_go": (lambda a, b, mask: reward_to_go(a, mask), lambda a, b: loop_to_go(a)),
     "long_term": (lambda a, b, mask: long_term_rewards(a, mask), lambda a, b: loop_long_term(a, True)),
     "long_term_sum": (lambda a, b, mask: long_term_rewards(a, mask, False), lambda a, b: loop_long_term(a, False)),
     "token_weights": (lambda a, b, mask: importance_weights(a, b, mask, "token"), partial(loop_weights, kind="token")),
@@ -118,25 +112,6 @@ def test_last_reward_is_zero_after_large_ones():
     assert ours[0, 2].item() == pytest.approx(1e-3, rel=1e-6)
 
 
-@pytest.mark.parametrize("log_zero", [FLOOR, -INF])
-def test_excluded_tokens(log_zero):
-    """Fault: -inf - -inf, inf * 0 or an overflow of the sums, where one model or both exclude a token."""
-    teacher = torch.tensor([[log_zero, log_zero, -1.0, -1e4, -2.0]])
-    student = torch.tensor([[log_zero, -1.0, log_zero, -1.0, -1.0]])
-    mask = mask_of([5], 5)
-    finite = immediate_rewards(teacher, student, mask)
-    torch.testing.assert_close(finite, torch.tensor([[0.0, FLOOR, -FLOOR, -9999.0, -1.0]]))
-    for name in ("to_go", "long_term", "long_term_sum", "whiten"):
-        assert torch.isfinite(FUNCTIONS[name](finite, None, mask)).all()
-    for name in ("token_weights", "sequence_weights", "prefix_weights"):
-        assert torch.isfinite(FUNCTIONS[name](teacher, student, mask)).all()
-    long = mask_of([1024], 1024)
-    summed = reward_to_go(immediate_rewards(torch.full((1, 1024), log_zero), torch.zeros(1, 1024), long), long)
-    torch.testing.assert_close(summed[0, :2], torch.tensor([1024 * FLOOR, 1023 * FLOOR]))
-    weights = importance_weights(student, teacher, mask, "token")
-    torch.testing.assert_close(weights, torch.tensor([[1.0, LARGEST, 0.0, LARGEST, math.e]]))
-
-
 def test_weight_of_a_long_sequence():
     """Fault: 1.25^1024 overflows to infinity, and the zero advantage of the last token makes NaN of it."""
     student, mask = torch.full((1, 1024), -1.0), mask_of([1024], 1024)
@@ -168,7 +143,7 @@ def test_whiten_far_from_zero(offset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("constant", [0.0, 0.1, -1 / 3, 1e-30, 12345.678, FLOOR])
+@pytest.mark.parametrize("constant", [0.0, 0.1, -1 / 3, 1e-30, 12345.678, -1e30])
 def test_whiten_constants(constant, dtype):
     """Fault: the rounding of the mean of equal values is blown up to unit size."""
     for lengths in ([7, 3, 0], [1, 0, 0], [333, 1, 1000]):

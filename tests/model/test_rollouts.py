@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.decoding.loop import make_decoder
-from model.decoding.rollouts import RolloutConfig, as_batch, draw_rollouts, split_rows, token_log_probs
+from model.decoding.rollouts import as_batch, draw_rollouts, split_rows, token_log_probs
 from model.decoding.sampling import SamplingOptions, row_uniforms
 from model.language_model import LanguageModel, ModelError
 from model.losses.output_head import OutputHead
@@ -188,12 +188,6 @@ def test_nothing_and_too_much(student):
     rolled(student, None, SamplingOptions(0.0))
     with pytest.raises(ModelError, match="prompt 1 is empty"):
         rolled(student, None, SamplingOptions(0.0), prompts=[[1], []], uniforms=UNIFORMS[:2])
-
-
-def test_options():
-    """Fault: a source's share of the teacher, or a truncation, is another."""
-    assert [RolloutConfig(source, 0.3).sampling.alpha for source in ("mixed", "student", "teacher")] == [0.3, 0.0, 1.0]
-    assert RolloutConfig("mixed", 0.3, 0.7, 5, 0.9).sampling == (0.3, 0.7, 5, 0.9)
 
 
 # Prompt "Q:" and highlights "ok" and "no!" by bytes, padded with the end-of-text (A12).

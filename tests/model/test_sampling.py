@@ -16,17 +16,21 @@ LAST_UNIFORM = 1 - 2.0**-53
 TRUNCATIONS = [(None, None), (4, None), (None, 0.7), (6, 0.8), (1, None), (None, 1.0), (99, None)]
 
 
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Words 0 ... size - 1, the last of which is the end of a text."""
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
+
+
 def word_model(seed: int, size: int = 10, width: int = 8, layers: int = 2, padding: int = 0,
                positions: int = 32) -> LanguageModel:
-    """A random GPT-2 in float64, in eval mode: words 0 ... size - 1, the last the end of a text, and padding rows."""
-    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token=str(size - 1)))
+    """A random GPT-2 in float64, in eval mode, over the words of `word_tokenizer`, and padding rows."""
     torch.manual_seed(seed)
     network = GPT2LMHeadModel(GPT2Config(
         vocab_size=size + padding, n_positions=positions, n_embd=width, n_layer=layers, n_head=2,
         bos_token_id=size - 1, eos_token_id=size - 1, initializer_range=0.5,
     ))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(size - 1))
-    return LanguageModel(network.double(), tokenizer).eval()
+    return LanguageModel(network.double(), word_tokenizer(size)).eval()
 
 
 def softmax(logits, temperature: float) -> np.ndarray:
@@ -79,14 +83,14 @@ def test_frequencies_of_single_draws(top_k, top_p, dtype):
     exact = exact_mixture(student, teacher, 0.3, top_k, top_p)
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     logs = (torch.tensor(each).log().to(dtype).expand(count, -1) for each in (student, teacher))
-    drawn = sample(*logs, options, uniforms)
-    counts = np.bincount(drawn.tokens.numpy(), minlength=10)
+    tokens, found = sample(*logs, options, uniforms)
+    counts = np.bincount(tokens.numpy(), minlength=10)
     statistic, critical = chi_square(counts, exact)
     assert statistic <= critical
-    assert drawn.log_probs.dtype == dtype
-    expected = torch.tensor(np.log(exact[drawn.tokens.numpy()]))
+    assert found.dtype == dtype
+    expected = torch.tensor(np.log(exact[tokens.numpy()]))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(drawn.log_probs.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
     for wrong in (exact_mixture(student, teacher, 0.2), exact_mixture(student ** 0.7, teacher ** 0.7, 0.3)):
         if top_k is None and top_p is None:  # so many draws tell such faults
             statistic, critical = chi_square(counts, wrong / wrong.sum())
@@ -98,13 +102,14 @@ def test_inversion_by_hand():
     log_probs = torch.tensor([0.5, 0.0, 0.25, 0.25], dtype=torch.float64).log()
     cases = {0.0: 0, 0.25: 0, 0.5 - 2**-53: 0, 0.5: 2, 0.75 - 2**-53: 2, 0.75: 3, LAST_UNIFORM: 3}
     uniforms = torch.tensor(list(cases), dtype=torch.float64)
-    drawn = sample(log_probs.expand(len(cases), -1), None, SamplingOptions(0.0), uniforms)
-    assert drawn.tokens.tolist() == list(cases.values())
-    assert drawn.log_probs.exp().tolist() == pytest.approx([0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25], abs=1e-15)
+    tokens, found = sample(log_probs.expand(len(cases), -1), None, SamplingOptions(0.0), uniforms)
+    assert tokens.tolist() == list(cases.values())
+    assert found.exp().tolist() == pytest.approx([0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25], abs=1e-15)
     # 0.25 (0, 1, 0, 0) + 0.75 (0.5, 0, 0.25, 0.25) = (0.375, 0.25, 0.1875, 0.1875)
     teacher = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64).log()
-    drawn = sample(log_probs[None], teacher[None], SamplingOptions(0.25), torch.tensor([0.4], dtype=torch.float64))
-    assert drawn.tokens.tolist() == [1] and drawn.log_probs.exp().item() == pytest.approx(0.25, abs=1e-15)
+    uniforms = torch.tensor([0.4], dtype=torch.float64)
+    tokens, found = sample(log_probs[None], teacher[None], SamplingOptions(0.25), uniforms)
+    assert tokens.tolist() == [1] and found.exp().item() == pytest.approx(0.25, abs=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -121,11 +126,12 @@ def test_a_token_without_probability_is_never_drawn(top_k, top_p, dtype):
         uniforms = torch.cat([borders, borders.nextafter(torch.zeros(())), torch.tensor([0, 5e-324, LAST_UNIFORM]),
                               borders.nextafter(torch.ones(())).clamp(max=LAST_UNIFORM)]).clamp(0, LAST_UNIFORM)
         uniforms[uniforms.argmax()] = LAST_UNIFORM
-        drawn = sample(log_probs.expand(len(uniforms), -1), None, SamplingOptions(0.0, 1.0, top_k, top_p), uniforms)
-        assert (kept[drawn.tokens] > 0).all()
-        assert drawn.log_probs.isfinite().all()
-        exact = (kept / kept.sum()).log()[drawn.tokens]
-        torch.testing.assert_close(drawn.log_probs.double(), exact, rtol=0, atol=1e-6)
+        options = SamplingOptions(0.0, 1.0, top_k, top_p)
+        tokens, found = sample(log_probs.expand(len(uniforms), -1), None, options, uniforms)
+        assert (kept[tokens] > 0).all()
+        assert found.isfinite().all()
+        exact = (kept / kept.sum()).log()[tokens]
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
 
 
 def test_probabilities_that_are_hardly_there():
@@ -135,9 +141,9 @@ def test_probabilities_that_are_hardly_there():
     log_probs[1, 1:] = -800.0  # e^-800 is 0 in float64
     log_probs[1, 0] = 0.0
     for number, expected in ((0.0, [0, 0]), (LAST_UNIFORM, [size - 1, 0]), (1.0, [size - 1, 0])):
-        drawn = sample(log_probs, None, SamplingOptions(0.0), torch.full((2,), number, dtype=torch.float64))
-        assert drawn.tokens.tolist() == expected
-        assert drawn.log_probs.tolist() == pytest.approx([-math.log(size), 0.0], abs=1e-6)
+        tokens, found = sample(log_probs, None, SamplingOptions(0.0), torch.full((2,), number, dtype=torch.float64))
+        assert tokens.tolist() == expected
+        assert found.tolist() == pytest.approx([-math.log(size), 0.0], abs=1e-6)
 
 
 def test_top_k_keeps_exactly_k():
@@ -150,9 +156,9 @@ def test_top_k_keeps_exactly_k():
         torch.testing.assert_close(kept.sort(-1, descending=True).values[:, :k], best, rtol=0, atol=0)
         assert torch.equal(kept[kept > 0], ties[kept > 0])
     uniforms = torch.rand(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = sample(ties[:1].log().expand(500, -1), None, SamplingOptions(0.0, 1.0, 2, None), uniforms)
-    assert len(set(drawn.tokens.tolist())) == 2
-    assert drawn.log_probs.exp().tolist() == pytest.approx([0.5] * 500)
+    tokens, found = sample(ties[:1].log().expand(500, -1), None, SamplingOptions(0.0, 1.0, 2, None), uniforms)
+    assert len(set(tokens.tolist())) == 2
+    assert found.exp().tolist() == pytest.approx([0.5] * 500)
 
 
 @pytest.mark.parametrize(("probabilities", "top_p", "count"), [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.language_model import LanguageModel
-from model.teacher import Teacher, prefetch_one
+from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from tests.conftest import byte_tokenizer
 from tests.model.test_families import FAMILIES, tiny_family
@@ -77,14 +77,25 @@ def test_next_batch_is_started_before_this_one_is_handed_out():
     """Fault: the teacher waits for the student, a copy waits behind the next batch, or a batch is lost or exchanged."""
     events = []
 
-    def noted(name, result=lambda batch, *started: (batch, *started)):
-        return lambda batch, *started: events.append(f"{name} {batch}") or result(batch, *started)
+    class NotedTeacher(Teacher):
+        def hidden(self, input_ids, *others):
+            events.append(f"start {input_ids[0, 0]}")
+            return super().hidden(input_ids, *others)
 
-    start, finish = noted("start", lambda batch: batch * 10), noted("finish")
-    assert list(prefetch_one([], start, finish)) == []
-    found = [each for each in prefetch_one([1, 2, 3], start, finish) if events.append(f"got {each[0]}") is None]
-    assert found == [(1, 10), (2, 20), (3, 30)]
-    assert events == ["start 1", "finish 1", "start 2", "got 1", "finish 2", "start 3", "got 2", "finish 3", "got 3"]
+        def to_student(self, hidden):
+            events.append("finish")
+            return super().to_student(hidden)
+
+    teacher = NotedTeacher(LanguageModel(teacher_network(), byte_tokenizer()))
+    assert list(teacher.iter_steps(None, [])) == []
+    batches = [random_rows(ROWS, seed) for seed in range(3)]
+    for number, (ids, _, _) in enumerate(batches):
+        ids[0, 0] = number
+    for (*batch, outputs), expected in zip(teacher.iter_steps(None, dicts(batches)), batches, strict=True):
+        events.append(f"got {batch[0][0, 0]}")
+        assert all(map(torch.equal, batch, expected))
+        assert torch.equal(outputs.hidden, Teacher.hidden(teacher, *expected))
+    assert events == ["start 0", "finish", "start 1", "got 0", "finish", "start 2", "got 1", "finish", "got 2"]
 
 
 def dicts(batches) -> list[dict]:

@@ -10,6 +10,7 @@ from model.losses.vocabulary_loss import TeacherTopK
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
 from tests.conftest import byte_tokenizer, tiny_gpt2
+from tests.model.test_divergences import FORMULAS
 from tests.small_kd_runs import predicted_from, random_rows, randomised, tiny_teacher
 
 ROWS = [(12, [8, 9, 10, 11]), (5, [4]), (9, [3, 4, 7])]
@@ -29,15 +30,6 @@ def objective_of(student, teacher, **options) -> TeacherStudent:
     return TeacherStudent(models[0], Teacher(models[1]), **options)
 
 
-def divergence_by_formula(kl_div: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    def kl(left, right):
-        return (left * (left.log() - right.log())).sum()
-
-    middle = (p + q) / 2
-    return {"forward": lambda: kl(p, q), "reverse": lambda: kl(q, p),
-            "JS": lambda: (kl(p, middle) + kl(q, middle)) / 2}[kl_div]()
-
-
 def formula(teacher, student, batch, kl_div: str, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of cross-entropy and divergence over label tokens, from both models' own full logits in float64."""
     input_ids, mask, labels = batch
@@ -49,7 +41,7 @@ def formula(teacher, student, batch, kl_div: str, temperature: float) -> tuple[t
         z_t, z_s = teacher_logits[row, column], student_logits[row, column]
         cross_entropy = cross_entropy - torch.log(torch.softmax(z_s, 0)[labels[row, column + 1]])
         p, q = torch.softmax(z_t / temperature, 0), torch.softmax(z_s / temperature, 0)
-        divergence = divergence + divergence_by_formula(kl_div, p, q)
+        divergence = divergence + FORMULAS[kl_div](p, q)
     return cross_entropy, divergence
 
 
@@ -86,8 +78,6 @@ def test_loss_and_gradients_equal_the_formula(kl_div, temperature, chunk_size):
     assert terms.parts.keys() == {"cross_entropy", "divergence"}
     assert not any(part.requires_grad for part in terms.parts.values())
     assert_near(gradients(student), gradients(reference), 1e-5)
-
-
 
 
 @pytest.mark.parametrize("kl_div", KINDS)

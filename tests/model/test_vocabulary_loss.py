@@ -236,20 +236,6 @@ def test_nan_stays_visible(faulty):
     assert loss.isnan()
 
 
-@pytest.mark.parametrize(("changed", "message"), [
-    ({"targets": torch.zeros(N - 1, dtype=torch.int64)}, f"{N} hidden states but {N - 1} targets"),
-    ({"teacher": random_inputs(positions=N - 1)[3]}, f"{N - 1} teacher positions but {N} "),
-    ({"teacher": top_k_of(torch.zeros(N + 1, V), 3)}, f"{N + 1} teacher positions but {N} "),
-    *[({"vocabulary": value}, f"vocabulary is {value}") for value in (0, V + 2, V + 4)],  # rows: V + 3 and V + 1
-])
-def test_refused_arguments(changed, message):
-    """Fault: Sizes that do not fit give a number or an error of torch."""
-    hidden, head, targets, teacher = random_inputs()
-    given = {"targets": targets, "vocabulary": V, "teacher": teacher, "divergence": divergence_called("JS")} | changed
-    with pytest.raises(ValueError, match=message):
-        vocabulary_loss(hidden, head, **given)
-
-
 def test_second_backward_is_refused():
     """Fault: gradients that autograd has modified in place are used again."""
     hidden, weight = torch.randn(3, 6, requires_grad=True), torch.randn(30, 6)

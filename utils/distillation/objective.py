@@ -3,7 +3,9 @@
 from model import policy_gradient, teacher_student
 from model.decoding.rollout_buffer import RewardConfig, RolloutBuffer
 from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
 from model.language_model import LanguageModel
+from model.losses.policy_loss import Penalties
 from model.losses.registry import DIVERGENCES
 from model.teacher import Teacher
 from utils.config.checks import PENALTY_KEYS, POLICY_KEYS, SAMPLING_KEYS
@@ -32,34 +34,31 @@ def make_objective(
         prompt_format.prediction_prompts([], max_new_tokens)
 
     source = kwargs.rollout if kwargs.method == "policy_gradient" else "student"
+    alpha = {"student": 0.0, "teacher": 1.0}.get(source, kwargs.alpha)
+    sampling = SamplingOptions(alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p)
     rollout = RolloutConfig(
-        source, kwargs.alpha, kwargs.rollout_temperature, kwargs.rollout_top_k, kwargs.rollout_top_p, max_new_tokens,
-        batch_size, kwargs.rollout_epochs, config.trainer_kwargs.seed,
+        None if source == "labels" else sampling, max_new_tokens, batch_size, kwargs.rollout_epochs,
+        config.trainer_kwargs.seed,
     )
-    options = {
-        "truncate_prompt": lambda prompt: prompt_format.shorten(prompt, max_new_tokens), "autocast": context.autocast,
-        "all_reduce": context.all_reduce, "log": log.info,
-    }
+    rollouts = RolloutBuffer(
+        student, teacher, rollout, vocabulary,
+        RewardConfig(kwargs.temperature, kwargs.importance_weight, whiten=kwargs.whiten),
+        chunk_size=kwargs.chunk_size, truncate_prompt=lambda prompt: prompt_format.shorten(prompt, max_new_tokens),
+        autocast=context.autocast, all_reduce=context.all_reduce, log=log.info,
+        hint="raise distillation_kwargs.lm_weight or set penalty to true" if kwargs.method == "policy_gradient"
+        else "lower distillation_kwargs.on_policy_fraction or kd_weight",
+    )
     if kwargs.method == "policy_gradient":
-        return policy_gradient.TeacherStudent(
-            student, teacher, kwargs.penalty, rollout=rollout,
-            rewards=RewardConfig(kwargs.temperature, kwargs.importance_weight, whiten=kwargs.whiten),
-            policy=policy_gradient.PolicyConfig(
-                kwargs.lm_weight, kwargs.clip_epsilon, kwargs.frequency_weight, kwargs.diversity_weight,
-                kwargs.entropy_weight, kwargs.entropy_floor, kwargs.chunk_size,
-            ),
-            vocabulary=vocabulary, **options,
+        penalties = Penalties(
+            kwargs.frequency_weight, kwargs.diversity_weight, kwargs.entropy_weight, kwargs.entropy_floor
         )
-    rollouts = None
-    if kwargs.on_policy_fraction:
-        rollouts = RolloutBuffer(
-            student, teacher, rollout, vocabulary, RewardConfig(kwargs.temperature), chunk_size=kwargs.chunk_size,
-            hint="lower distillation_kwargs.on_policy_fraction or kd_weight", **options,
+        return policy_gradient.TeacherStudent(
+            rollouts, kwargs.lm_weight, kwargs.clip_epsilon, penalties if kwargs.penalty else None
         )
     parameters = {key: getattr(kwargs, key) for key in DIVERGENCES[kwargs.kl_div].parameters}
     return teacher_student.TeacherStudent(
         student, teacher, kwargs.kl_div, kwargs.temperature, kwargs.kd_weight, kwargs.chunk_size, vocabulary,
-        kwargs.on_policy_fraction, rollouts, **parameters,
+        kwargs.on_policy_fraction, rollouts if kwargs.on_policy_fraction else None, **parameters,
     )
 
 
