@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from model.decoding.rollout_buffer import RolloutBatch, RolloutBuffer, from_reference_summaries
+from model.decoding.rollouts import RolloutConfig
+from model.decoding.sampling import SamplingOptions
+from model.language_model import LanguageModel
 from model.losses.penalties import unit_embeddings
 from model.losses.policy_loss import Penalties, PolicyLoss, PolicyTokens, policy_loss
 from model.losses.vocabulary_loss import vocabulary_loss
 from model.objective import LossTerms, arguments_of
+from model.teacher import Teacher
 from model.transfer import to_device
+from model.vocabulary import shared_vocabulary
 
 
 class TeacherStudent(nn.Module):
@@ -31,23 +36,34 @@ class TeacherStudent(nn.Module):
     weights or alpha 0 (tests/model/test_policy_gradient.py enumerates all sequences of a toy). Each of the three, and
     "token" weights with alpha > 0, trade bias for variance.
 
-    rollouts: with the student and the teacher. The student has no dropout: its probabilities must be the same while
-    sampling and in the loss. clip_epsilon: None = no clipping. penalties: on the student's distributions along the
-    sequences; without sampling those are its conditional distributions on the highlights, not on what it generates.
+    language_model: the student, without dropout: its probabilities must be the same while sampling and in the loss.
+    penalty: adds the penalties on the student's distributions along the sequences; without sampling those are its
+    conditional distributions on the highlights, not on what it generates. penalties: their weights.
+    clip_epsilon: None = no clipping. rollouts: of these two models; None = sampled with the default settings.
 
     In eval mode nothing is sampled: the loss is that of the highlights, without long-term part and penalties.
+
+    Raises:
+        ModelError: teacher and student have different vocabularies.
     """
 
     def __init__(
         self,
-        rollouts: RolloutBuffer,
+        language_model: LanguageModel,
+        teacher: Teacher,
+        penalty: bool = False,
         lm_weight: float = 0.5,
         clip_epsilon: float | None = 0.2,
         penalties: Penalties | None = None,
+        rollouts: RolloutBuffer | None = None,
     ):
         super().__init__()
-        self.rollouts, self.language_model, self.teacher = rollouts, rollouts.student, rollouts.teacher
-        self.lm_weight, self.clip_epsilon, self.penalties = lm_weight, clip_epsilon, penalties
+        if rollouts is None:
+            vocabulary = shared_vocabulary(teacher.language_model.tokenizer, language_model.tokenizer)
+            rollouts = RolloutBuffer(language_model, teacher, RolloutConfig(SamplingOptions()), vocabulary)
+        self.language_model, self.teacher, self.rollouts = language_model, teacher, rollouts
+        self.lm_weight, self.clip_epsilon = lm_weight, clip_epsilon
+        self.penalties = (penalties or Penalties()) if penalty else None
 
     @property
     def passes(self) -> int:

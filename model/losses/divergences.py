@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from model.losses.registry import DIVERGENCES, PARAMETERS
+from model.losses.registry import parameters_of
 
 # (log_p [N, V], log_q [N, V], q [N, V]) -> (values [N], gradient with respect to the student's logits [N, V])
 Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -27,9 +27,13 @@ FORMULAS: dict[str, Divergence] = {}  # filled by `formula`, below
 
 
 def choose_divergence(name: str, **parameters: float) -> Divergence:
-    """The divergence of a config's `kl_div`. parameters: its own, such as `beta`; by default those of the registry."""
-    defaults = {key: PARAMETERS[key].default for key in DIVERGENCES[name].parameters}
-    return partial(FORMULAS[name], **defaults | parameters)
+    """The divergence of a config's `kl_div`. parameters: its own, such as `beta`; by default those of the registry.
+
+    Raises:
+        ValueError: an unknown name or parameter, or a number out of range.
+    """
+    parameters = parameters_of(name, parameters)
+    return partial(FORMULAS[name], **parameters)
 
 
 def formula(name: str, by_autograd: bool = False) -> Callable:

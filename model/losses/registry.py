@@ -39,3 +39,22 @@ DIVERGENCES = {
     "symmetric": Entry("mu KL(p‖q) + (1 - mu) KL(q‖p)", ("mu",)),
     "adaptive": Entry("forward and reverse KL, weighted at each token by where p and q differ"),
 }
+
+
+def parameters_of(name: str, given: dict[str, float]) -> dict[str, float]:
+    """The parameters of the divergence `name`: those given, defaults for the rest.
+
+    Raises:
+        ValueError: an unknown divergence, a parameter that it does not have, or one out of range.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(f"kl_div is {name!r}: expected one of {', '.join(DIVERGENCES)}")
+    names = DIVERGENCES[name].parameters
+    for key, value in given.items():
+        if key not in names:
+            raise ValueError(f"{key} is no parameter of kl_div {name!r}: expected {' or '.join(names) or 'none'}")
+        _, lowest, highest, is_open, _ = PARAMETERS[key]
+        if not (lowest < value < highest if is_open else lowest <= value <= highest):
+            raise ValueError(f"{key} is {value}: expected a number {'between' if is_open else 'from'} {lowest} "
+                             f"{'and' if is_open else 'to'} {highest}")
+    return {key: given.get(key, PARAMETERS[key].default) for key in names}

@@ -20,7 +20,6 @@ from model.decoding.sampling import SamplingOptions
 from model.fine_tuning import FineTuning
 from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
-from model.losses.policy_loss import Penalties
 from model.losses.vocabulary_loss import TeacherHidden, TeacherTopK, top_k_of, vocabulary_loss
 from model.teacher import Teacher
 from model.teacher_student import TeacherStudent
@@ -298,7 +297,7 @@ def objectives() -> dict:
     for kl_div in NAMES:
         found[kl_div] = TeacherStudent(own, of_teacher, kl_div, 2.0), batch
     for name, objective in (
-        ("policy gradient", test_policy_gradient.TeacherStudent(mixed, penalties=Penalties())),
+        ("policy gradient", test_policy_gradient.TeacherStudent(own, of_teacher, penalty=True, rollouts=mixed)),
         ("on policy", TeacherStudent(own, of_teacher, on_policy_fraction=1.0, rollouts=drawing)),
     ):
         ((arguments,),) = (list(step) for step in objective.train().iter_steps(None, [rows], [1]))

@@ -187,3 +187,15 @@ def test_nan_stays_visible(name):
         pair = random_logits(3, 5, seed=8)
         pair[faulty, 1, 2] = math.nan
         assert with_gradient(name, *pair)[0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), [
+    ("KL", {}, "kl_div is 'KL': expected one of forward, reverse, "),
+    ("forward", {"beta": 0.5}, "beta is no parameter of kl_div 'forward': expected none"),
+    ("generalized_js", {"beta": 1}, "beta is 1: expected a number between 0 and 1"),
+    ("symmetric", {"mu": -0.1}, "mu is -0.1: expected a number from 0 to 1"),
+])
+def test_wrong_choices_are_named(name, parameters, message):
+    """Fault: a typing error, or a number out of range, trains with something else or gives NaN."""
+    with pytest.raises(ValueError, match=message):
+        choose_divergence(name, **parameters)

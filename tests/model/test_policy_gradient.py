@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,6 @@ from model.decoding.rollouts import RolloutConfig
 from model.decoding.sampling import SamplingOptions
 from model.language_model import LanguageModel
 from model.loading import load_language_model
-from model.losses.policy_loss import Penalties
 from model.objective import ObjectiveError
 from model.policy_gradient import TeacherStudent
 from model.teacher import Teacher
@@ -47,16 +47,17 @@ def network(seed: int, size: int = SIZE, width: int = 8, dropout: float = 0.0) -
 
 def objective_of(student, teacher, size: int = SIZE, **options) -> TeacherStudent:
     own, of_teacher = (LanguageModel(network, word_tokenizer(size)) for network in (student, teacher))
-    penalties = Penalties() if options.pop("penalty", False) else None
+    teacher, penalty = Teacher(of_teacher), options.pop("penalty", False)
     source, alpha = options.pop("rollout", "mixed"), options.pop("alpha", 0.2)
     alpha = {"student": 0.0, "teacher": 1.0}.get(source, alpha)
     sampling = SamplingOptions(alpha, options.pop("rollout_temperature", 1.0)) if source != "labels" else None
     rollout, rewards, policy = ({names[key]: options.pop(key) for key in names.keys() & options.keys()}
                                 for names in (ROLLOUT, REWARDS, POLICY))
-    return TeacherStudent(RolloutBuffer(
-        own, Teacher(of_teacher), RolloutConfig(sampling, **{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
+    rollouts = RolloutBuffer(
+        own, teacher, RolloutConfig(sampling, **{"max_new_tokens": LENGTH, "batch_size": 3, **rollout}),
         size, RewardConfig(**rewards), log=lambda text: None, **options,
-    ), penalties=penalties, **policy).train()
+    )
+    return TeacherStudent(own, teacher, penalty, rollouts=rollouts, **policy).train()
 
 
 def collated(rows, first: int = 0, columns: int = 0, pad: int = SIZE - 1) -> dict:
@@ -327,3 +328,13 @@ def test_expected_gradient_of_whole_models_is_exact(rollout, alpha, kind, monkey
     losses = [objective(*arguments).loss_sum / arguments[-1].token_scale for arguments in step]
     sum(chance * loss for chance, loss in zip(chances, losses, strict=True)).backward()
     assert_same(({}, gradients(student)), ({}, right), 1e-11)
+
+
+def test_two_models_are_enough():
+    """Fault: from Python, TeacherStudent needs parts that only a config builds."""
+    teacher = Teacher(LanguageModel(network(2), word_tokenizer(SIZE)))
+    objective = TeacherStudent(LanguageModel(network(1), word_tokenizer(SIZE)), teacher, penalty=True).train()
+    objective.rollouts.config = replace(objective.rollouts.config, max_new_tokens=LENGTH)
+    means, gradients, sequences = take_step(objective, in_batches(ROWS, 2))
+    assert PARTS | {"frequency_penalty", "diversity_penalty", "entropy_penalty"} < means.keys()
+    assert len(sequences) == len(ROWS) and any(gradient.any() for gradient in gradients.values())

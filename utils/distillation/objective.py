@@ -53,7 +53,7 @@ def make_objective(
             kwargs.frequency_weight, kwargs.diversity_weight, kwargs.entropy_weight, kwargs.entropy_floor
         )
         return policy_gradient.TeacherStudent(
-            rollouts, kwargs.lm_weight, kwargs.clip_epsilon, penalties if kwargs.penalty else None
+            student, teacher, kwargs.penalty, kwargs.lm_weight, kwargs.clip_epsilon, penalties, rollouts
         )
     parameters = {key: getattr(kwargs, key) for key in DIVERGENCES[kwargs.kl_div].parameters}
     return teacher_student.TeacherStudent(
