@@ -10,7 +10,6 @@ from torch import nn
 from data.batches import Step
 from data.tokenized import TokenizedDataset
 from utils.errors import TrainingError
-from utils.evaluation.evaluate import NotFinite
 from utils.training.distributed import DistributedContext
 from utils.training.optimization import find_nonfinite_state
 from utils.training.state import TrainState
@@ -18,6 +17,14 @@ from utils.training.step import StepMetrics, is_finite_rate
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"
+
+
+class NotFinite(Exception):
+    """A measured loss is NaN or infinite. rows: of `table`, in this process's batches with such a loss."""
+
+    def __init__(self, name: str, loss: float, table: TokenizedDataset, rows: list[int]):
+        super().__init__(f"the {name} is {loss}")
+        self.name, self.loss, self.table, self.rows = name, loss, table, rows
 
 
 class NonFiniteHandler:

@@ -13,15 +13,13 @@ from data.tokenized import TokenizedDataset
 from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
 from utils.errors import TrainingError, describe
-from utils.evaluation.evaluate import Interrupted, NotFinite, never
-from utils.evaluation.validation import Validation
 from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
-from utils.training.nonfinite import NonFiniteHandler
+from utils.training.nonfinite import NonFiniteHandler, NotFinite
 from utils.training.optimization import LRSchedule, make_schedule, restore_optimizer, schedule_notices
 from utils.training.out_of_memory import BATCH, OutOfMemory, evaluation_remedy, out_of_memory_remedy
 from utils.training.random_state import random_state, seed_everything, set_random_state
-from utils.training.signals import StopRequest
+from utils.training.signals import Interrupted, StopRequest
 from utils.training.state import TrainState
 from utils.training.step import StepMetrics, optimizer_step
 
@@ -29,14 +27,14 @@ from utils.training.step import StepMetrics, optimizer_step
 class Trainer:
     """Trains an objective's language model.
 
-    It knows nothing of teachers; objectives know nothing of optimizers. log, checkpoints: a `RunLog` and the
-    `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one. score_identities: the
-    metric and data of the stored scores ("judged_by", "scaled_by"); None if they are not measured.
+    It knows nothing of teachers; objectives know nothing of optimizers. validation, log, checkpoints: a `Validation`,
+    the `RunLog` and the `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one.
+    score_identities: the metric and data of the stored scores ("judged_by", "scaled_by"); None if not measured.
     """
 
     def __init__(
         self, objective: Objective, optimizer: torch.optim.Optimizer, config: FineTuneConfig, table: TokenizedDataset,
-        validation: Validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
+        validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
         score_identities: dict[str, str | None],
     ):
         self.objective, self.language_model, self.optimizer = objective, objective.language_model, optimizer
@@ -278,7 +276,7 @@ class Trainer:
         alone, problem, result = self.context.world_size == 1, None, None
         try:
             with out_of_memory_remedy(evaluation_remedy(self.config)):
-                result = measure((lambda: self.stop.requested) if alone else never)
+                result = measure(lambda: alone and self.stop.requested)
         except NotFinite as error:
             self.nonfinite.stop(error, self.state.step)
         except Interrupted:
