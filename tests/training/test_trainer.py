@@ -105,12 +105,9 @@ def test_clipping_acts_on_the_divided_gradient():
     assert moved == pytest.approx([0.3, 0.4]) and metrics.grad_norm == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("optimizer", [
-    {"type": "AdamW", "kwargs": {"eps": 0}}, {"type": "SGD", "lm_lr": 1e39},
-])
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, optimizer):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """Fault: a finite loss, a step to NaN weights, and a checkpoint that pushes out the good ones (case A11)."""
-    config = changed(make_project(tmp_path, rows=8), optimizer_kwargs=optimizer, trainer_kwargs={
+    config = changed(make_project(tmp_path, rows=8), optimizer_kwargs={"kwargs": {"eps": 0}}, trainer_kwargs={
         "n_batch_ckpt_save": 1, "gradient_clipping": None, "epochs": 2})
     assert run(tmp_path, config) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train.py: error: ")

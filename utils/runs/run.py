@@ -1,6 +1,7 @@
 """A run of a training script: its folder, its components, the loop."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,19 +14,22 @@ from utils.config.checks import warnings_of
 from utils.config.fine_tune import FineTuneConfig
 from utils.evaluation.splits import TokenizedSplits, make_validation
 from utils.evaluation.validation import score_identities
+from utils.manifest import CheckpointError
 from utils.runs.checkpoint import Checkpoints
+from utils.runs.folder_lock import lock_folder
 from utils.runs.run_folder import (
+    KEY,
+    NEW_RUN,
     ResumePoint,
     check_resume_compatible,
     find_checkpoint,
-    lock_run_folder,
     prepare_run_folder,
     repair_links,
-    restoring,
     resume_fingerprint,
     resume_hint,
 )
 from utils.runs.run_log import RunLog
+from utils.text import shorten
 from utils.training.distributed import DistributedContext, init_distributed, launch_group
 from utils.training.optimization import build_optimizer
 from utils.training.out_of_memory import out_of_memory_remedy, training_remedy
@@ -57,7 +61,8 @@ def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_devic
         options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
     )
     output_dir = Path(options.output_dir)
-    with out_of_memory_remedy(training_remedy(config)), lock_run_folder(output_dir, context.is_main):
+    lock = lock_folder(output_dir, KEY) if context.is_main else nullcontext()
+    with out_of_memory_remedy(training_remedy(config)), lock:
         log = RunLog(output_dir, context.is_main)
         start = context.broadcast_object(find_checkpoint(config) if context.is_main else None)
         for line in (*warnings_of(config), *context.notices, context.describe(), *start.notices):
@@ -86,21 +91,24 @@ def train(
         score_identities(config, validation),
     )
     if start.folder is not None:
-        with restoring(start.folder):
-            check_resume_compatible(fingerprint, start.state)
-            for line in trainer.restore(start.state, start.tensors):
-                log.info(line)
+        check_resume_compatible(fingerprint, start.state)
+        try:
+            trainer.restore(start.state, start.tensors)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"{start.folder}: its state is not one of this kind of run "
+                                  f"({shorten(repr(error), 200)}); resume from another checkpoint, or {NEW_RUN}"
+                                  ) from error
+        trainer.note_weights()  # a kill may have come before it
+    ended_by = trainer.ended_by()
     if context.is_main:
+        if ended_by is None:
+            prepare_run_folder(config, start, log)
+            tables.write_skipped(output_dir)
         repair_links(checkpoints, start, trainer.state.best_step)
-    if ended_by := trainer.ended_by():
+    if ended_by is not None:
         log.info(f"already finished at step {trainer.state.step}: {output_dir}; to continue, raise {ended_by}; to "
                  "start again, set trainer_kwargs.load_from_checkpoint to false")
         return 0
-    if context.is_main:
-        for line in prepare_run_folder(config, start):
-            log.info(line)
-        repair_links(checkpoints, start, trainer.state.best_step)
-        tables.write_skipped(output_dir)
     context.barrier()
     log.open(trainer.state.step, trainer.state.evaluation_pending)
     try:

@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,8 @@ from utils.errors import UserError, describe
 from utils.files import sync, write_text
 from utils.manifest import CheckpointError, complete_beside, step_folders, verify
 from utils.runs.checkpoint import Checkpoints, load_state
-from utils.runs.folder_lock import CHECKPOINTS, is_run_config, lock_folder
+from utils.runs.folder_lock import CHECKPOINTS, is_run_config
+from utils.runs.run_log import RunLog
 from utils.text import shorten
 from utils.training.load_model import model_key
 from utils.training.out_of_memory import ACCUMULATION, BATCH, BOUND, TOKENS
@@ -30,7 +31,7 @@ RUN_FILES = (  # the checkpoints first: once they are moved, no start resumes fr
 # What a checkpoint of train_kd.py meant that was written before these keys were kept.
 OLDER_KEYS = {"distillation_kwargs.method": "divergence", "distillation_kwargs.on_policy_fraction": 0.0}
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
-START_ANEW = "set trainer_kwargs.load_from_checkpoint to false to start a new run (the earlier one is kept)"
+NEW_RUN = "set trainer_kwargs.load_from_checkpoint to false to start a new run (the earlier one is kept)"
 
 
 @dataclass
@@ -48,16 +49,6 @@ class ResumePoint:
         return self.folder is not None and self.folder.resolve().parent == root.resolve()
 
 
-@contextmanager
-def lock_run_folder(output_dir: Path, is_main: bool) -> Iterator[None]:
-    """Make the run folder, and hold it against other runs until the end. Raises UserError."""
-    if not is_main:
-        yield
-        return
-    with lock_folder(output_dir, KEY):
-        yield
-
-
 def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
     """The checkpoint to resume from, read; a run in the folder is not changed.
 
@@ -67,7 +58,11 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
     """
     options = config.trainer_kwargs
     output_dir = Path(options.output_dir)
-    root, folder, notices = output_dir / CHECKPOINTS, None, check_is_run_folder(output_dir)
+    root, folder, notices = output_dir / CHECKPOINTS, None, []
+    config_path = output_dir / "config.json"
+    if config_path.exists() and not is_run_config(config_path) and not step_folders(root):  # of a model, for example
+        raise UserError(f"{KEY}: {config_path} was not written by a run, and a run here would move it: choose another "
+                        "folder")
     if options.resume_from is not None:
         folder = Path(options.resume_from)
         try:
@@ -79,22 +74,12 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
         folder, passed_over = Checkpoints(root, None, options.keep_checkpoints).newest()
         notices += passed_over
         if folder is None and passed_over:
-            raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {START_ANEW}")
+            raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {NEW_RUN}")
     if folder is None:
         return ResumePoint(uuid4().hex, notices=notices)
     state, tensors = load_state(folder)
     notices.append(f"resuming from {folder} (optimizer step {state['step']})")
     return ResumePoint(state["run_id"], folder, state, tensors, notices)
-
-
-def check_is_run_folder(output_dir: Path) -> list[str]:
-    """Notices. Raises UserError for a folder with a config.json of something else, such as a model's."""
-    path = output_dir / "config.json"
-    if not path.exists() or is_run_config(path):
-        return []
-    if step_folders(output_dir / CHECKPOINTS):
-        return [f"{path} is damaged: it is not needed, and will be written again"]
-    raise UserError(f"{KEY}: {path} was not written by a run, and a run here would move it: choose another folder")
 
 
 def resume_hint(config: FineTuneConfig) -> str:
@@ -108,7 +93,7 @@ def resume_hint(config: FineTuneConfig) -> str:
 # -- may this config continue that checkpoint? -------------------------------------------------------------------
 
 
-def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict | None = None) -> dict:
+def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict) -> dict:
     """What must not change for a run to be resumed: the model, what decides which rows come next, and what the
     objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
@@ -125,7 +110,7 @@ def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objec
         ACCUMULATION: options.accumulation_steps,
         BOUND: options.batches_per_epoch,
         "trainer_kwargs.seed": options.seed,
-        **(of_objective or {}),
+        **of_objective,
     }
 
 
@@ -142,7 +127,7 @@ def check_resume_compatible(now: dict, state: dict) -> None:
     changed = [f"{shorten(key)} was {shorten(repr(before.get(key)))} and is {now.get(key)!r}" for key in keys
                if before.get(key) != now.get(key)]
     if changed:
-        raise UserError(f"cannot resume: {'; '.join(changed)}; put it back, or {START_ANEW}, or choose another "
+        raise UserError(f"cannot resume: {'; '.join(changed)}; put it back, or {NEW_RUN}, or choose another "
                         "output_dir")
 
 
@@ -154,33 +139,21 @@ def has_same_steps(before: dict, now: dict) -> bool:
     return not bounded and products[0] == products[1] > 0
 
 
-@contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Errors while a checkpoint's state is restored become a CheckpointError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "
-                              f"resume from another checkpoint, or {START_ANEW}") from error
-
-
 # -- the folder of a run that starts -----------------------------------------------------------------------------
 
 
-def prepare_run_folder(config: FineTuneConfig, start: ResumePoint) -> Iterator[str]:
-    """Archive what is there of other runs and write the resolved config. Yields notices of what has been done."""
+def prepare_run_folder(config: FineTuneConfig, start: ResumePoint, log: RunLog) -> None:
+    """Archive what is there of other runs and write the resolved config."""
     output_dir = Path(config.trainer_kwargs.output_dir)
     root = output_dir / CHECKPOINTS
     is_own = start.is_in(root)
     if not is_own and (archive := archive_previous_run(output_dir, RUN_FILES)):
-        yield f"an earlier run was in {output_dir}: moved to {archive}"
+        log.info(f"an earlier run was in {output_dir}: moved to {archive}")
     if is_own and (archive := archive_previous_run(root, later_checkpoints(root, start.state["step"]))):
-        yield f"checkpoints after step {start.state['step']}: moved to {archive}"
+        log.info(f"checkpoints after step {start.state['step']}: moved to {archive}")
     if not is_own and (best := start.state.get("best_step")) is not None:
-        yield (f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; {root / 'best'} "
-               "will point to the next better one")
+        log.info(f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; "
+                 f"{root / 'best'} will point to the next better one")
     write_text(output_dir / "config.json", with_environment(config))
 
 

@@ -1,5 +1,4 @@
-"""Losses, gradients, weights and learning rates that are NaN or infinite: skip the step or stop, and save nothing of
-it."""
+"""Losses, gradients and weights that are NaN or infinite: skip the step or stop, and save nothing of it."""
 
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -13,7 +12,7 @@ from utils.errors import TrainingError
 from utils.training.distributed import DistributedContext
 from utils.training.optimization import find_nonfinite_state
 from utils.training.state import TrainState
-from utils.training.step import StepMetrics, is_finite_rate
+from utils.training.step import StepMetrics
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"
@@ -51,9 +50,7 @@ class NonFiniteHandler:
         number, what = state.step + 1, f"loss {metrics.losses['loss']}, gradient norm {metrics.grad_norm}"
         bad_rows = list(chain(*self.context.all_gather_object([int(row) for row in chain(*bad)])))
         rows = self.describe_rows(bad_rows or chain(*step), self.table)
-        if not is_finite_rate(metrics.learning_rate):
-            what, remedy = f"learning rate {metrics.learning_rate}", "lower optimizer_kwargs.lm_lr"
-        elif name := nonfinite_weight(self.objective):
+        if name := nonfinite_weight(self.objective):
             what, remedy = f"{what}, weights {name} not finite", "start again with a lower optimizer_kwargs.lm_lr"
         elif state.skipped_steps < self.max_skipped:
             state.skipped_steps += 1

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -51,8 +50,8 @@ class Trainer:
 
     # -- resume --------------------------------------------------------------------------------------------------
 
-    def restore(self, state: dict, tensors: dict) -> list[str]:
-        """Continue from a checkpoint's state; returns notices."""
+    def restore(self, state: dict, tensors: dict) -> None:
+        """Continue from a checkpoint's state."""
         self.state = TrainState.from_json(state)
         # The rows of a step are the same as before, perhaps in other micro-batches.
         batch_size = self.config.dataset_kwargs.train_batch_size
@@ -60,20 +59,18 @@ class Trainer:
         before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
         self.score_identities = {key: name or before[key] for key, name in self.score_identities.items()}
         self.saved = self.checkpoint_state()
-        notices = self.state.reset_best(before, self.score_identities, self.options.scaling_baseline)
+        for line in self.state.reset_best(before, self.score_identities, self.options.scaling_baseline):
+            self.log.info(line)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
-        notices += self.learning_rate_notices()
+        self.report_learning_rate()
         generators = tensors["random"]
         same_size = len(generators) == self.context.world_size
-        if extra_states := tensors.get("objective"):  # if the number has changed, rank 0's
+        if extra_states := tensors.get("objective"):  # if the number of processes has changed, rank 0's
             self.objective.set_extra_state(extra_states[self.context.rank if same_size else 0])
-        self.note_weights()  # a kill may have come before it
-        if not same_size:
-            return [*notices, f"the checkpoint was written by {len(generators)} processes, now there are "
-                    f"{self.context.world_size}: dropout will differ"]
-        return notices + set_random_state(generators[self.context.rank])
+        if not (same_size and set_random_state(generators[self.context.rank])):
+            self.log.info("the checkpoint was written with another number of processes or GPUs: dropout will differ")
 
     def ended_by(self) -> str | None:
         """The key that ends the run here, or None if it continues."""
@@ -95,15 +92,13 @@ class Trainer:
                 before that step.
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
-        steps = self.total_steps(len(self.plan()), self.state)
-        for line in schedule_notices(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, steps):
+        steps = len(self.plan())
+        for line in schedule_notices(self.schedule(steps), self.total_steps(steps)):
             self.log.info(line)
         while not self.ended_by():
             if not self.state.evaluation_pending:
                 self.train_epoch()
             self.finish_epoch()
-        if self.saved is None:
-            self.save()
         if problem := self.log.flush():
             raise TrainingError(f"{problem}; the training is finished and saved, the last lines of its log are missing")
 
@@ -197,11 +192,11 @@ class Trainer:
 
     # -- the plan of an epoch ------------------------------------------------------------------------------------
 
-    def plan(self, state: TrainState | None = None) -> list[Step]:
-        """All optimizer steps of the epoch of a state; None is the present one."""
-        data, state = self.config.dataset_kwargs, state or self.state
+    def plan(self) -> list[Step]:
+        """All optimizer steps of the epoch."""
+        data = self.config.dataset_kwargs
         return plan_epoch(
-            self.table.lengths, data.train_batch_size, state.accumulation, self.options.seed, state.epoch,
+            self.table.lengths, data.train_batch_size, self.state.accumulation, self.options.seed, self.state.epoch,
             data.tokens_per_batch, self.options.batches_per_epoch, self.objective.passes,
         )
 
@@ -218,41 +213,25 @@ class Trainer:
         )
         return self.objective.iter_steps(self.table, batches, list(map(len, own)))
 
-    def total_steps(self, steps_in_epoch: int, state: TrainState) -> int:
-        """Optimizer steps of the run: those before the state's epoch, and all later epochs at its length."""
+    def total_steps(self, steps_in_epoch: int) -> int:
+        """Optimizer steps of the run: those before this epoch, and this and all later epochs at its length."""
+        state = self.state
         total = state.step - state.step_in_epoch + steps_in_epoch * (self.options.epochs - state.epoch)
         return total if self.options.max_steps is None else min(total, self.options.max_steps)
 
-    def schedule(self, steps_in_epoch: int, state: TrainState | None = None) -> LRSchedule:
-        """The learning rates in the epoch of a state; None is the present one."""
-        total = self.total_steps(steps_in_epoch, state or self.state)
-        return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, total)
+    def schedule(self, steps_in_epoch: int) -> LRSchedule:
+        """The learning rates in this epoch."""
+        return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr,
+                             self.total_steps(steps_in_epoch))
 
-    def learning_rate_notices(self) -> list[str]:
-        """A line if the learning rate jumps at a resume, because the schedule has changed (more epochs, say)."""
-        state, saved_rate = self.state, self.optimizer.param_groups[0]["lr"]
-        taken = state.step - state.skipped_steps
-        if self.ended_by() or not taken:
-            return []
-        # The optimizer does not hold the rate of a skipped step.
-        if any(math.isclose(schedule.learning_rate(step), saved_rate, rel_tol=1e-6)
-               for schedule in self.schedules_before() for step in range(taken - 1, state.step)):
-            return []
-        now = self.schedule(len(self.plan()))
-        return [f"learning rate: {saved_rate:.2e} at the checkpoint's last step, {now.learning_rate(state.step):.2e} "
-                f"at the next: the schedule has changed, it now covers {now.total} steps from lm_lr {now.peak:.2e}; "
-                "set optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates"]
-
-    def schedules_before(self) -> Iterator[LRSchedule]:
-        """What today's config gives for the last step; if it ended its epoch, at the length of that epoch."""
-        state = self.state
-        if state.step_in_epoch:
-            yield self.schedule(len(self.plan()))
-            return
-        for accumulation in {state.accumulation, state.accumulation // 2 or 1}:  # a plateau may have doubled it since
-            epoch = replace(state, epoch=state.epoch - 1, accumulation=accumulation)
-            epoch.step_in_epoch = len(self.plan(epoch))
-            yield self.schedule(epoch.step_in_epoch, epoch)
+    def report_learning_rate(self) -> None:
+        """A line if the learning rate rises at a resume, outside of the warm-up: the schedule is longer now."""
+        saved_rate, schedule = self.optimizer.param_groups[0]["lr"], self.schedule(len(self.plan()))
+        next_rate = schedule.learning_rate(self.state.step)
+        if next_rate > saved_rate and self.state.step > schedule.warmup and not self.ended_by():
+            self.log.info(f"learning rate: {saved_rate:.2e} at the checkpoint's last step, {next_rate:.2e} at the "
+                          f"next: the schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
+                          "optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates")
 
     # -- between steps -------------------------------------------------------------------------------------------
 
