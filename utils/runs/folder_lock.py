@@ -6,7 +6,6 @@ import re
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -15,7 +14,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.errors import UserError, describe
-from utils.manifest import TRAINER_STATE
 
 CHECKPOINTS = "model_checkpoints"
 # How long worker processes, which inherit the lock, may outlive a killed run: they look for their parent every 5 s.
@@ -31,19 +29,14 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     place for checkpoints, which a training deletes and replaces.
     """
     check_outside_checkpoints(folder, key)
-    holder = folder / "run.lock.json"
+    holder, lock = folder / "run.lock.json", FileLock(folder / "run.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        lock, deadline = FileLock(folder / "run.lock"), time.monotonic() + WORKER_SECONDS
-        while not lock.is_locked:
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-                break
-            if is_running(read_holder(holder)) or time.monotonic() > deadline:
-                raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "
-                                "wait for it or stop it, or choose another folder")
-            time.sleep(0.1)
+        lock.acquire(timeout=0 if is_running(read_holder(holder)) else WORKER_SECONDS)
+    except Timeout as error:
+        raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "
+                        "wait for it or stop it, or choose another folder") from error
     except OSError as error:
         raise UserError(f"{key}: {describe(error, folder)}") from error
     try:
@@ -71,10 +64,8 @@ def lock_result_folder(folder: Path, key: str) -> Iterator[None]:
 def check_outside_checkpoints(folder: Path, key: str) -> None:
     """Raises UserError for a folder of checkpoints, a checkpoint, and a folder inside one."""
     real = folder.resolve()
-    is_one = real.parent.name == CHECKPOINTS and IN_CHECKPOINTS.fullmatch(real.name)
-    is_inside = any((path / TRAINER_STATE).is_dir() for path in (real, *real.parents))
-    holds_some = any(IN_CHECKPOINTS.fullmatch(path.parent.name) for path in real.glob(f"*/{TRAINER_STATE}"))
-    if real.name == CHECKPOINTS or is_one or is_inside or holds_some:
+    if real.name == CHECKPOINTS or any(path.parent.name == CHECKPOINTS and IN_CHECKPOINTS.fullmatch(path.name)
+                                       for path in (real, *real.parents)):
         raise UserError(f"{key}: {folder} is reserved for checkpoints of a training run: name another folder")
 
 
