@@ -140,7 +140,7 @@ class Checkpoints:
         new.rename(folder)
         sync(self.root)
         if os.path.lexists(old):
-            self._remove(old, folder.name)
+            self._remove(old)
 
     def _link(self, name: str, step: int) -> None:
         new, link = self._temporary("new", name), self.root / name
@@ -155,9 +155,9 @@ class Checkpoints:
         else:
             self._replace(new, link)
 
-    def _remove(self, path: Path, name: str) -> None:
+    def _remove(self, path: Path) -> None:
         """Delete a folder or link; renamed first, so that a half-deleted folder is never taken for a checkpoint."""
-        gone = self._temporary("gone", name)
+        gone = self._temporary("gone", "checkpoint")
         with contextlib.suppress(OSError):  # it stays, and costs space only
             path.rename(gone)
             gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
@@ -169,7 +169,7 @@ class Checkpoints:
             if purpose == "old" and not os.path.lexists(self.root / name):
                 path.rename(self.root / name)
             elif purpose is not None:
-                self._remove(path, name)
+                self._remove(path)
         sync(self.root)
 
     def _own_steps(self) -> Iterator[int]:
@@ -186,7 +186,7 @@ class Checkpoints:
         for step in [step for step in self._own_steps() if step <= current][self.keep :]:
             folder = self.root / f"step-{step}"
             if folder.resolve() not in linked:
-                self._remove(folder, folder.name)
+                self._remove(folder)
 
 
 def disk_error(error: BaseException | None) -> BaseException | None:

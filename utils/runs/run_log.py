@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from utils.errors import describe
 from utils.files import write_text
+from utils.metrics_file import read_metrics
 from utils.text import one_line
 
 EVALUATION_SPLITS = ("validation", "test", "train_epoch")
@@ -40,7 +41,7 @@ class RunLog:
         if not self.is_main:
             return
         if self.path.exists():
-            lines, damaged = split_lines(self.path.read_bytes())
+            lines, damaged = read_metrics(self.path)
             if damaged:
                 self.info(f"{self.path}: dropped damaged lines {', '.join(map(str, damaged))}")
             kept = [line for line in lines if line["step"] < step or (
@@ -114,20 +115,3 @@ class RunLog:
         self._curves = None
         self.info(f"{self.path.parent / 'tensorboard'}: {error}; the run continues without curves, metrics.jsonl has "
                   "the same numbers")
-
-
-def split_lines(content: bytes) -> tuple[list[dict], list[int]]:
-    """(the lines of a `metrics.jsonl`, numbers from 1 of the damaged ones).
-
-    A last line without a newline was cut off by a kill: it is skipped, not damaged.
-    """
-    lines, damaged = [], []
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            if type(line) is not dict or type(line["step"]) is not int or type(line["split"]) is not str:
-                raise ValueError("not a line of a run")
-            lines.append(line)
-        except (ValueError, KeyError, RecursionError):
-            damaged.append(number)
-    return lines, damaged
