@@ -37,7 +37,7 @@ def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_ke
     options = config.trainer_kwargs
     context = init_distributed(options.device, config.model_arch.gpu_device_id, options.precision, key=gpu_key)
     if context.device.type != "cuda":
-        raise ConfigError("--find_batch_size needs a GPU, and this run would use the CPU: if memory gets full there, "
+        raise ConfigError("--find_batch_size needs a GPU, and this run would use the CPU: if that is out of memory, "
                           "halve dataset_kwargs.train_batch_size and double trainer_kwargs.gradient_accumulation_steps")
     log = RunLog(Path(options.output_dir))
     for line in (*context.notices, context.describe()):

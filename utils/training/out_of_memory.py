@@ -21,11 +21,11 @@ SHORTER = "lower dataset_kwargs.max_length, or take a smaller model"
 
 
 class OutOfMemory(TrainingError):
-    """Memory is full; the message says what to set."""
+    """The message says what to set."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory is full."""
+    """Whether an error, or one that it was raised from, is of memory."""
     while error is not None:
         if FULL.search(f"{type(error).__name__}: {error}"):
             return True
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def out_of_memory_remedy(remedy: str) -> Iterator[None]:
-    """Turns errors that say that memory is full into OutOfMemory with the remedy."""
+    """Turns errors of memory into OutOfMemory with the remedy."""
     try:
         yield
     except OutOfMemory:
@@ -43,8 +43,8 @@ def out_of_memory_remedy(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        memory = "the GPU's memory is full" if "CUDA" in f"{error} {error.__cause__}" else "memory is full"
-        raise OutOfMemory(f"{memory}: {remedy}") from error
+        gpu = "GPU " if "CUDA" in f"{error} {error.__cause__}" else ""
+        raise OutOfMemory(f"{gpu}out of memory: {remedy}") from error
 
 
 def training_remedy(config: FineTuneConfig) -> str:
