@@ -17,7 +17,8 @@ from tests.gpu.test_cuda_runs import last
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import WORDS, changed, largest_difference, make_project, run, write_config
 from tests.training.test_out_of_memory import last_error
-from utils.training.distributed import DeviceError, DistributedContext, init_distributed
+from utils.errors import UserError
+from utils.training.distributed import DistributedContext, init_distributed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -51,7 +52,7 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
     assert "multi_gpu_ids holds 3: expected numbers of the 1 GPUs present, from 0" in last_error(capsys)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(DeviceError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
+    with pytest.raises(UserError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
         init_distributed("cuda", 0, "auto", True)
 
 

@@ -57,10 +57,11 @@ def test_classes_of_torch_optim_take_a_step(kind):
 
 @pytest.mark.parametrize(("kind", "kwargs", "message"), [
     ("AdamX", {}, "optimizer_kwargs.type is \"AdamX\": expected a class of torch.optim: .*AdamW"),
-    ("LBFGS", {}, "another loop"),
-    ("AdamW", {"lr": 1.0}, "set optimizer_kwargs.lm_lr instead"),
-    ("AdamW", {"momentum": 0.9}, "AdamW does not accept them: .*momentum"),
-    ("AdamW", {"betas": [0.9, 2.0]}, "AdamW does not accept them"),
+    ("LBFGS", {}, "optimizer_kwargs.type \"LBFGS\" .*closure"),
+    ("SparseAdam", {}, "optimizer_kwargs.type \"SparseAdam\" .*dense gradients"),
+    ("AdamW", {"lr": 1.0}, "with lm_lr 0.001 and kwargs {'lr': 1.0} fails: .*multiple values"),
+    ("AdamW", {"momentum": 0.9}, "kwargs {'momentum': 0.9} fails: .*momentum"),
+    ("AdamW", {"betas": [0.9, 2.0]}, "fails: Invalid beta"),
 ])
 def test_errors_name_the_key(kind, kwargs, message):
     """Fault: a traceback of torch where a key of the config is wrong."""

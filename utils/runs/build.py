@@ -9,9 +9,8 @@ from utils.config.fine_tune import FineTuneConfig
 from utils.distillation.cached_teacher import CachedTeacher
 from utils.distillation.objective import identity_of, make_objective
 from utils.distillation.student import load_student
-from utils.distillation.teacher import check_student, find_teacher, load_teacher, teacher_device
+from utils.distillation.teacher import check_student, check_template, find_teacher, load_teacher, teacher_device
 from utils.evaluation.splits import TokenizedSplits, make_prompt_format, measured_datasets
-from utils.progress import progress_bar
 from utils.runs.run import RunComponents
 from utils.runs.run_folder import ResumePoint
 from utils.runs.run_log import RunLog
@@ -37,15 +36,16 @@ def build_distillation(
 ) -> RunComponents:
     """The components of a distillation run. keep: whether the teacher cache may be written, if the config has one."""
     kwargs = config.distillation_kwargs
-    source, notices = find_teacher(config)
-    device, device_notices = teacher_device(config, context)
+    source = find_teacher(config)
+    check_template(source, config, log)
+    device, notices = teacher_device(config, context)
     student = load_student(config, start.folder, source)
     prepare_model(student, config, context, log, start.folder is not None)
     prompt_format = make_prompt_format(config, student)
     tables = TokenizedSplits(config, prompt_format, context, log)
     texts = tables.first_texts(config.dataset_kwargs.train_dataset)
-    vocabulary, size_notices = check_student(source, student, prompt_format, texts)
-    for line in (*notices, *device_notices, *size_notices):
+    vocabulary = check_student(source, student, prompt_format, texts, log)
+    for line in notices:
         log.info(line)
     log.info(f"teacher: {source.describe()}, on {device}")
     parameters = student.parameter_count() / 1e6
@@ -65,7 +65,7 @@ def build_distillation(
         names = [config.dataset_kwargs.train_dataset, *(measured_datasets(config) if keep else [])]
         if keep or teacher.is_complete(train_table):
             teacher.prepare(map(tables.open, names), config.dataset_kwargs.train_batch_size,
-                            config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id, progress_bar)
+                            config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id)
         else:
             teacher = None
     teacher = teacher or load_teacher(source, config, context)

@@ -16,7 +16,7 @@ from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import config_json
 from utils.errors import UserError, describe
 from utils.files import sync, write_text
-from utils.manifest import CheckpointError, complete_beside, step_folders, verify
+from utils.manifest import CheckpointError, step_folders, verify
 from utils.runs.checkpoint import Checkpoints, load_state
 from utils.runs.folder_lock import CHECKPOINTS, is_run_config
 from utils.runs.run_log import RunLog
@@ -68,8 +68,7 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
         try:
             verify(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint"
-                                  f"{complete_beside(folder)}") from error
+            raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint") from error
     elif options.load_from_checkpoint:
         folder, passed_over = Checkpoints(root, None, options.keep_checkpoints).newest()
         notices += passed_over

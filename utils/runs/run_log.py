@@ -1,10 +1,12 @@
 """The log of a run: console lines, `metrics.jsonl`, and the same numbers as TensorBoard curves."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,13 +50,11 @@ class RunLog:
                 line["step"] == step and not (evaluation_pending and line["split"] in EVALUATION_SPLITS))]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file, self._failure = self.path.open("a", encoding="utf-8"), None
-        try:
+        with self._second_copy():
             from torch.utils.tensorboard import SummaryWriter  # here, because the import takes seconds
 
             self._curves = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
             threading.excepthook = self._thread_failed
-        except OSError as error:
-            self._drop_curves(error)
 
     def record(self, split: str, step: int, **values: float | int | None) -> None:
         """One line of `metrics.jsonl` (non-finite numbers become null) and one point on each curve."""
@@ -70,12 +70,10 @@ class RunLog:
                 self._failure = describe(error, self.path)
                 self.info(f"{self._failure}; training continues to the next checkpoint")
         if self._curves is not None:
-            try:
+            with self._second_copy():
                 for name, value in values.items():
                     if isinstance(value, int | float):
                         self._curves.add_scalar(f"{split}/{name}", value, step)
-            except (OSError, ValueError) as error:
-                self._drop_curves(error)
 
     def info(self, text: str) -> None:
         """A line on the console, above the progress bar."""
@@ -90,10 +88,8 @@ class RunLog:
             except OSError as error:
                 self._failure = describe(error, self.path)
         if self._curves is not None:
-            try:
+            with self._second_copy():
                 self._curves.flush()
-            except (OSError, ValueError) as error:
-                self._drop_curves(error)
         return self._failure
 
     def _thread_failed(self, args) -> None:
@@ -105,13 +101,16 @@ class RunLog:
         threading.excepthook = self._excepthook
         files, self._file, self._curves = (self._curves, self._file), None, None
         for file in files:
-            try:
+            with contextlib.suppress(OSError, ValueError):  # `flush` has reported what matters
                 if file is not None:
                     file.close()
-            except (OSError, ValueError) as error:  # `flush` has reported what matters
-                self.info(f"{self.path}: {error}")
 
-    def _drop_curves(self, error: Exception) -> None:
-        self._curves = None
-        self.info(f"{self.path.parent / 'tensorboard'}: {error}; the run continues without curves, metrics.jsonl has "
-                  "the same numbers")
+    @contextlib.contextmanager
+    def _second_copy(self) -> Iterator[None]:
+        """If the curves cannot be written, the run continues without them."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._curves = None
+            self.info(f"{self.path.parent / 'tensorboard'}: {error}; the run continues without curves, metrics.jsonl "
+                      "has the same numbers")

@@ -14,10 +14,6 @@ from utils.errors import UserError
 BUCKET = 1 << 24  # gradient values sent together: 64 MiB
 
 
-class DeviceError(UserError):
-    """A device that does not exist."""
-
-
 @dataclass(frozen=True)
 class DistributedContext:
     """A process's device, the precision of its forward passes, and its rank in the group."""
@@ -57,7 +53,7 @@ class DistributedContext:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any process."""
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0) if self.world_size > 1 else flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
     def all_gather_object(self, value: object) -> list:
         """The value of every process, in order of rank, on every process. Pickles it: not for the training loop."""
@@ -94,7 +90,7 @@ def all_reduce_gradients(parameters: list[nn.Parameter], context: DistributedCon
         bucket.append(parameter.grad)
         if index == len(parameters) - 1 or sum(map(Tensor.numel, bucket)) >= BUCKET:
             flat = context.all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
-            for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
             bucket = []
 
@@ -108,7 +104,7 @@ def choose_device(
     config.
 
     Raises:
-        DeviceError: no GPU has that number.
+        UserError: no GPU has that number.
     """
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu":
@@ -120,7 +116,7 @@ def choose_device(
     number = gpu_device_id or 0
     if number >= present:
         gpus = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(present))
-        raise DeviceError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
+        raise UserError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
     return torch.device("cuda", number), []
 
 
@@ -146,7 +142,7 @@ def init_distributed(
     """This process's device, precision and rank; joins the process group if torch's launcher started it.
 
     Raises:
-        DeviceError: a GPU that is not there.
+        UserError: a GPU that is not there.
     """
     world_size, rank, local_rank = (int(os.environ.get(name) or default) for name, default in
                                     (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -154,7 +150,7 @@ def init_distributed(
     if in_group and torch.cuda.is_available() and device != "cpu":
         gpus = gpus_of_group(multi_gpu_ids)
         if local_rank >= len(gpus):
-            raise DeviceError(
+            raise UserError(
                 f"process {local_rank} of the launcher has no GPU: multi_gpu_ids names {list(gpus)}; "
                 f"start at most {len(gpus)} processes"
             )
@@ -166,7 +162,7 @@ def init_distributed(
         notices.append("multi_gpu: there is only one GPU, so one process trains")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size > 1 and not distributed.is_initialized():
+    if world_size > 1:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return DistributedContext(chosen, choose_precision(precision, chosen), rank, world_size, notices)
 
@@ -177,7 +173,7 @@ def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
     gpus = list(multi_gpu_ids) or list(range(present))
     for gpu in gpus:
         if not 0 <= gpu < present:
-            raise DeviceError(f"multi_gpu_ids holds {gpu}: expected numbers of the {present} GPUs present, from 0")
+            raise UserError(f"multi_gpu_ids holds {gpu}: expected numbers of the {present} GPUs present, from 0")
     return gpus
 
 

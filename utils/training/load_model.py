@@ -46,10 +46,6 @@ def prepare_model(
     keeps_rows = resumed or "vocab_size" in arch.architecture
     if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
         log.info(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
-    if len(language_model.end_ids) > 1:
-        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
-        log.info(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
-                "(generation_config)")
     language_model.to(context.device)
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
     verify_model(language_model)

@@ -24,10 +24,6 @@ def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay
     if not inspect.isclass(cls) or not issubclass(cls, torch.optim.Optimizer) or cls is torch.optim.Optimizer:
         known = sorted(key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer")
         raise ConfigError(f'optimizer_kwargs.type is "{name}": expected a class of torch.optim: {", ".join(known)}')
-    if name in ("LBFGS", "SparseAdam"):
-        raise ConfigError(f'optimizer_kwargs.type is "{name}": it needs another loop; use one such as AdamW')
-    if "lr" in kwargs:
-        raise ConfigError("optimizer_kwargs.kwargs.lr: set optimizer_kwargs.lm_lr instead")
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
     if not decay_all:
@@ -47,12 +43,12 @@ def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay
         parameter.grad = torch.ones(2, 2)
         cls([parameter], lr=lr, **settings).step()
         if not parameter.isfinite().all():
-            raise ValueError(f"with lm_lr {lr} a step gives weights that are not finite")
+            raise ValueError("a step gives weights that are not finite")
         return cls(groups, lr=lr, **settings)
     except Exception as error:  # torch raises almost anything for wrong arguments
         reason = shorten(" ".join(str(error).split()), 300)
-        raise ConfigError(f"optimizer_kwargs.kwargs is {kwargs}: {name} does not accept them: {reason}; change "
-                          "them, or optimizer_kwargs.lm_lr or type") from error
+        raise ConfigError(f'optimizer_kwargs.type "{name}" with lm_lr {lr} and kwargs {kwargs} fails: {reason}; change '
+                          "one of them") from error
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -1,8 +1,8 @@
 """The training loop: epochs of optimizer steps, validation after each epoch, checkpoints on the way."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 
 import torch
@@ -286,21 +286,24 @@ class Trainer:
             self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
     def check_plateau(self, callbacks) -> None:
-        if self.state.step_in_epoch:  # max_steps ended the epoch early: a later run may continue its plan
+        """After `patience` evaluations without gain: double the accumulation, if asked to and possible, or stop."""
+        state, patience = self.state, callbacks.patience
+        # If max_steps ended the epoch early, a later run may continue its plan.
+        if patience is None or state.num_bad_evals < max(1, patience) or state.step_in_epoch:
             return
-        max_accumulation = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
         increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
-        decision = self.state.early_stopping_action(callbacks.patience, increase, max_accumulation)
-        if decision == "increase":
-            self.log.info(f"no gain in {callbacks.patience} evaluations: accumulation is now {self.state.accumulation}")
-        elif decision == "stop":
-            best = self.state.best_step
-            self.log.info(f"no gain in {callbacks.patience} evaluations: stopped early; the best was step {best}")
+        # Not beyond one step per epoch.
+        if increase and state.accumulation * self.config.dataset_kwargs.train_batch_size < len(self.table):
+            state.accumulation, state.num_bad_evals = 2 * state.accumulation, 0
+            self.log.info(f"no gain in {patience} evaluations: accumulation is now {state.accumulation}")
+        else:
+            state.stopped_early = True
+            self.log.info(f"no gain in {patience} evaluations: stopped early; the best was step {state.best_step}")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.fingerprint, **self.score_identities}
+        return {**asdict(self.state), "identity": self.fingerprint, **self.score_identities}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless this state is saved already."""
