@@ -53,7 +53,7 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
-        init_distributed("cuda", 0, "auto", True)
+        init_distributed("cuda", 0, "auto", "key", True)
 
 
 def test_a_place_in_a_group_of_nccl(tmp_path):

@@ -33,7 +33,7 @@ from utils.manifest import (
     write_manifest,
 )
 
-_TEMPORARY = re.compile(r"\.tmp-(new|old|gone)-(.+)-[0-9a-f]{8}")
+_OLD = re.compile(r"\.tmp-old-(.+)-[0-9a-f]{8}")
 
 
 class Checkpoints:
@@ -164,11 +164,11 @@ class Checkpoints:
 
     def _repair(self) -> None:
         """Restore what was moved aside and not replaced; delete all other temporaries."""
-        for path in list(self.root.iterdir()):
-            purpose, name = match.groups() if (match := _TEMPORARY.fullmatch(path.name)) else (None, "")
-            if purpose == "old" and not os.path.lexists(self.root / name):
-                path.rename(self.root / name)
-            elif purpose is not None:
+        for path in list(self.root.glob(".tmp-*")):
+            old = _OLD.fullmatch(path.name)
+            if old and not os.path.lexists(self.root / old[1]):
+                path.rename(self.root / old[1])
+            else:
                 self._remove(path)
         sync(self.root)
 

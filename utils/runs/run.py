@@ -31,6 +31,7 @@ from utils.runs.run_folder import (
 from utils.runs.run_log import RunLog
 from utils.text import shorten
 from utils.training.distributed import DistributedContext, init_distributed, launch_group
+from utils.training.load_model import arch_key
 from utils.training.optimization import build_optimizer
 from utils.training.out_of_memory import out_of_memory_remedy, training_remedy
 from utils.training.random_state import seed_everything
@@ -52,13 +53,14 @@ class RunComponents(NamedTuple):
 Build = Callable[..., RunComponents]
 
 
-def run_training(config: FineTuneConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
+def run_training(config: FineTuneConfig, build: Build) -> int:
     """Lock the run folder, resume or start, build the components and train them. Returns the exit code."""
     quiet_libraries()
-    arch, options = config.model_arch, config.trainer_kwargs
+    options = config.trainer_kwargs
     launch_group(options.device, options.multi_gpu, options.multi_gpu_ids)
     context = init_distributed(
-        options.device, arch.gpu_device_id, options.precision, options.multi_gpu, options.multi_gpu_ids, gpu_key
+        options.device, config.model_arch.gpu_device_id, options.precision, arch_key(config, "gpu_device_id"),
+        options.multi_gpu, options.multi_gpu_ids,
     )
     output_dir = Path(options.output_dir)
     lock = lock_folder(output_dir, KEY) if context.is_main else nullcontext()
@@ -79,10 +81,8 @@ def train(
 ) -> int:
     """Optimizer, validation, checkpoints and loop around an objective. Returns the exit code."""
     objective, prompt_format, tables, train_table, objective_id = components
-    output_dir, optimizer_kwargs = Path(config.trainer_kwargs.output_dir), config.optimizer_kwargs
-    optimizer = build_optimizer(
-        objective, optimizer_kwargs.type, optimizer_kwargs.kwargs, optimizer_kwargs.lm_lr, optimizer_kwargs.decay_all
-    )
+    output_dir = Path(config.trainer_kwargs.output_dir)
+    optimizer = build_optimizer(objective, config.optimizer_kwargs)
     validation = make_validation(config, objective, prompt_format, tables, context, log)
     checkpoints = Checkpoints(output_dir / "model_checkpoints", start.run_id, config.trainer_kwargs.keep_checkpoints)
     fingerprint = resume_fingerprint(config, train_table, objective_id)

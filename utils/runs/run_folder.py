@@ -21,7 +21,7 @@ from utils.runs.checkpoint import Checkpoints, load_state
 from utils.runs.folder_lock import CHECKPOINTS, is_run_config
 from utils.runs.run_log import RunLog
 from utils.text import shorten
-from utils.training.load_model import model_key
+from utils.training.load_model import arch_key
 from utils.training.out_of_memory import ACCUMULATION, BATCH, BOUND, TOKENS
 
 KEY = "trainer_kwargs.output_dir"
@@ -97,7 +97,7 @@ def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objec
     objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
     return {
-        model_key(config): arch.lang_model,
+        arch_key(config, "lang_model"): arch.lang_model,
         "model_arch.from_scratch": arch.from_scratch,
         "model_arch.architecture": arch.architecture,
         "optimizer_kwargs.type": config.optimizer_kwargs.type,

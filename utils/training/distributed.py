@@ -95,9 +95,7 @@ def all_reduce_gradients(parameters: list[nn.Parameter], context: DistributedCon
             bucket = []
 
 
-def choose_device(
-    device: str, gpu_device_id: int | None, key: str = "gpu_device_id"
-) -> tuple[torch.device, list[str]]:
+def choose_device(device: str, gpu_device_id: int | None, key: str) -> tuple[torch.device, list[str]]:
     """The device and notices for the user.
 
     device: "auto" (a GPU if there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in the
@@ -136,10 +134,12 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def init_distributed(
-    device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = (),
-    key: str = "gpu_device_id",
+    device: str, gpu_device_id: int | None, precision: str, key: str, multi_gpu: bool = False,
+    multi_gpu_ids: tuple | list = (),
 ) -> DistributedContext:
     """This process's device, precision and rank; joins the process group if torch's launcher started it.
+
+    device, gpu_device_id, key: see `choose_device`.
 
     Raises:
         UserError: a GPU that is not there.

@@ -10,10 +10,10 @@ from utils.manifest import check_model_folder
 from utils.training.distributed import DistributedContext
 
 
-def model_key(config: FineTuneConfig) -> str:
-    """The config's key that names the model."""
-    is_student = "student_lang_model" in type(config.model_arch).model_fields
-    return f"model_arch.{'student_' if is_student else ''}lang_model"
+def arch_key(config: FineTuneConfig, name: str) -> str:
+    """The config's key of a setting of the model that is trained; in a distillation it is the student's."""
+    is_student = f"student_{name}" in type(config.model_arch).model_fields
+    return f"model_arch.{'student_' if is_student else ''}{name}"
 
 
 def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel:
@@ -25,7 +25,8 @@ def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel
     arch = config.model_arch
     if checkpoint is not None:
         return load_language_model(str(checkpoint), dropout=arch.dropout)
-    check_model_folder(arch.lang_model, model_key(config))
+    key = arch_key(config, "lang_model")
+    check_model_folder(arch.lang_model, key)
     check_model_folder(arch.tokenizer, "model_arch.tokenizer")
     try:
         return load_language_model(
@@ -33,8 +34,7 @@ def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel
             dropout=arch.dropout,
         )
     except ModelError as error:
-        keys = [model_key(config), *(["model_arch.tokenizer"] if arch.tokenizer else [])]
-        raise ModelError(f"{' and '.join(keys)}: {error}") from error
+        raise ModelError(f"{key}{' and model_arch.tokenizer' if arch.tokenizer else ''}: {error}") from error
 
 
 def prepare_model(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from utils.config.fine_tune import OptimizerKwargs
 from utils.config.load import ConfigError
 from utils.text import shorten
 
 
-def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay_all: bool = False):
-    """An optimizer of `torch.optim` over the trainable parameters of `module`.
+def build_optimizer(module: nn.Module, options: OptimizerKwargs) -> torch.optim.Optimizer:
+    """The optimizer of a config's `optimizer_kwargs` over the trainable parameters of `module`.
 
     Weight decay skips biases and norms (parameters of one dimension) unless decay_all. The fused version is used if
     torch has one, unless kwargs say otherwise.
@@ -20,20 +21,21 @@ def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay
     Raises:
         ConfigError: an unknown type, one that this loop cannot drive, or kwargs that it does not accept.
     """
+    name, kwargs, lr = options.type, options.kwargs, options.lm_lr
     cls = getattr(torch.optim, name, None)
     if not inspect.isclass(cls) or not issubclass(cls, torch.optim.Optimizer) or cls is torch.optim.Optimizer:
         known = sorted(key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer")
         raise ConfigError(f'optimizer_kwargs.type is "{name}": expected a class of torch.optim: {", ".join(known)}')
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
-    if not decay_all:
+    if not options.decay_all:
         flat = [parameter for parameter in parameters if parameter.dim() < 2]
         groups = [{"params": [parameter for parameter in parameters if parameter.dim() >= 2]}]
         if flat:
             groups.append({"params": flat, "weight_decay": 0.0})
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
     accepted = inspect.signature(cls.__init__).parameters
-    if not decay_all and "weight_decay" not in accepted:
+    if not options.decay_all and "weight_decay" not in accepted:
         groups = [{"params": parameters}]
     if "fused" in accepted and not settings.keys() & {"fused", "foreach", "differentiable"}:
         settings["fused"] = True

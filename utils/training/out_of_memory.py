@@ -7,6 +7,7 @@ the batch and twice the accumulation train on the same rows in the same steps.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from utils.config.fine_tune import FineTuneConfig
 from utils.errors import TrainingError
@@ -56,7 +57,8 @@ def training_remedy(config: FineTuneConfig) -> str:
         values = with_batch_size(config, largest_divisor(data.train_batch_size, data.train_batch_size // 2))
     if values.get(TOKENS, data.train_batch_size) == 1:
         return f"the batch is one row already: {SHORTER}"
-    remedy = f"set {describe_changes(config, values)}: the optimizer steps stay the same"
+    changes = " and ".join(f"{key} {value} (now {attrgetter(key)(config)})" for key, value in values.items())
+    remedy = f"set {changes}: the optimizer steps stay the same"
     if distillation is not None and (distillation.method == "policy_gradient" or distillation.on_policy_fraction):
         rows = distillation.rollout_batch_size or data.val_batch_size
         remedy += f"; for rollouts set distillation_kwargs.rollout_batch_size {rows // 2 or 1} (now {rows})"
@@ -104,9 +106,3 @@ def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
         if count is not None and batch_size != before:
             values[f"trainer_kwargs.{key}"] = max(1, round(count * before / batch_size))
     return values
-
-
-def describe_changes(config: FineTuneConfig, values: dict[str, int]) -> str:
-    """`dataset_kwargs.train_batch_size 4 (now 8) and ...`."""
-    now = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in values}
-    return " and ".join(f"{key} {value} (now {now[key]})" for key, value in values.items())
