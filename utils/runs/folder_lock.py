@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -32,7 +31,6 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     holder, lock = folder / "run.lock.json", FileLock(folder / "run.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
         lock.acquire(timeout=0 if is_running(read_holder(holder)) else WORKER_SECONDS)
     except Timeout as error:
         raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "

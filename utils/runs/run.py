@@ -66,9 +66,9 @@ def run_training(config: FineTuneConfig, build: Build) -> int:
     lock = lock_folder(output_dir, KEY) if context.is_main else nullcontext()
     with out_of_memory_remedy(training_remedy(config)), lock:
         log = RunLog(output_dir, context.is_main)
-        start = context.broadcast_object(find_checkpoint(config) if context.is_main else None)
-        for line in (*warnings_of(config), *context.notices, context.describe(), *start.notices):
+        for line in (*warnings_of(config), *context.notices, context.describe()):
             log.info(line)
+        start = context.broadcast_object(find_checkpoint(config, log) if context.is_main else None)
         seed_everything(options.seed)
         components = build(context, config, log, start)
         with StopRequest(resume_hint(config)) as stop:  # from here on a signal stops with a checkpoint

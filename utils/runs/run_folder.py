@@ -42,14 +42,13 @@ class ResumePoint:
     folder: Path | None = None
     state: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
 
     def is_in(self, root: Path) -> bool:
         """Whether the checkpoint is one of those in `root`."""
         return self.folder is not None and self.folder.resolve().parent == root.resolve()
 
 
-def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
+def find_checkpoint(config: FineTuneConfig, log: RunLog) -> ResumePoint:
     """The checkpoint to resume from, read; a run in the folder is not changed.
 
     Raises:
@@ -58,8 +57,7 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
     """
     options = config.trainer_kwargs
     output_dir = Path(options.output_dir)
-    root, folder, notices = output_dir / CHECKPOINTS, None, []
-    config_path = output_dir / "config.json"
+    root, config_path, folder = output_dir / CHECKPOINTS, output_dir / "config.json", None
     if config_path.exists() and not is_run_config(config_path) and not step_folders(root):  # of a model, for example
         raise UserError(f"{KEY}: {config_path} was not written by a run, and a run here would move it: choose another "
                         "folder")
@@ -71,14 +69,15 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
             raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint") from error
     elif options.load_from_checkpoint:
         folder, passed_over = Checkpoints(root, None, options.keep_checkpoints).newest()
-        notices += passed_over
+        for line in passed_over:
+            log.info(line)
         if folder is None and passed_over:
             raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {NEW_RUN}")
     if folder is None:
-        return ResumePoint(uuid4().hex, notices=notices)
+        return ResumePoint(uuid4().hex)
     state, tensors = load_state(folder)
-    notices.append(f"resuming from {folder} (optimizer step {state['step']})")
-    return ResumePoint(state["run_id"], folder, state, tensors, notices)
+    log.info(f"resuming from {folder} (optimizer step {state['step']})")
+    return ResumePoint(state["run_id"], folder, state, tensors)
 
 
 def resume_hint(config: FineTuneConfig) -> str:
