@@ -17,7 +17,7 @@ def reported(capsys, start: str = "learning rate: ") -> list[str]:
 
 
 def test_a_longer_run_reports_its_new_rate(tmp_path, capsys):
-    """Fault: extending a finished run lets the learning rate jump, and no line says so."""
+    """Fault: more epochs of a finished run start from the beginning, or the learning rate jumps without a word."""
     config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"monitor_val": False})
     assert run(tmp_path, config) == 0
     assert reported(capsys) == []
@@ -26,8 +26,9 @@ def test_a_longer_run_reports_its_new_rate(tmp_path, capsys):
     (notice,) = reported(capsys)
     assert notice.startswith("learning rate: 3.33e-03 at the checkpoint's last step, 5.00e-03 at the next: ")
     assert "now covers 6 steps from lm_lr 1.00e-02; set optimizer_kwargs.lm_lr" in notice
-    rates = [f"{line['learning_rate']:.2e}" for line in metrics(tmp_path / "run")]
-    assert rates[2:4] == ["3.33e-03", "5.00e-03"]
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [f"{line['learning_rate']:.2e}" for line in lines[2:4]] == ["3.33e-03", "5.00e-03"]
     assert run(tmp_path, longer) == 0  # finished
     assert reported(capsys) == []
 

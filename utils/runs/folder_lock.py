@@ -49,14 +49,11 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def lock_result_folder(folder: Path, key: str) -> Iterator[None]:
-    """`lock_folder` for an evaluation, which must not replace the scores of a training."""
+def check_not_a_run(folder: Path, key: str) -> None:
+    """Raises UserError for the folder of a training: an evaluation must not replace its scores."""
     if (folder / CHECKPOINTS).exists() or is_run_config(folder / "config.json"):
         raise UserError(f"{key}: {folder} is a training run's folder, which has scores of its own: name another "
                         f"folder, such as {folder / 'evaluation'}")
-    with lock_folder(folder, key):
-        yield
 
 
 def check_outside_checkpoints(folder: Path, key: str) -> None:

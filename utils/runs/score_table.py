@@ -15,7 +15,7 @@ from utils.evaluation.lead import lead_sentences
 from utils.evaluation.weights import weights_of
 from utils.files import json_text, sha256_text, write_text
 from utils.manifest import check_model_folder
-from utils.runs.folder_lock import lock_result_folder
+from utils.runs.folder_lock import check_not_a_run, lock_folder
 from utils.runs.run_log import RunLog
 from utils.text import printable
 from utils.training.distributed import DistributedContext, init_distributed
@@ -31,7 +31,8 @@ def score_table(options: ValidateOptions) -> int:
     context = init_distributed(device, options.device_id, options.precision, "--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    with out_of_memory_remedy(decoding_remedy(options)), lock_result_folder(output_dir, "--output_dir"):
+    check_not_a_run(output_dir, "--output_dir")
+    with out_of_memory_remedy(decoding_remedy(options)), lock_folder(output_dir, "--output_dir"):
         return evaluate(options, articles, bad_rows, context, log)
 
 

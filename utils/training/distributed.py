@@ -118,13 +118,6 @@ def choose_device(device: str, gpu_device_id: int | None, key: str) -> tuple[tor
     return torch.device("cuda", number), []
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """"float32" or "bfloat16"; "auto" is bfloat16 if the hardware computes it natively."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if computes_bfloat16(device) else "float32"
-
-
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run natively: GPUs from compute capability 8.0, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
@@ -164,7 +157,9 @@ def init_distributed(
         torch.cuda.set_device(chosen)
     if world_size > 1:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return DistributedContext(chosen, choose_precision(precision, chosen), rank, world_size, notices)
+    if precision == "auto":
+        precision = "bfloat16" if computes_bfloat16(chosen) else "float32"
+    return DistributedContext(chosen, precision, rank, world_size, notices)
 
 
 def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:

@@ -12,7 +12,7 @@ from utils.errors import TrainingError
 from utils.training.distributed import DistributedContext
 from utils.training.optimization import find_nonfinite_state
 from utils.training.state import TrainState
-from utils.training.step import StepMetrics
+from utils.training.step import StepMetrics, first_nonfinite
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"
@@ -50,7 +50,8 @@ class NonFiniteHandler:
         number, what = state.step + 1, f"loss {metrics.losses['loss']}, gradient norm {metrics.grad_norm}"
         bad_rows = list(chain(*self.context.all_gather_object([int(row) for row in chain(*bad)])))
         rows = self.describe_rows(bad_rows or chain(*step), self.table)
-        if name := nonfinite_weight(self.objective):
+        if name := first_nonfinite(self.objective.named_parameters()):
+            name = name.removeprefix("language_model.model.")
             what, remedy = f"{what}, weights {name} not finite", "start again with a lower optimizer_kwargs.lm_lr"
         elif state.skipped_steps < self.max_skipped:
             state.skipped_steps += 1
@@ -77,7 +78,7 @@ class NonFiniteHandler:
     def check_before_saving(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Raises TrainingError if weights or optimizer state are not finite: good checkpoints stay."""
         state = find_nonfinite_state(optimizer)
-        if nonfinite_weight(self.objective) or state:
+        if state or first_nonfinite(self.objective.named_parameters()):
             what = f"optimizer's {state} is" if state else "weights are"
             raise TrainingError(f"after optimizer step {step} the {what} not finite: not saved; "
                                 f"{self.what_is_saved()}: lower optimizer_kwargs.lm_lr")
@@ -90,11 +91,3 @@ class NonFiniteHandler:
         rows = [int(row) for row in rows]
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"rows: {', '.join(table.names(rows[:SHOWN]))}{more}"
-
-
-def nonfinite_weight(module: nn.Module) -> str | None:
-    """The name of the first weight that is not finite, or None."""
-    for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
-            return name.removeprefix("language_model.model.")
-    return None

@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from utils.config.fine_tune import OptimizerKwargs
 from utils.config.load import ConfigError
 from utils.text import shorten
+from utils.training.step import first_nonfinite
 
 
 def build_optimizer(module: nn.Module, options: OptimizerKwargs) -> torch.optim.Optimizer:
@@ -70,11 +72,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 def find_nonfinite_state(optimizer: torch.optim.Optimizer) -> str | None:
     """The name of the first tensor of the optimizer's state that is not finite, or None."""
-    for values in optimizer.state.values():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                return name
-    return None
+    return first_nonfinite(chain.from_iterable(values.items() for values in optimizer.state.values()))
 
 
 @dataclass(frozen=True)

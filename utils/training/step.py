@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model.objective import Objective
@@ -98,3 +99,8 @@ def optimizer_step(
         group["lr"] = learning_rate
     optimizer.step()
     return metrics
+
+
+def first_nonfinite(values: Iterable[tuple[str, object]]) -> str | None:
+    """The name of the first tensor that is not finite, or None."""
+    return next((name for name, value in values if isinstance(value, Tensor) and not value.isfinite().all()), None)

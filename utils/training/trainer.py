@@ -225,12 +225,15 @@ class Trainer:
                              self.total_steps(steps_in_epoch))
 
     def report_learning_rate(self) -> None:
-        """A line if the learning rate rises at a resume, outside of the warm-up: the schedule is longer now."""
-        saved_rate, schedule = self.optimizer.param_groups[0]["lr"], self.schedule(len(self.plan()))
-        next_rate = schedule.learning_rate(self.state.step)
-        if next_rate > saved_rate and self.state.step > schedule.warmup and not self.ended_by():
-            self.log.info(f"learning rate: {saved_rate:.2e} at the checkpoint's last step, {next_rate:.2e} at the "
-                          f"next: the schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
+        """A line if the learning rate rises at a resume by more than a step of warm-up: the schedule is longer now."""
+        state, schedule = self.state, self.schedule(len(self.plan()))
+        before, after = self.optimizer.param_groups[0]["lr"], schedule.learning_rate(state.step)
+        usual = 0.0
+        if state.step <= schedule.warmup:  # the optimizer does not hold the rates of skipped steps
+            usual = 1.01 * schedule.peak * (1 + state.skipped_steps) / max(1, schedule.warmup)
+        if after - before > usual and not self.ended_by():
+            self.log.info(f"learning rate: {before:.2e} at the checkpoint's last step, {after:.2e} at the next: the "
+                          f"schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
                           "optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates")
 
     # -- between steps -------------------------------------------------------------------------------------------
