@@ -171,15 +171,15 @@ def check_same_reading(teacher_tokenizer, prompt_format: PromptFormat, texts: li
             first = next(index for index, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
             tokens = [teacher_tokenizer.convert_ids_to_tokens(ids[first : first + 4]) for ids in (theirs, ours)]
             raise ModelError(
-                f"teacher and student have the same tokens but read text differently: in the prompt of {text!r}, from "
-                f"token {first} on, the teacher reads {tokens[0]} and the student {tokens[1]}: distil between models "
-                "of one tokenizer"
+                f"teacher and student have the same tokens but read text differently: in {text!r}, from token {first} "
+                f"on, the teacher reads {tokens[0]} and the student {tokens[1]}: distil between models of one tokenizer"
             )
 
 
-def load_teacher(source: TeacherSource, config: DistillConfig, context: DistributedContext) -> Teacher:
-    """The teacher on its device, its head on the student's."""
-    device, _ = teacher_device(config, context)
+def load_teacher(
+    source: TeacherSource, config: DistillConfig, context: DistributedContext, device: torch.device
+) -> Teacher:
+    """The teacher on its `device`, its head on the student's."""
     language_model = source.load().to(device)
     arch = config.model_arch
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block

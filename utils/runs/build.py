@@ -1,5 +1,6 @@
 """The components of a run of train.py and of train_kd.py, built from its config."""
 
+from functools import partial
 from pathlib import Path
 
 from model.fine_tuning import FineTuning
@@ -52,15 +53,14 @@ def build_distillation(
     log.info(f"student: {start.folder or config.model_arch.lang_model}, {parameters:.2f} M parameters")
     train_table = tables.open(config.dataset_kwargs.train_dataset)
 
-    fingerprint = source.fingerprint()
-    # Earlier versions cached outputs for the gaps between ids too.
-    gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
-    teacher = None
+    fingerprint, load, teacher = source.fingerprint(), partial(load_teacher, source, config, context, device), None
     if kwargs.teacher_cache is not None:
+        # Earlier versions cached outputs for the gaps between ids too.
+        gaps = sorted(set(range(vocabulary)) - real_tokens(source.tokenizer).keys())
         folder = kwargs.teacher_cache.dir or Path(config.trainer_kwargs.output_dir) / "teacher_cache"
         teacher = CachedTeacher(
-            lambda: load_teacher(source, config, context), f"{fingerprint} without {gaps}" if gaps else fingerprint,
-            source.width(), vocabulary, kwargs, folder, context, log.info,
+            load, f"{fingerprint} without {gaps}" if gaps else fingerprint, source.width(), vocabulary, kwargs, folder,
+            context, log.info,
         )
         names = [config.dataset_kwargs.train_dataset, *(measured_datasets(config) if keep else [])]
         if keep or teacher.is_complete(train_table):
@@ -68,6 +68,5 @@ def build_distillation(
                             config.dataset_kwargs.tokens_per_batch, student.tokenizer.pad_token_id)
         else:
             teacher = None
-    teacher = teacher or load_teacher(source, config, context)
-    objective = make_objective(config, student, teacher, vocabulary, context, prompt_format, log)
+    objective = make_objective(config, student, teacher or load(), vocabulary, context, prompt_format, log)
     return RunComponents(objective, prompt_format, tables, train_table, identity_of(config, fingerprint))
