@@ -47,7 +47,7 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
     """Fault: multi_gpu fails or hangs where there is one GPU, or a second process takes the first one's."""
     config = changed(make_project(tmp_path, rows=4), trainer_kwargs={"device": "cuda", "multi_gpu": True})
     assert run(tmp_path, config) == 0
-    assert "multi_gpu: there is one GPU to use, so one process trains" in capsys.readouterr().err
+    assert "multi_gpu: there is only one GPU, so one process trains" in capsys.readouterr().err
     assert run(tmp_path, changed(config, trainer_kwargs={"multi_gpu_ids": [0, 3]})) == 2
     assert "multi_gpu_ids holds 3: expected numbers of the 1 GPUs present, from 0" in last_error(capsys)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
@@ -62,7 +62,7 @@ def test_a_place_in_a_group_of_nccl(tmp_path):
     try:
         context = DistributedContext(torch.device("cuda", 0), world_size=2)  # so that it asks the group
         assert context.all_reduce(torch.tensor([1.5, 2.0], device=context.device)).tolist() == [1.5, 2.0]
-        assert context.gather({"loss": 1.5})[0] == {"loss": 1.5}
+        assert context.all_gather_object({"loss": 1.5})[0] == {"loss": 1.5}
         assert context.broadcast_object(("a", 1)) == ("a", 1)
         context.barrier()
     finally:
