@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -28,13 +29,16 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     place for checkpoints, which a training deletes and replaces.
     """
     check_outside_checkpoints(folder, key)
-    holder, lock = folder / "run.lock.json", FileLock(folder / "run.lock")
+    holder, lock, deadline = folder / "run.lock.json", FileLock(folder / "run.lock"), time.monotonic() + WORKER_SECONDS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0 if is_running(read_holder(holder)) else WORKER_SECONDS)
-    except Timeout as error:
-        raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "
-                        "wait for it or stop it, or choose another folder") from error
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=0.1)
+            except Timeout as error:
+                if is_running(read_holder(holder)) or time.monotonic() > deadline:
+                    raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}"
+                                    "; wait for it or stop it, or choose another folder") from error
     except OSError as error:
         raise UserError(f"{key}: {describe(error, folder)}") from error
     try:
