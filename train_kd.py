@@ -38,8 +38,7 @@ def distil(options) -> int:
     from utils.runs.find_batch_size import find_batch_size
     from utils.runs.run import run_training
 
-    run = find_batch_size if options.find_batch_size else run_training
-    return run(config, build_distillation, "model_arch.student_gpu_device_id")
+    return (find_batch_size if options.find_batch_size else run_training)(config, build_distillation)
 
 
 if __name__ == "__main__":

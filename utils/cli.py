@@ -79,6 +79,8 @@ def message_of(error: Exception) -> str:
         message = message.strip().splitlines()[-1].partition(": ")[2]
     if hasattr(error, "exit_code"):
         return message
+    if message.startswith("DataLoader worker"):
+        return f"{message.rstrip('. ')}: the system may be out of memory: lower dataset_kwargs.num_workers"
     return f"unexpected {type(error).__name__}: {' '.join(message.split())}; --debug shows the traceback"
 
 

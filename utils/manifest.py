@@ -1,6 +1,5 @@
 """The manifest of a checkpoint folder: sizes and SHA-256 of its files, checked before any of them is used."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -79,17 +78,6 @@ def step_folders(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True)
 
 
-def complete_beside(folder: Path) -> str:
-    """`, such as PATH`: the newest undamaged step beside a damaged one; empty if there is none."""
-    folder = folder.resolve()
-    for _, path in step_folders(folder.parent):
-        with contextlib.suppress(CheckpointError):
-            if path != folder:
-                verify(path)
-                return f", such as {path}, which is complete"
-    return ""
-
-
 def check_model_folder(path: str | None, key: str) -> None:
     """If `path` is a checkpoint of a training, verify the files of its model; other folders have no manifest.
 
@@ -99,4 +87,4 @@ def check_model_folder(path: str | None, key: str) -> None:
         try:
             verify(Path(path), model_only=True)
         except CheckpointError as error:
-            raise CheckpointError(f"{key}: {error}; name another checkpoint{complete_beside(Path(path))}") from error
+            raise CheckpointError(f"{key}: {error}; name another checkpoint") from error

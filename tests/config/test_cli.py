@@ -22,7 +22,8 @@ def run(error: BaseException, debug: bool = False) -> int:
     (FileNotFoundError(2, "No such file", "a/b"), 1, ["train.py: error: a/b: No such file"]),
     (KeyError("a"), 1, ["train.py: error: unexpected KeyError: 'a'"]),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 1,
-     ["train.py: error: unexpected RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."]),
+     ["train.py: error: DataLoader worker (pid 7) is killed by signal: Killed: the system may be out of memory: lower "
+      "dataset_kwargs.num_workers"]),
     (DataError("Caught DataError in worker 0.\nOriginal Traceback (most recent call last):\n x\nDataError: a: b"),
      2, ["train.py: error: a: b"]),
     (Stopped(signal.SIGTERM, 3, "go on"), 143, ["train.py: stopped at optimizer step 3 by SIGTERM"]),

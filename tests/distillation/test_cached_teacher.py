@@ -19,7 +19,6 @@ from tests.small_kd_runs import make_kd_project, run_kd, save_model, tiny_teache
 from tests.small_runs import assert_equal_weights, changed, largest_difference, make_rows, metrics, weights
 from utils.config.distill import DistillationKwargs
 from utils.distillation.cached_teacher import CachedTeacher
-from utils.progress import progress_bar
 from utils.runs import build
 from utils.training.distributed import DistributedContext
 
@@ -181,7 +180,7 @@ def test_a_killed_fill_goes_on(tmp_path, one_thread, kind):
     def fill(folder: str, teacher: Teacher) -> CachedTeacher:
         context = DistributedContext(torch.device("cpu"))
         cached = CachedTeacher(lambda: teacher, "x", 16, 257, options, tmp_path / folder, context, print)
-        cached.prepare([table], 64, None, END, progress_bar)
+        cached.prepare([table], 64, None, END)
         return cached
 
     def target():

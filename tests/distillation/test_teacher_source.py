@@ -178,7 +178,7 @@ def test_legacy_teacher_of_another_shape(tmp_path, project, capsys):
 
 
 def fingerprint(project: dict, **sections: dict) -> str:
-    return find_teacher(DistillConfig.model_validate(changed(project, **sections)))[0].fingerprint()
+    return find_teacher(DistillConfig.model_validate(changed(project, **sections))).fingerprint()
 
 
 def test_fingerprint_follows_the_weights_alone(tmp_path, project):

@@ -242,6 +242,3 @@ def test_two_processes_equal_one(tmp_path, cache):
     for path in (one / "teacher_cache").glob("*/log_rest.bin"):
         np.testing.assert_allclose(*(np.fromfile(folder / "teacher_cache" / path.parent.name / path.name, "float32")
                                      for folder in (one, two)), rtol=1e-4)
-
-
-# -- what the user reads -----------------------------------------------------------------------------------------

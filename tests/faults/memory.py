@@ -8,7 +8,7 @@ import torch
 
 from model.language_model import LanguageModel
 
-# What torch and Python say when memory is full, on a GPU and on a CPU.
+# What torch and Python say when out of memory, on a GPU and on a CPU.
 GPU = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.12 GiB is free."
 )

@@ -17,7 +17,8 @@ from tests.gpu.test_cuda_runs import last
 from tests.small_kd_runs import make_kd_project, run_kd
 from tests.small_runs import WORDS, changed, largest_difference, make_project, run, write_config
 from tests.training.test_out_of_memory import last_error
-from utils.training.distributed import DeviceError, DistributedContext, init_distributed
+from utils.errors import UserError
+from utils.training.distributed import DistributedContext, init_distributed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -46,13 +47,13 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
     """Fault: multi_gpu fails or hangs where there is one GPU, or a second process takes the first one's."""
     config = changed(make_project(tmp_path, rows=4), trainer_kwargs={"device": "cuda", "multi_gpu": True})
     assert run(tmp_path, config) == 0
-    assert "multi_gpu: there is one GPU to use, so one process trains" in capsys.readouterr().err
+    assert "multi_gpu: there is only one GPU, so one process trains" in capsys.readouterr().err
     assert run(tmp_path, changed(config, trainer_kwargs={"multi_gpu_ids": [0, 3]})) == 2
     assert "multi_gpu_ids holds 3: expected numbers of the 1 GPUs present, from 0" in last_error(capsys)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(DeviceError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
-        init_distributed("cuda", 0, "auto", True)
+    with pytest.raises(UserError, match=r"process 1 of the launcher has no GPU: multi_gpu_ids names \[0\]"):
+        init_distributed("cuda", 0, "auto", "key", True)
 
 
 def test_a_place_in_a_group_of_nccl(tmp_path):
@@ -61,7 +62,7 @@ def test_a_place_in_a_group_of_nccl(tmp_path):
     try:
         context = DistributedContext(torch.device("cuda", 0), world_size=2)  # so that it asks the group
         assert context.all_reduce(torch.tensor([1.5, 2.0], device=context.device)).tolist() == [1.5, 2.0]
-        assert context.gather({"loss": 1.5})[0] == {"loss": 1.5}
+        assert context.all_gather_object({"loss": 1.5})[0] == {"loss": 1.5}
         assert context.broadcast_object(("a", 1)) == ("a", 1)
         context.barrier()
     finally:
@@ -112,9 +113,9 @@ def test_full_memory_and_the_size_that_fits(tmp_path, capsys, limit_memory):
     limit_memory(600_000_000)
     assert run(tmp_path, config) == 1
     message = last_error(capsys)
-    assert re.match(r"the GPU's memory is full \([\d.]+ [KMG]iB more were requested\): set "
-                    r"dataset_kwargs.train_batch_size 24 \(now 48\) and trainer_kwargs.gradient_accumulation_steps 2 "
-                    r"\(now (null|1)\): the optimizer steps stay the same", message), message
+    assert re.match(r"GPU out of memory: set dataset_kwargs.train_batch_size 24 \(now 48\) and "
+                    r"trainer_kwargs.gradient_accumulation_steps 2 \(now (null|1)\): the optimizer steps stay the "
+                    "same", message), message
     assert (tmp_path / "run/model_checkpoints/last").resolve().name == "step-1"
     assert largest_difference(before, last(tmp_path / "run")) == 0.0
 

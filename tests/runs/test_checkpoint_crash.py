@@ -1,10 +1,11 @@
-"""A full disk, a crash or a kill at any moment of saving costs no earlier checkpoint: utils/runs/checkpoint.py."""
+"""A full disk, a crash or a kill at any moment of saving costs no earlier checkpoint: utils/runs/checkpoint.py.
+
+Whole runs that are killed: tests/faults/crash.py.
+"""
 
 import functools
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runs.test_checkpoint import assert_of_step, leftovers, links_of, save, snapshot, steps_of
-from tests.small_runs import assert_equal_weights, changed, make_project, metrics, weights, write_config
 from utils.manifest import verify
 from utils.runs.checkpoint import Checkpoints, load_state
 
@@ -103,71 +103,3 @@ def test_crash_at_each_rename(tmp_path, monkeypatch, step, after):
         assert steps_of(root) == [newest.name] and links_of(root) == [newest.name] * 2 and not leftovers(root)
     monkeypatch.undo()
     assert number > 6 and steps_of(root) == [f"step-{step}"]
-
-
-# -- whole runs --------------------------------------------------------------------------------------------------
-
-
-KILLED = """
-import json, os, random, signal, sys
-import utils.runs.build, utils.runs.find_batch_size, utils.runs.run  # once, before the forks
-import nltk, torch.utils.tensorboard, train
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-config, run, log = sys.argv[1:]
-
-def forked(number):
-    \"\"\"train.py in a process that is killed before its `number`-th operation on the run folder; its status.\"\"\"
-    if process := os.fork():
-        return os.waitpid(process, 0)[1]
-    operations = []
-    def hook(event, arguments):
-        path = arguments[0] if arguments else None
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink")) and (
-                str(path).startswith(run) or str(arguments[1]).startswith(run)):
-            operations.append(event)
-            if len(operations) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-    code = train.main(["--config", config])
-    with open(log, "w") as file:
-        file.write(str(len(operations)))
-    os._exit(code)
-
-assert forked(0) == 0
-os.rename(run, run + "-complete")
-total = int(open(log).read())
-print(total)
-for number in sorted(random.Random(0).sample(range(1, total + 1), 4)):
-    killed, resumed = forked(number), forked(0)
-    print(number, killed, resumed)
-    os.rename(run, f"{run}-{number}")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_killed_runs_end_with_the_same_weights(tmp_path):
-    """Fault: SIGKILL at some operation on files loses what a checkpoint held, or the resumed run ends otherwise."""
-    config = changed(make_project(tmp_path, rows=8, dropout=0.1), trainer_kwargs={
-        "epochs": 2, "n_batch_ckpt_save": 2, "keep_checkpoints": 1, "metrics": ["rouge"], "save_predictions": True})
-    command = [sys.executable, "-c", KILLED, str(write_config(tmp_path, config)), str(tmp_path / "run"),
-               str(tmp_path / "log")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    total, *lines = done.stdout.splitlines()
-    assert int(total) > 50 and len(lines) == 4
-    whole = tmp_path / "run-complete"
-    for line in lines:
-        number, killed, resumed = line.split()
-        assert (int(killed), resumed) == (signal.SIGKILL, "0"), line
-        again = tmp_path / f"run-{number}"
-        assert_equal_weights(weights(whole / "model_checkpoints/last"), weights(again / "model_checkpoints/last"))
-        assert metrics(again) == metrics(whole) and metrics(again, "validation") == metrics(whole, "validation")
-        assert (again / "predictions/validation-step-8.json").read_bytes() == (
-            whole / "predictions/validation-step-8.json").read_bytes()
-        assert json.loads((again / "scores.json").read_text())["step"] == 8
-        assert links_of(again / "model_checkpoints") == links_of(whole / "model_checkpoints")
-        assert not leftovers(again), number

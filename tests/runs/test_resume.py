@@ -64,14 +64,6 @@ def test_resuming_after_every_step_repeats_the_run(tmp_path, capsys):
     assert "learning rate: " not in capsys.readouterr().err
 
 
-def test_more_epochs_go_on(tmp_path):
-    """Fault: raising `epochs` of a finished run starts from the beginning."""
-    config = make_project(tmp_path, rows=6)
-    assert run(tmp_path, config) == 0
-    assert run(tmp_path, changed(config, trainer_kwargs={"epochs": 2})) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-
-
 def test_resume_from_an_earlier_step_sets_later_ones_aside(tmp_path):
     """Fault: after going back to step 2, the old step 3 is taken for the newest."""
     config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"n_batch_ckpt_save": 1, "keep_checkpoints": 9})

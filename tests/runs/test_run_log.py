@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.runs.run_log import RunLog, split_lines
+from utils.metrics_file import read_metrics
+from utils.runs.run_log import RunLog
 
 
 def write_log(folder: Path, resume_step: int, steps: range, factor: float = 1.0) -> None:
@@ -29,7 +30,7 @@ def test_a_resumed_log_shows_each_step_once(tmp_path):
     """Fault: steps after the checkpoint appear twice, in metrics.jsonl or in TensorBoard, or curves are unreadable."""
     write_log(tmp_path, 0, range(1, 5))
     write_log(tmp_path, 2, range(3, 5), factor=2.0)
-    assert [(line["step"], line["loss"]) for line in split_lines((tmp_path / "metrics.jsonl").read_bytes())[0]] == [
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")[0]] == [
         (1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)]
     assert curves(tmp_path / "tensorboard") == {
         "train/loss": [(1, 1.0), (2, 2.0), (3, 6.0), (4, 8.0)], "train/epoch": [(step, 0.0) for step in (1, 2, 3, 4)]}
@@ -54,7 +55,7 @@ def test_the_unfinished_line_of_a_killed_process(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes() + b'{"split": "train", "st')
     write_log(tmp_path, 2, range(3, 4))
-    assert [line["step"] for line in split_lines(path.read_bytes())[0]] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(path)[0]] == [1, 2, 3]
     assert capsys.readouterr().err == ""
 
 
@@ -76,8 +77,8 @@ def test_a_full_disk_is_reported_and_stops_no_step(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert failure == f"{log.path}: File too large"
     assert capsys.readouterr().err.count("training continues to the next checkpoint") == 1
-    assert [line["step"] for line in split_lines(log.path.read_bytes())[0]] == [1, 2]
+    assert [line["step"] for line in read_metrics(log.path)[0]] == [1, 2]
     log.open(8)
     log.record("train", 9, loss=1.0)
     log.close()
-    assert [line["step"] for line in split_lines(log.path.read_bytes())[0]] == [1, 2, 9]
+    assert [line["step"] for line in read_metrics(log.path)[0]] == [1, 2, 9]

@@ -113,5 +113,5 @@ def test_gpu_keys_are_ignored_with_a_notice_without_gpu(tmp_path, capsys):
                      trainer_kwargs={"device": "cuda", "multi_gpu": True, "multi_gpu_ids": [1, 3]})
     assert run(tmp_path, config) == 0
     error = capsys.readouterr().err
-    assert 'no GPU here: device "cuda" and gpu_device_id 7 ignored' in error
+    assert 'no GPU here: device "cuda" and model_arch.gpu_device_id 7 ignored' in error
     assert "multi_gpu ignored" in error

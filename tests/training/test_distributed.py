@@ -12,7 +12,8 @@ from tests.small_runs import (
     metrics,
     weights,
 )
-from utils.training.distributed import DeviceError, init_distributed
+from utils.errors import UserError
+from utils.training.distributed import init_distributed
 
 
 @pytest.mark.slow
@@ -60,13 +61,13 @@ def test_a_group_of_one(monkeypatch, ids, expected):
     for name, value in (("is_available", True), ("device_count", 4), ("set_device", None), ("get_device_name", "A"),
                         ("get_device_capability", (8, 0))):
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
-    context = init_distributed("auto", 1, "auto", True, ids)
+    context = init_distributed("auto", 1, "auto", "key", True, ids)
     assert (str(context.device), context.precision, context.world_size) == (expected, "bfloat16", 1)
     assert context.notices == ["multi_gpu: there is only one GPU, so one process trains"]
-    assert init_distributed("auto", 1, "float32").notices == []
-    with pytest.raises(DeviceError, match=r"^gpu_device_id is 5: expected one of the GPUs present: 0 \(A\), 1 \(A\), "):
-        init_distributed("auto", 5, "auto")
+    assert init_distributed("auto", 1, "float32", "key").notices == []
+    with pytest.raises(UserError, match=r"^key is 5: expected one of the GPUs present: 0 \(A\), 1 \(A\), "):
+        init_distributed("auto", 5, "auto", "key")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(DeviceError, match="process 1 of the launcher has no GPU"):
-        init_distributed("auto", 1, "auto", True, (3,))
+    with pytest.raises(UserError, match="process 1 of the launcher has no GPU"):
+        init_distributed("auto", 1, "auto", "key", True, (3,))

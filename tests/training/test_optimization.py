@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from tests.conftest import tiny_gpt2
-from utils.config.fine_tune import FineTuneConfig
+from utils.config.fine_tune import FineTuneConfig, OptimizerKwargs
 from utils.config.load import ConfigError
 from utils.training.optimization import LRSchedule, build_optimizer, make_schedule
+
+
+def optimizer_kwargs(**keys) -> OptimizerKwargs:
+    return OptimizerKwargs.model_validate({"lm_lr": 1e-3, **keys})
 
 
 def rates(total, **keys):
@@ -33,13 +37,13 @@ def test_sentinels_of_the_warm_up(keys, warmup):
 def test_no_decay_on_biases_and_norms():
     """Fault: weight decay pulls layer norms and biases to 0."""
     model = tiny_gpt2()
-    optimizer = build_optimizer(model, "AdamW", {"weight_decay": 0.1}, 1e-3)
+    optimizer = build_optimizer(model, optimizer_kwargs(kwargs={"weight_decay": 0.1}))
     decay = {parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         flat = name.endswith("bias") or ".ln_" in name
         assert decay[parameter] == (0.0 if flat else 0.1), name
-    everything = build_optimizer(model, "AdamW", {"weight_decay": 0.1}, 1e-3, decay_all=True)
+    everything = build_optimizer(model, optimizer_kwargs(kwargs={"weight_decay": 0.1}, decay_all=True))
     assert {group["weight_decay"] for group in everything.param_groups} == {0.1}
 
 
@@ -48,7 +52,7 @@ def test_no_decay_on_biases_and_norms():
 def test_classes_of_torch_optim_take_a_step(kind):
     """Fault: a class of torch.optim that users name fails in this loop."""
     model = tiny_gpt2()
-    optimizer = build_optimizer(model, kind, {}, 1e-3)
+    optimizer = build_optimizer(model, optimizer_kwargs(type=kind))
     model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer.step()
@@ -57,15 +61,16 @@ def test_classes_of_torch_optim_take_a_step(kind):
 
 @pytest.mark.parametrize(("kind", "kwargs", "message"), [
     ("AdamX", {}, "optimizer_kwargs.type is \"AdamX\": expected a class of torch.optim: .*AdamW"),
-    ("LBFGS", {}, "another loop"),
-    ("AdamW", {"lr": 1.0}, "set optimizer_kwargs.lm_lr instead"),
-    ("AdamW", {"momentum": 0.9}, "AdamW does not accept them: .*momentum"),
-    ("AdamW", {"betas": [0.9, 2.0]}, "AdamW does not accept them"),
+    ("LBFGS", {}, "optimizer_kwargs.type \"LBFGS\" .*closure"),
+    ("SparseAdam", {}, "optimizer_kwargs.type \"SparseAdam\" .*dense gradients"),
+    ("AdamW", {"lr": 1.0}, "with lm_lr 0.001 and kwargs {'lr': 1.0} fails: .*multiple values"),
+    ("AdamW", {"momentum": 0.9}, "kwargs {'momentum': 0.9} fails: .*momentum"),
+    ("AdamW", {"betas": [0.9, 2.0]}, "fails: Invalid beta"),
 ])
 def test_errors_name_the_key(kind, kwargs, message):
     """Fault: a traceback of torch where a key of the config is wrong."""
     with pytest.raises(ConfigError, match=message):
-        build_optimizer(tiny_gpt2(), kind, kwargs, 1e-3)
+        build_optimizer(tiny_gpt2(), optimizer_kwargs(type=kind, kwargs=kwargs))
 
 
 def test_cosine_and_floor():

@@ -1,4 +1,4 @@
-"""Full memory: one line with the numbers to set, which train the same; checkpoints stay."""
+"""Out of memory: one line with the numbers to set, which train the same; checkpoints stay."""
 
 import json
 import re
@@ -50,12 +50,11 @@ def with_remedy(message: str, config: dict) -> dict:
 
 @pytest.mark.parametrize("error", [GPU, *CPU_ERRORS], ids=lambda error: f"{type(error).__name__} {error}"[:40])
 def test_errors_of_memory(error):
-    """Fault: full memory, also where a library wraps the error, is reported as a fault of the program."""
+    """Fault: out of memory, also if a library wraps the error, is reported as a fault of the program."""
     wrapped = ModelError("cannot be loaded")
     wrapped.__cause__ = error
     assert is_out_of_memory(error) and is_out_of_memory(wrapped)
-    with pytest.raises(OutOfMemory, match=r"^(the GPU's )?memory is full: do$"), \
-            out_of_memory_remedy("do"):
+    with pytest.raises(OutOfMemory, match=r"^(GPU )?out of memory: do$"), out_of_memory_remedy("do"):
         raise wrapped
 
 
@@ -69,7 +68,7 @@ def test_training_with_the_numbers_of_the_message(tmp_path, capsys, error):
         capsys.readouterr()
         assert run(tmp_path, config) == 1
         message = last_error(capsys)
-        assert message.startswith("the GPU's memory is full" if error is GPU else "memory is full")
+        assert message.startswith("GPU out of memory: " if error is GPU else "out of memory: ")
         assert ("set dataset_kwargs.train_batch_size 4 (now 8) and trainer_kwargs.gradient_accumulation_steps 4 "
                 "(now 2) and trainer_kwargs.n_batch_ckpt_save 4 (now 2): the optimizer steps stay the same") in message
         assert run(tmp_path, with_remedy(message, config)) == 0

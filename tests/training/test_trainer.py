@@ -105,12 +105,9 @@ def test_clipping_acts_on_the_divided_gradient():
     assert moved == pytest.approx([0.3, 0.4]) and metrics.grad_norm == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("optimizer", [
-    {"type": "AdamW", "kwargs": {"eps": 0}}, {"type": "SGD", "lm_lr": 1e39},
-])
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, optimizer):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     """Fault: a finite loss, a step to NaN weights, and a checkpoint that pushes out the good ones (case A11)."""
-    config = changed(make_project(tmp_path, rows=8), optimizer_kwargs=optimizer, trainer_kwargs={
+    config = changed(make_project(tmp_path, rows=8), optimizer_kwargs={"kwargs": {"eps": 0}}, trainer_kwargs={
         "n_batch_ckpt_save": 1, "gradient_clipping": None, "epochs": 2})
     assert run(tmp_path, config) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train.py: error: ")
@@ -145,12 +142,10 @@ def test_first_line_is_logged_and_learning_rates_are_those_used(tmp_path):
 
 def test_early_stopping_and_best_checkpoint(tmp_path):
     """Fault: `best` follows the newest epoch, or a run whose loss rises never stops."""
-    rows = make_rows(8)
     config = changed(
         make_project(tmp_path, rows=8), trainer_kwargs={"epochs": 30}, optimizer_kwargs={"lm_lr": 0.3},
         callbacks_kwargs={"kwargs": {"patience": 2}},
     )
-    assert len(rows) == 8
     assert run(tmp_path, config) == 0
     lines = metrics(tmp_path / "run", "validation")
     losses = [line["loss"] for line in lines]
@@ -194,9 +189,10 @@ def test_adaptive_loss_scaling(tmp_path):
     )
 
 
-def test_metrics_are_strict_json_with_all_keys(tmp_path):
-    """Fault: NaN in metrics.jsonl, or keys that users' plots read are missing."""
-    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "monitor_train": True})
+def test_results_of_a_run(tmp_path):
+    """Fault: NaN in metrics.jsonl, keys that users' plots read are missing, or scores that no one can trace to rows."""
+    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={
+        "metrics": ["rouge"], "monitor_train": True, "save_predictions": True})
     assert run(tmp_path, config) == 0
     text = (tmp_path / "run/metrics.jsonl").read_text()
     lines = [json.loads(line, parse_constant=lambda name: pytest.fail(name)) for line in text.splitlines()]
@@ -207,12 +203,6 @@ def test_metrics_are_strict_json_with_all_keys(tmp_path):
     assert {"step", "epoch", "loss", "perplexity", "rouge1", "rouge2", "rougeL", "rougeLsum"} <= validation.keys()
     assert validation["perplexity"] == pytest.approx(np.exp(validation["loss"]))
     assert any((tmp_path / "run/tensorboard").iterdir())
-
-
-def test_scores_and_predictions_of_a_run(tmp_path):
-    """Fault: save_predictions without effect, or scores that no one can trace to rows."""
-    config = changed(make_project(tmp_path, rows=8), trainer_kwargs={"metrics": ["rouge"], "save_predictions": True})
-    assert run(tmp_path, config) == 0
     records = json.loads((tmp_path / "run/predictions/validation-step-4.json").read_text())
     assert [record["id"] for record in records] == [row["id"] for row in make_rows(6, seed=1)]
     scores = json.loads((tmp_path / "run/scores.json").read_text())

@@ -21,6 +21,7 @@ from model.objective import arguments_of
 from model.teacher import Teacher, move_head
 from model.transfer import to_device
 from utils.config.distill import DistillationKwargs
+from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
 from utils.training.random_state import forked_random_state
 
@@ -72,13 +73,12 @@ class CachedTeacher:
         return self.cache_of(table).rows_done == len(table)
 
     def prepare(
-        self, tables: Iterable[TokenizedDataset], batch_size: int, tokens_per_batch: int | None, pad_id: int,
-        progress_bar: Callable,
+        self, tables: Iterable[TokenizedDataset], batch_size: int, tokens_per_batch: int | None, pad_id: int
     ) -> None:
         """Open the caches of all tables that will be read, after computing the rows that are missing.
 
         Every process of a group calls it. The teacher is loaded if a row is missing, and freed at the end; the global
-        random generators are as before. progress_bar: `utils.progress.progress_bar`.
+        random generators are as before.
 
         Raises:
             DataError: the cache cannot be written, or is damaged.
@@ -90,7 +90,7 @@ class CachedTeacher:
                 try:
                     if not self.context.broadcast_object(cache.rows_done == len(table)):
                         teacher = teacher or self.load()
-                        self._fill(cache, table, teacher, batch_size, tokens_per_batch, pad_id, progress_bar)
+                        self._fill(cache, table, teacher, batch_size, tokens_per_batch, pad_id)
                     cache.open()
                 except OSError as error:
                     raise DataError(f"{KEY}: {cache.folder}: {error.strerror or error}: free up space there, or name "
@@ -100,7 +100,7 @@ class CachedTeacher:
                 if self.kind == "hidden" and self.head is None:
                     self.head = self._read_head(cache.folder / HEAD)
 
-    def _fill(self, cache, table, teacher: Teacher, batch_size, tokens_per_batch, pad_id, progress_bar) -> None:
+    def _fill(self, cache, table, teacher: Teacher, batch_size, tokens_per_batch, pad_id) -> None:
         """Compute the missing rows, window by window; the processes of a group share the batches of each window."""
         context = self.context
         cache.folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ class CachedTeacher:
             return TeacherHidden(to_device(hidden, device), self.head)
         ids = torch.from_numpy(found["ids"].astype("int64"))
         log_probs, log_rest = torch.from_numpy(found["log_probs"]), torch.from_numpy(found["log_rest"][:, 0])
-        return TeacherTopK(*(to_device(each, device) for each in (ids, log_probs, log_rest)))
+        return TeacherTopK(*(to_device(values, device) for values in (ids, log_probs, log_rest)))
 
     def _write_head(self, path: Path, teacher: Teacher) -> None:
         head = cut_head(teacher.language_model.output_head(), self.vocabulary)._asdict()

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -77,12 +78,11 @@ class TeacherSource:
             raise ModelError(f"{self.key}: {error}") from error
 
 
-def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
-    """(the teacher, notices). Reads its config and tokenizer, not its weights.
+def find_teacher(config: DistillConfig) -> TeacherSource:
+    """Reads its config and tokenizer, not its weights.
 
     Raises:
         ModelError: it is not there, has random weights, or is of another architecture than `teacher_lang_model`.
-        ConfigError: it was trained on another prompt template.
     """
     named, path = config.model_arch.teacher_lang_model, config.trainer_kwargs.teacher_ckpt_path
     key = KEY if path is not None else "model_arch.teacher_lang_model"
@@ -101,44 +101,40 @@ def find_teacher(config: DistillConfig) -> tuple[TeacherSource, list[str]]:
             check_same_architecture(teacher_config, named)
         own_tokenizer = named is None or legacy or not Path(name).is_dir() or has_tokenizer(name)
         of_tokenizer = name if own_tokenizer else named
-        source = TeacherSource(
+        return TeacherSource(
             name, path if legacy else None, key, teacher_config, load_tokenizer(of_tokenizer), of_tokenizer
         )
     except ModelError as error:
         raise ModelError(f"{key}: {error}") from error
-    return source, check_template(source, config)
 
 
 def check_weights_path(path: str, output_dir: str, otherwise: str) -> None:
-    """Raises ModelError where there are no weights, or they lie in the folder of this run, which it replaces."""
+    """Raises ModelError if there are no weights, or they lie in the folder of this run, which it replaces."""
     if not Path(path).exists():
         raise ModelError(f"{path} does not exist: expected a checkpoint folder, a save_pretrained folder or a .pt "
                          f"state dict; {otherwise}")
     if Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
         raise ModelError(f"{path} lies in trainer_kwargs.output_dir, which this run writes: choose another output_dir")
-    if path.endswith(".pt") and not Path(path).is_file():
-        raise ModelError(f"{path} is no file: expected a .pt state dict")
 
 
-def check_template(source: TeacherSource, config: DistillConfig) -> list[str]:
-    """Notices. Raises ConfigError where the teacher says that it was trained on another prompt template."""
+def check_template(source: TeacherSource, config: DistillConfig, log) -> None:
+    """Raises ConfigError if the teacher says that it was trained on another prompt template. log: a `RunLog`."""
     template = getattr(source.config, "prompt_template", None)
     own = config.dataset_kwargs.prompt_template
     if template is not None and template != own:
         raise ConfigError(f"{source.key}: the teacher {source.describe()} was trained on the prompt_template "
                           f"{template!r}, and dataset_kwargs.prompt_template is {own!r}: write the teacher's there")
     if template is None and source.key != KEY:
-        return [f"the teacher {source.describe()} was not fine-tuned by train.py: a teacher that knows the task "
-                f"teaches more; fine-tune it first and name its checkpoint in {KEY}"]
-    if template is None:
-        return [f"the teacher {source.describe()} does not say which prompt it was trained on: is it {own!r}?"]
-    return []
+        log.info(f"the teacher {source.describe()} was not fine-tuned by train.py: a teacher that knows the task "
+                 f"teaches more; fine-tune it first and name its checkpoint in {KEY}")
+    elif template is None:
+        log.info(f"the teacher {source.describe()} does not say which prompt it was trained on: is it {own!r}?")
 
 
 def check_student(
-    source: TeacherSource, student: LanguageModel, prompt_format: PromptFormat, texts: list[str]
-) -> tuple[int, list[str]]:
-    """(number of tokens that both have, notices). texts: examples of what is read.
+    source: TeacherSource, student: LanguageModel, prompt_format: PromptFormat, texts: list[str], log
+) -> int:
+    """The number of tokens that both have. texts: examples of what is read. log: a `RunLog`.
 
     Raises:
         ModelError: they do not fit together.
@@ -153,44 +149,37 @@ def check_student(
                              f"{prompt_format.max_length}: set dataset_kwargs.max_length to the teacher's context")
     except ModelError as error:
         raise ModelError(f"{source.key}: {error}") from error
-    size, own = (layer_size(config) for config in (source.config, student.model.config))
-    smaller = ["the teacher is not bigger than its student: a bigger one has more to teach"] if size <= own else []
+    size, own = (text.num_hidden_layers * text.hidden_size**2 for text in (
+        source.config.get_text_config(), student.model.config.get_text_config()))
+    if size <= own:
+        log.info("the teacher is not bigger than its student: a bigger one has more to teach")
     ends = [tokenizer.eos_token for tokenizer in (source.tokenizer, student.tokenizer)]
-    other_end = [f"the teacher ends a text with {ends[0]!r}, the student with {ends[1]!r}: the teacher was not trained "
-                 "to end there"] if ends[0] != ends[1] else []
-    return vocabulary, [*smaller, *other_end]
+    if ends[0] != ends[1]:
+        log.info(f"the teacher ends a text with {ends[0]!r}, the student with {ends[1]!r}: the teacher was not trained "
+                 "to end there")
+    return vocabulary
 
 
 def check_same_reading(teacher_tokenizer, prompt_format: PromptFormat, texts: list[str]) -> None:
     """Raises ModelError, with the first difference, if the teacher's tokenizer gives a row other ids than the student's
     `prompt_format`: the teacher would be asked about text that it never learnt to read."""
     teacher_format = PromptFormat(teacher_tokenizer, prompt_format.template, prompt_format.max_length)
-    template = repr(prompt_format.template)
-    readings = [(f"prompt_template {template}", *(each.prefix_ids + each.suffix_ids
-                                                  for each in (teacher_format, prompt_format)))]
     for text in texts:
-        readings.append((repr(text), *(each.prediction_prompts([text], 0)[0] + each.encode_highlights([text])[0]
-                                       for each in (teacher_format, prompt_format))))
-    for what, theirs, ours in readings:
+        theirs, ours = (reader.prediction_prompts([text], 0)[0] + reader.encode_highlights([text])[0]
+                        for reader in (teacher_format, prompt_format))
         if theirs != ours:
-            same = next((context for context, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]),
-                        min(len(theirs), len(ours)))
-            shown = [teacher_tokenizer.convert_ids_to_tokens(ids[same : same + 4]) for ids in (theirs, ours)]
+            first = next(index for index, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
+            tokens = [teacher_tokenizer.convert_ids_to_tokens(ids[first : first + 4]) for ids in (theirs, ours)]
             raise ModelError(
-                f"teacher and student have the same tokens but read text differently: in {what}, from token {same} on, "
-                f"the teacher reads {shown[0]} and the student {shown[1]}: distil between models of one tokenizer"
+                f"teacher and student have the same tokens but read text differently: in {text!r}, from token {first} "
+                f"on, the teacher reads {tokens[0]} and the student {tokens[1]}: distil between models of one tokenizer"
             )
 
 
-def layer_size(config: PreTrainedConfig) -> int:
-    """Weights of the blocks of a transformer, about."""
-    config = config.get_text_config()
-    return config.num_hidden_layers * config.hidden_size**2
-
-
-def load_teacher(source: TeacherSource, config: DistillConfig, context: DistributedContext) -> Teacher:
-    """The teacher on its device, its head on the student's."""
-    device, _ = teacher_device(config, context)
+def load_teacher(
+    source: TeacherSource, config: DistillConfig, context: DistributedContext, device: torch.device
+) -> Teacher:
+    """The teacher on its `device`, its head on the student's."""
     language_model = source.load().to(device)
     arch = config.model_arch
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
@@ -201,7 +190,7 @@ def load_teacher(source: TeacherSource, config: DistillConfig, context: Distribu
 
 def teacher_device(config: DistillConfig, context: DistributedContext) -> tuple[torch.device, list[str]]:
     """Where the teacher resides, and notices; beside the student in each process of a group, and on a CPU."""
-    number = config.model_arch.teacher_gpu_device_id
     if context.world_size > 1:
         return context.device, []
-    return choose_device(config.trainer_kwargs.device, number, "model_arch.teacher_gpu_device_id")
+    key, number = "model_arch.teacher_gpu_device_id", config.model_arch.teacher_gpu_device_id
+    return choose_device(config.trainer_kwargs.device, number, key)

@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.evaluation.rouge import METRICS
 from utils.evaluation.statistics import holm, paired_bootstrap
 from utils.evaluation.weights import weights_of
+from utils.metrics_file import read_metrics
 from utils.text import printable, shorten
 
 LEVEL = 0.05
@@ -117,12 +118,8 @@ def training_speed(metrics: Path | None) -> float | None:
     """Median tokens per second of a training; the first value includes the warm-up and counts only if alone."""
     if metrics is None or not metrics.is_file():
         return None
-    speeds = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # an unfinished line, or one without a speed
-            values = json.loads(line)
-            if values["split"] == "train":
-                speeds.append(float(values["tokens_per_second"]))
+    found = [line.get("tokens_per_second") for line in read_metrics(metrics)[0] if line["split"] == "train"]
+    speeds = [speed for speed in found if isinstance(speed, float | int)]
     return statistics.median(speeds[1:] or speeds) if speeds else None
 
 

@@ -23,19 +23,9 @@ from utils.evaluation.rouge import METRICS, score_rows
 from utils.evaluation.statistics import confidence_intervals, mean_scores
 from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
+from utils.training.nonfinite import NotFinite
 from utils.training.random_state import forked_random_state
-
-
-class Interrupted(Exception):
-    """A signal asked to stop during an evaluation."""
-
-
-class NotFinite(Exception):
-    """A measured loss is NaN or infinite. rows: of `table`, in this process's batches with such a loss."""
-
-    def __init__(self, name: str, loss: float, table: TokenizedDataset, rows: list[int]):
-        super().__init__(f"the {name} is {loss}")
-        self.name, self.loss, self.table, self.rows = name, loss, table, rows
+from utils.training.signals import Interrupted
 
 
 @dataclass(frozen=True)

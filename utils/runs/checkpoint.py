@@ -8,6 +8,7 @@ run folder, calls these methods.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -32,8 +33,7 @@ from utils.manifest import (
     write_manifest,
 )
 
-_TEMPORARY = re.compile(r"\.tmp-(new|old|gone)-(.+)-[0-9a-f]{8}")
-_FREE_SPACE = "free space on that disk or choose another one"
+_OLD = re.compile(r"\.tmp-old-(.+)-[0-9a-f]{8}")
 
 
 class Checkpoints:
@@ -57,7 +57,6 @@ class Checkpoints:
         added = {"step": step, "run_id": self.run_id, "format_version": FORMAT_VERSION,
                  "saved_at": datetime.now(UTC).isoformat(timespec="seconds")}
         with self._writing(folder):
-            self._check_space(folder)
             new = self._temporary("new", folder.name)
             (new / TRAINER_STATE).mkdir(parents=True)
             write_model(new)
@@ -109,14 +108,11 @@ class Checkpoints:
         return None
 
     def _latest_run(self) -> str | None:
-        """The run of `last`; if that is damaged, of the checkpoint written last."""
-        states = []
+        """The run of `last`; if that is damaged, of the highest step that can be read."""
         for folder in (self.root / "last", *(folder for _, folder in step_folders(self.root))):
             with contextlib.suppress(CheckpointError):
-                states.append(read_state(folder))
-            if folder.name == "last" and states:
-                break
-        return max(states, key=lambda state: str(state.get("saved_at")))["run_id"] if states else None
+                return read_state(folder)["run_id"]
+        return None
 
     @contextlib.contextmanager
     def _writing(self, folder: Path) -> Iterator[None]:
@@ -129,19 +125,9 @@ class Checkpoints:
                 self._repair()
             if (cause := disk_error(error)) is None:
                 raise
-            remedy = REMEDIES.get(getattr(cause, "errno", None), _FREE_SPACE)
+            remedy = REMEDIES.get(getattr(cause, "errno", None), REMEDIES[errno.ENOSPC])
             raise CheckpointError(f"{folder}: not written ({getattr(cause, 'strerror', None) or cause}); the earlier "
                                   f"ones are unchanged; {remedy} (trainer_kwargs.output_dir)") from error
-
-    def _check_space(self, folder: Path) -> None:
-        """Raises CheckpointError if another checkpoint as large as the newest one does not fit."""
-        for step in self._own_steps():
-            files = (self.root / f"step-{step}").rglob("*")
-            needed = sum(path.stat().st_size for path in files if path.is_file())
-            if (free := shutil.disk_usage(self.root).free) < needed:
-                raise CheckpointError(f"{folder}: not written, {free / 1e6:,.1f} MB free, about {needed / 1e6:,.1f} MB "
-                                      f"needed; {_FREE_SPACE}, or lower trainer_kwargs.keep_checkpoints")
-            return
 
     def _temporary(self, purpose: str, name: str) -> Path:
         return self.root / f".tmp-{purpose}-{name}-{secrets.token_hex(4)}"
@@ -154,7 +140,7 @@ class Checkpoints:
         new.rename(folder)
         sync(self.root)
         if os.path.lexists(old):
-            self._remove(old, folder.name)
+            self._remove(old)
 
     def _link(self, name: str, step: int) -> None:
         new, link = self._temporary("new", name), self.root / name
@@ -169,21 +155,21 @@ class Checkpoints:
         else:
             self._replace(new, link)
 
-    def _remove(self, path: Path, name: str) -> None:
+    def _remove(self, path: Path) -> None:
         """Delete a folder or link; renamed first, so that a half-deleted folder is never taken for a checkpoint."""
-        gone = self._temporary("gone", name)
+        gone = self._temporary("gone", "checkpoint")
         with contextlib.suppress(OSError):  # it stays, and costs space only
             path.rename(gone)
             gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
 
     def _repair(self) -> None:
         """Restore what was moved aside and not replaced; delete all other temporaries."""
-        for path in list(self.root.iterdir()):
-            purpose, name = match.groups() if (match := _TEMPORARY.fullmatch(path.name)) else (None, "")
-            if purpose == "old" and not os.path.lexists(self.root / name):
-                path.rename(self.root / name)
-            elif purpose is not None:
-                self._remove(path, name)
+        for path in list(self.root.glob(".tmp-*")):
+            old = _OLD.fullmatch(path.name)
+            if old and not os.path.lexists(self.root / old[1]):
+                path.rename(self.root / old[1])
+            else:
+                self._remove(path)
         sync(self.root)
 
     def _own_steps(self) -> Iterator[int]:
@@ -200,7 +186,7 @@ class Checkpoints:
         for step in [step for step in self._own_steps() if step <= current][self.keep :]:
             folder = self.root / f"step-{step}"
             if folder.resolve() not in linked:
-                self._remove(folder, folder.name)
+                self._remove(folder)
 
 
 def disk_error(error: BaseException | None) -> BaseException | None:

@@ -12,6 +12,7 @@ from utils.runs.run import Build
 from utils.runs.run_folder import ResumePoint
 from utils.runs.run_log import RunLog
 from utils.training.distributed import init_distributed
+from utils.training.load_model import arch_key
 from utils.training.memory_probe import MemoryProbe, largest_that_fits
 from utils.training.optimization import build_optimizer
 from utils.training.out_of_memory import (
@@ -25,7 +26,7 @@ from utils.training.out_of_memory import (
 from utils.training.random_state import seed_everything
 
 
-def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_key: str = "gpu_device_id") -> int:
+def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build) -> int:
     """Print the largest micro-batch that fits, and the keys to set for it. Returns the exit code.
 
     Raises:
@@ -35,9 +36,10 @@ def find_batch_size(config: FineTuneConfig | DistillConfig, build: Build, gpu_ke
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ConfigError("--find_batch_size runs in one process: start it without torchrun")
     options = config.trainer_kwargs
-    context = init_distributed(options.device, config.model_arch.gpu_device_id, options.precision, key=gpu_key)
+    context = init_distributed(options.device, config.model_arch.gpu_device_id, options.precision,
+                               arch_key(config, "gpu_device_id"))
     if context.device.type != "cuda":
-        raise ConfigError("--find_batch_size needs a GPU, and this run would use the CPU: if memory gets full there, "
+        raise ConfigError("--find_batch_size needs a GPU, and this run would use the CPU: if that is out of memory, "
                           "halve dataset_kwargs.train_batch_size and double trainer_kwargs.gradient_accumulation_steps")
     log = RunLog(Path(options.output_dir))
     for line in (*context.notices, context.describe()):
@@ -68,8 +70,8 @@ def make_probe(config: FineTuneConfig | DistillConfig, build: Build, context, lo
         distillation = distillation.model_copy(update={"on_policy_fraction": 1.0})
         config = config.model_copy(update={"distillation_kwargs": distillation})
     seed_everything(config.trainer_kwargs.seed)
-    parts, kwargs = build(context, config, log, ResumePoint(""), keep=False), config.optimizer_kwargs
-    optimizer = build_optimizer(parts.objective, kwargs.type, kwargs.kwargs, kwargs.lm_lr, kwargs.decay_all)
+    parts = build(context, config, log, ResumePoint(""), keep=False)
+    optimizer = build_optimizer(parts.objective, config.optimizer_kwargs)
     return MemoryProbe(parts.objective, optimizer, parts.train_table, context, rows_per_step(config))
 
 

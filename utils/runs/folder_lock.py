@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from utils.errors import UserError, describe
-from utils.manifest import TRAINER_STATE
 
 CHECKPOINTS = "model_checkpoints"
 # How long worker processes, which inherit the lock, may outlive a killed run: they look for their parent every 5 s.
@@ -31,19 +29,16 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
     place for checkpoints, which a training deletes and replaces.
     """
     check_outside_checkpoints(folder, key)
-    holder = folder / "run.lock.json"
+    holder, lock, deadline = folder / "run.lock.json", FileLock(folder / "run.lock"), time.monotonic() + WORKER_SECONDS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        lock, deadline = FileLock(folder / "run.lock"), time.monotonic() + WORKER_SECONDS
         while not lock.is_locked:
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-                break
-            if is_running(read_holder(holder)) or time.monotonic() > deadline:
-                raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}; "
-                                "wait for it or stop it, or choose another folder")
-            time.sleep(0.1)
+            try:
+                lock.acquire(timeout=0.1)
+            except Timeout as error:
+                if is_running(read_holder(holder)) or time.monotonic() > deadline:
+                    raise UserError(f"{key}: another run is writing to {folder}: {describe_holder(read_holder(holder))}"
+                                    "; wait for it or stop it, or choose another folder") from error
     except OSError as error:
         raise UserError(f"{key}: {describe(error, folder)}") from error
     try:
@@ -58,23 +53,18 @@ def lock_folder(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def lock_result_folder(folder: Path, key: str) -> Iterator[None]:
-    """`lock_folder` for an evaluation, which must not replace the scores of a training."""
+def check_not_a_run(folder: Path, key: str) -> None:
+    """Raises UserError for the folder of a training: an evaluation must not replace its scores."""
     if (folder / CHECKPOINTS).exists() or is_run_config(folder / "config.json"):
         raise UserError(f"{key}: {folder} is a training run's folder, which has scores of its own: name another "
                         f"folder, such as {folder / 'evaluation'}")
-    with lock_folder(folder, key):
-        yield
 
 
 def check_outside_checkpoints(folder: Path, key: str) -> None:
     """Raises UserError for a folder of checkpoints, a checkpoint, and a folder inside one."""
     real = folder.resolve()
-    is_one = real.parent.name == CHECKPOINTS and IN_CHECKPOINTS.fullmatch(real.name)
-    is_inside = any((path / TRAINER_STATE).is_dir() for path in (real, *real.parents))
-    holds_some = any(IN_CHECKPOINTS.fullmatch(path.parent.name) for path in real.glob(f"*/{TRAINER_STATE}"))
-    if real.name == CHECKPOINTS or is_one or is_inside or holds_some:
+    if real.name == CHECKPOINTS or any(path.parent.name == CHECKPOINTS and IN_CHECKPOINTS.fullmatch(path.name)
+                                       for path in (real, *real.parents)):
         raise UserError(f"{key}: {folder} is reserved for checkpoints of a training run: name another folder")
 
 
@@ -98,13 +88,5 @@ def describe_holder(holder: dict) -> str:
 
 
 def is_running(holder: dict) -> bool:
-    """Whether the holder is a living process of this machine, so that waiting for its workers is in vain."""
-    if os.name != "posix" or holder.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except PermissionError:  # it lives, under another user
-        return True
-    except (OSError, KeyError, TypeError, OverflowError):
-        return False
-    return True
+    """Whether the holder is a living process of this machine (as Linux lists them), so that waiting is in vain."""
+    return holder.get("host") == socket.gethostname() and Path("/proc", str(holder.get("pid"))).exists()

@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ from utils.config.fine_tune import FineTuneConfig
 from utils.config.load import config_json
 from utils.errors import UserError, describe
 from utils.files import sync, write_text
-from utils.manifest import CheckpointError, complete_beside, step_folders, verify
+from utils.manifest import CheckpointError, step_folders, verify
 from utils.runs.checkpoint import Checkpoints, load_state
-from utils.runs.folder_lock import CHECKPOINTS, is_run_config, lock_folder
+from utils.runs.folder_lock import CHECKPOINTS, is_run_config
+from utils.runs.run_log import RunLog
 from utils.text import shorten
-from utils.training.load_model import model_key
+from utils.training.load_model import arch_key
 from utils.training.out_of_memory import ACCUMULATION, BATCH, BOUND, TOKENS
 
 KEY = "trainer_kwargs.output_dir"
@@ -30,7 +31,7 @@ RUN_FILES = (  # the checkpoints first: once they are moved, no start resumes fr
 # What a checkpoint of train_kd.py meant that was written before these keys were kept.
 OLDER_KEYS = {"distillation_kwargs.method": "divergence", "distillation_kwargs.on_policy_fraction": 0.0}
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "pydantic", "rouge-score")
-START_ANEW = "set trainer_kwargs.load_from_checkpoint to false to start a new run (the earlier one is kept)"
+NEW_RUN = "set trainer_kwargs.load_from_checkpoint to false to start a new run (the earlier one is kept)"
 
 
 @dataclass
@@ -41,24 +42,13 @@ class ResumePoint:
     folder: Path | None = None
     state: dict = field(default_factory=dict)
     tensors: dict = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
 
     def is_in(self, root: Path) -> bool:
         """Whether the checkpoint is one of those in `root`."""
         return self.folder is not None and self.folder.resolve().parent == root.resolve()
 
 
-@contextmanager
-def lock_run_folder(output_dir: Path, is_main: bool) -> Iterator[None]:
-    """Make the run folder, and hold it against other runs until the end. Raises UserError."""
-    if not is_main:
-        yield
-        return
-    with lock_folder(output_dir, KEY):
-        yield
-
-
-def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
+def find_checkpoint(config: FineTuneConfig, log: RunLog) -> ResumePoint:
     """The checkpoint to resume from, read; a run in the folder is not changed.
 
     Raises:
@@ -67,34 +57,27 @@ def find_checkpoint(config: FineTuneConfig) -> ResumePoint:
     """
     options = config.trainer_kwargs
     output_dir = Path(options.output_dir)
-    root, folder, notices = output_dir / CHECKPOINTS, None, check_is_run_folder(output_dir)
+    root, config_path, folder = output_dir / CHECKPOINTS, output_dir / "config.json", None
+    if config_path.exists() and not is_run_config(config_path) and not step_folders(root):  # of a model, for example
+        raise UserError(f"{KEY}: {config_path} was not written by a run, and a run here would move it: choose another "
+                        "folder")
     if options.resume_from is not None:
         folder = Path(options.resume_from)
         try:
             verify(folder)
         except CheckpointError as error:
-            raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint"
-                                  f"{complete_beside(folder)}") from error
+            raise CheckpointError(f"trainer_kwargs.resume_from: {error}; resume from another checkpoint") from error
     elif options.load_from_checkpoint:
         folder, passed_over = Checkpoints(root, None, options.keep_checkpoints).newest()
-        notices += passed_over
+        for line in passed_over:
+            log.info(line)
         if folder is None and passed_over:
-            raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {START_ANEW}")
+            raise CheckpointError(f"{root}: all checkpoints are damaged ({'; '.join(passed_over)}); {NEW_RUN}")
     if folder is None:
-        return ResumePoint(uuid4().hex, notices=notices)
+        return ResumePoint(uuid4().hex)
     state, tensors = load_state(folder)
-    notices.append(f"resuming from {folder} (optimizer step {state['step']})")
-    return ResumePoint(state["run_id"], folder, state, tensors, notices)
-
-
-def check_is_run_folder(output_dir: Path) -> list[str]:
-    """Notices. Raises UserError for a folder with a config.json of something else, such as a model's."""
-    path = output_dir / "config.json"
-    if not path.exists() or is_run_config(path):
-        return []
-    if step_folders(output_dir / CHECKPOINTS):
-        return [f"{path} is damaged: it is not needed, and will be written again"]
-    raise UserError(f"{KEY}: {path} was not written by a run, and a run here would move it: choose another folder")
+    log.info(f"resuming from {folder} (optimizer step {state['step']})")
+    return ResumePoint(state["run_id"], folder, state, tensors)
 
 
 def resume_hint(config: FineTuneConfig) -> str:
@@ -108,12 +91,12 @@ def resume_hint(config: FineTuneConfig) -> str:
 # -- may this config continue that checkpoint? -------------------------------------------------------------------
 
 
-def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict | None = None) -> dict:
+def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objective: dict) -> dict:
     """What must not change for a run to be resumed: the model, what decides which rows come next, and what the
     objective adds."""
     data, options, arch = config.dataset_kwargs, config.trainer_kwargs, config.model_arch
     return {
-        model_key(config): arch.lang_model,
+        arch_key(config, "lang_model"): arch.lang_model,
         "model_arch.from_scratch": arch.from_scratch,
         "model_arch.architecture": arch.architecture,
         "optimizer_kwargs.type": config.optimizer_kwargs.type,
@@ -125,7 +108,7 @@ def resume_fingerprint(config: FineTuneConfig, table: TokenizedDataset, of_objec
         ACCUMULATION: options.gradient_accumulation_steps,
         BOUND: options.ckpt_training_batch,
         "trainer_kwargs.seed": options.seed,
-        **(of_objective or {}),
+        **of_objective,
     }
 
 
@@ -142,7 +125,7 @@ def check_resume_compatible(now: dict, state: dict) -> None:
     changed = [f"{shorten(key)} was {shorten(repr(before.get(key)))} and is {now.get(key)!r}" for key in keys
                if before.get(key) != now.get(key)]
     if changed:
-        raise UserError(f"cannot resume: {'; '.join(changed)}; put it back, or {START_ANEW}, or choose another "
+        raise UserError(f"cannot resume: {'; '.join(changed)}; put it back, or {NEW_RUN}, or choose another "
                         "output_dir")
 
 
@@ -154,33 +137,21 @@ def has_same_steps(before: dict, now: dict) -> bool:
     return not bounded and products[0] == products[1] > 0
 
 
-@contextmanager
-def restoring(folder: Path) -> Iterator[None]:
-    """Errors while a checkpoint's state is restored become a CheckpointError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{folder}: its state is not one of this kind of run ({shorten(repr(error), 200)}); "
-                              f"resume from another checkpoint, or {START_ANEW}") from error
-
-
 # -- the folder of a run that starts -----------------------------------------------------------------------------
 
 
-def prepare_run_folder(config: FineTuneConfig, start: ResumePoint) -> Iterator[str]:
-    """Archive what is there of other runs and write the resolved config. Yields notices of what has been done."""
+def prepare_run_folder(config: FineTuneConfig, start: ResumePoint, log: RunLog) -> None:
+    """Archive what is there of other runs and write the resolved config."""
     output_dir = Path(config.trainer_kwargs.output_dir)
     root = output_dir / CHECKPOINTS
     is_own = start.is_in(root)
     if not is_own and (archive := archive_previous_run(output_dir, RUN_FILES)):
-        yield f"an earlier run was in {output_dir}: moved to {archive}"
+        log.info(f"an earlier run was in {output_dir}: moved to {archive}")
     if is_own and (archive := archive_previous_run(root, later_checkpoints(root, start.state["step"]))):
-        yield f"checkpoints after step {start.state['step']}: moved to {archive}"
+        log.info(f"checkpoints after step {start.state['step']}: moved to {archive}")
     if not is_own and (best := start.state.get("best_step")) is not None:
-        yield (f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; {root / 'best'} "
-               "will point to the next better one")
+        log.info(f"the best checkpoint so far, step {best}, stays in {start.folder.resolve().parent}; "
+                 f"{root / 'best'} will point to the next better one")
     write_text(output_dir / "config.json", with_environment(config))
 
 

@@ -1,16 +1,19 @@
 """The log of a run: console lines, `metrics.jsonl`, and the same numbers as TensorBoard curves."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from utils.errors import describe
 from utils.files import write_text
+from utils.metrics_file import read_metrics
 from utils.text import one_line
 
 EVALUATION_SPLITS = ("validation", "test", "train_epoch")
@@ -40,20 +43,18 @@ class RunLog:
         if not self.is_main:
             return
         if self.path.exists():
-            lines, damaged = split_lines(self.path.read_bytes())
+            lines, damaged = read_metrics(self.path)
             if damaged:
                 self.info(f"{self.path}: dropped damaged lines {', '.join(map(str, damaged))}")
             kept = [line for line in lines if line["step"] < step or (
                 line["step"] == step and not (evaluation_pending and line["split"] in EVALUATION_SPLITS))]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file, self._failure = self.path.open("a", encoding="utf-8"), None
-        try:
+        with self._second_copy():
             from torch.utils.tensorboard import SummaryWriter  # here, because the import takes seconds
 
             self._curves = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1, flush_secs=10)
             threading.excepthook = self._thread_failed
-        except OSError as error:
-            self._drop_curves(error)
 
     def record(self, split: str, step: int, **values: float | int | None) -> None:
         """One line of `metrics.jsonl` (non-finite numbers become null) and one point on each curve."""
@@ -69,12 +70,10 @@ class RunLog:
                 self._failure = describe(error, self.path)
                 self.info(f"{self._failure}; training continues to the next checkpoint")
         if self._curves is not None:
-            try:
+            with self._second_copy():
                 for name, value in values.items():
                     if isinstance(value, int | float):
                         self._curves.add_scalar(f"{split}/{name}", value, step)
-            except (OSError, ValueError) as error:
-                self._drop_curves(error)
 
     def info(self, text: str) -> None:
         """A line on the console, above the progress bar."""
@@ -89,10 +88,8 @@ class RunLog:
             except OSError as error:
                 self._failure = describe(error, self.path)
         if self._curves is not None:
-            try:
+            with self._second_copy():
                 self._curves.flush()
-            except (OSError, ValueError) as error:
-                self._drop_curves(error)
         return self._failure
 
     def _thread_failed(self, args) -> None:
@@ -104,30 +101,16 @@ class RunLog:
         threading.excepthook = self._excepthook
         files, self._file, self._curves = (self._curves, self._file), None, None
         for file in files:
-            try:
+            with contextlib.suppress(OSError, ValueError):  # `flush` has reported what matters
                 if file is not None:
                     file.close()
-            except (OSError, ValueError) as error:  # `flush` has reported what matters
-                self.info(f"{self.path}: {error}")
 
-    def _drop_curves(self, error: Exception) -> None:
-        self._curves = None
-        self.info(f"{self.path.parent / 'tensorboard'}: {error}; the run continues without curves, metrics.jsonl has "
-                  "the same numbers")
-
-
-def split_lines(content: bytes) -> tuple[list[dict], list[int]]:
-    """(the lines of a `metrics.jsonl`, numbers from 1 of the damaged ones).
-
-    A last line without a newline was cut off by a kill: it is skipped, not damaged.
-    """
-    lines, damaged = [], []
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+    @contextlib.contextmanager
+    def _second_copy(self) -> Iterator[None]:
+        """If the curves cannot be written, the run continues without them."""
         try:
-            line = json.loads(text)
-            if type(line) is not dict or type(line["step"]) is not int or type(line["split"]) is not str:
-                raise ValueError("not a line of a run")
-            lines.append(line)
-        except (ValueError, KeyError, RecursionError):
-            damaged.append(number)
-    return lines, damaged
+            yield
+        except (OSError, ValueError) as error:
+            self._curves = None
+            self.info(f"{self.path.parent / 'tensorboard'}: {error}; the run continues without curves, metrics.jsonl "
+                      "has the same numbers")

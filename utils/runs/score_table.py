@@ -15,7 +15,7 @@ from utils.evaluation.lead import lead_sentences
 from utils.evaluation.weights import weights_of
 from utils.files import json_text, sha256_text, write_text
 from utils.manifest import check_model_folder
-from utils.runs.folder_lock import lock_result_folder
+from utils.runs.folder_lock import check_not_a_run, lock_folder
 from utils.runs.run_log import RunLog
 from utils.text import printable
 from utils.training.distributed import DistributedContext, init_distributed
@@ -28,10 +28,11 @@ def score_table(options: ValidateOptions) -> int:
     quiet_libraries()
     output_dir = Path(options.output_dir)
     device = "auto" if options.device_id is None or options.device_id >= 0 else "cpu"
-    context = init_distributed(device, options.device_id, options.precision, key="--device_id")
+    context = init_distributed(device, options.device_id, options.precision, "--device_id")
     log = RunLog(output_dir)
     articles, bad_rows = read_articles(options.csv_path, options.columns, options.on_bad_row)
-    with out_of_memory_remedy(decoding_remedy(options)), lock_result_folder(output_dir, "--output_dir"):
+    check_not_a_run(output_dir, "--output_dir")
+    with out_of_memory_remedy(decoding_remedy(options)), lock_folder(output_dir, "--output_dir"):
         return evaluate(options, articles, bad_rows, context, log)
 
 
@@ -44,15 +45,15 @@ def evaluate(
         log.info(f"skipped: {describe_bad_rows(options.csv_path, bad_rows, len(articles) + len(bad_rows))}")
     started = time.perf_counter()
     if options.model_path == LEAD_3:
-        texts, most = [lead_sentences(row.article) for row in articles], None
+        texts, max_new_tokens = [lead_sentences(row.article) for row in articles], None
         facts = {"prompt_template": None, "weights": {"sha256": None, "step": None}}
     else:
-        texts, facts, most = model_predictions(options, articles, context, log)
+        texts, facts, max_new_tokens = model_predictions(options, articles, context, log)
     facts["seconds"] = round(time.perf_counter() - started, 3)
     records, scores = scored_predictions(articles, texts)
     predictions = json_text(records)
     scores |= {"skipped_rows": len(bad_rows), **facts,
-               "settings": {**options.model_dump(), "max_generation_length": most},
+               "settings": {**options.model_dump(), "max_generation_length": max_new_tokens},
                "predictions_sha256": {"predictions.json": sha256_text(predictions)}}
     # The scores last: by the SHA-256 in them utils.compare notices that they are not of these predictions.
     write_text(output_dir / "predictions.json", predictions)

@@ -14,10 +14,6 @@ from utils.errors import UserError
 BUCKET = 1 << 24  # gradient values sent together: 64 MiB
 
 
-class DeviceError(UserError):
-    """A device that does not exist."""
-
-
 @dataclass(frozen=True)
 class DistributedContext:
     """A process's device, the precision of its forward passes, and its rank in the group."""
@@ -57,7 +53,7 @@ class DistributedContext:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any process."""
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)) > 0) if self.world_size > 1 else flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
     def all_gather_object(self, value: object) -> list:
         """The value of every process, in order of rank, on every process. Pickles it: not for the training loop."""
@@ -94,21 +90,19 @@ def all_reduce_gradients(parameters: list[nn.Parameter], context: DistributedCon
         bucket.append(parameter.grad)
         if index == len(parameters) - 1 or sum(map(Tensor.numel, bucket)) >= BUCKET:
             flat = context.all_reduce(torch.cat([gradient.flatten() for gradient in bucket]))
-            for gradient, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
             bucket = []
 
 
-def choose_device(
-    device: str, gpu_device_id: int | None, key: str = "gpu_device_id"
-) -> tuple[torch.device, list[str]]:
+def choose_device(device: str, gpu_device_id: int | None, key: str) -> tuple[torch.device, list[str]]:
     """The device and notices for the user.
 
     device: "auto" (a GPU if there is one), "cuda" or "cpu". gpu_device_id: which GPU; None is 0. key: its name in the
     config.
 
     Raises:
-        DeviceError: no GPU has that number.
+        UserError: no GPU has that number.
     """
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu":
@@ -120,15 +114,8 @@ def choose_device(
     number = gpu_device_id or 0
     if number >= present:
         gpus = ", ".join(f"{index} ({torch.cuda.get_device_name(index)})" for index in range(present))
-        raise DeviceError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
+        raise UserError(f"{key} is {number}: expected one of the GPUs present: {gpus}")
     return torch.device("cuda", number), []
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """"float32" or "bfloat16"; "auto" is bfloat16 if the hardware computes it natively."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if computes_bfloat16(device) else "float32"
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -140,13 +127,15 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def init_distributed(
-    device: str, gpu_device_id: int | None, precision: str, multi_gpu: bool = False, multi_gpu_ids: tuple | list = (),
-    key: str = "gpu_device_id",
+    device: str, gpu_device_id: int | None, precision: str, key: str, multi_gpu: bool = False,
+    multi_gpu_ids: tuple | list = (),
 ) -> DistributedContext:
     """This process's device, precision and rank; joins the process group if torch's launcher started it.
 
+    device, gpu_device_id, key: see `choose_device`.
+
     Raises:
-        DeviceError: a GPU that is not there.
+        UserError: a GPU that is not there.
     """
     world_size, rank, local_rank = (int(os.environ.get(name) or default) for name, default in
                                     (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -154,7 +143,7 @@ def init_distributed(
     if in_group and torch.cuda.is_available() and device != "cpu":
         gpus = gpus_of_group(multi_gpu_ids)
         if local_rank >= len(gpus):
-            raise DeviceError(
+            raise UserError(
                 f"process {local_rank} of the launcher has no GPU: multi_gpu_ids names {list(gpus)}; "
                 f"start at most {len(gpus)} processes"
             )
@@ -166,9 +155,11 @@ def init_distributed(
         notices.append("multi_gpu: there is only one GPU, so one process trains")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size > 1 and not distributed.is_initialized():
+    if world_size > 1:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return DistributedContext(chosen, choose_precision(precision, chosen), rank, world_size, notices)
+    if precision == "auto":
+        precision = "bfloat16" if computes_bfloat16(chosen) else "float32"
+    return DistributedContext(chosen, precision, rank, world_size, notices)
 
 
 def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
@@ -177,7 +168,7 @@ def gpus_of_group(multi_gpu_ids: tuple | list) -> list[int]:
     gpus = list(multi_gpu_ids) or list(range(present))
     for gpu in gpus:
         if not 0 <= gpu < present:
-            raise DeviceError(f"multi_gpu_ids holds {gpu}: expected numbers of the {present} GPUs present, from 0")
+            raise UserError(f"multi_gpu_ids holds {gpu}: expected numbers of the {present} GPUs present, from 0")
     return gpus
 
 

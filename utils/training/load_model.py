@@ -10,10 +10,10 @@ from utils.manifest import check_model_folder
 from utils.training.distributed import DistributedContext
 
 
-def model_key(config: FineTuneConfig) -> str:
-    """The config's key that names the model."""
-    is_student = "student_lang_model" in type(config.model_arch).model_fields
-    return f"model_arch.{'student_' if is_student else ''}lang_model"
+def arch_key(config: FineTuneConfig, name: str) -> str:
+    """The config's key of a setting of the model that is trained; in a distillation it is the student's."""
+    is_student = f"student_{name}" in type(config.model_arch).model_fields
+    return f"model_arch.{'student_' if is_student else ''}{name}"
 
 
 def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel:
@@ -25,7 +25,8 @@ def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel
     arch = config.model_arch
     if checkpoint is not None:
         return load_language_model(str(checkpoint), dropout=arch.dropout)
-    check_model_folder(arch.lang_model, model_key(config))
+    key = arch_key(config, "lang_model")
+    check_model_folder(arch.lang_model, key)
     check_model_folder(arch.tokenizer, "model_arch.tokenizer")
     try:
         return load_language_model(
@@ -33,8 +34,7 @@ def load_model(config: FineTuneConfig, checkpoint: Path | None) -> LanguageModel
             dropout=arch.dropout,
         )
     except ModelError as error:
-        keys = [model_key(config), *(["model_arch.tokenizer"] if arch.tokenizer else [])]
-        raise ModelError(f"{' and '.join(keys)}: {error}") from error
+        raise ModelError(f"{key}{' and model_arch.tokenizer' if arch.tokenizer else ''}: {error}") from error
 
 
 def prepare_model(
@@ -46,10 +46,6 @@ def prepare_model(
     keeps_rows = resumed or "vocab_size" in arch.architecture
     if not keeps_rows and (removed := language_model.remove_unused_rows()) > 0:
         log.info(f"embedding: {removed} rows that no token of the tokenizer uses are removed")
-    if len(language_model.end_ids) > 1:
-        ends = language_model.tokenizer.convert_ids_to_tokens(language_model.end_ids)
-        log.info(f"a text ends at {ends[0]!r}, as in training, or at {', '.join(map(repr, ends[1:]))} "
-                "(generation_config)")
     language_model.to(context.device)
     language_model.pack_rows, language_model.prune_last_block = arch.pack_rows, arch.prune_last_block
     verify_model(language_model)

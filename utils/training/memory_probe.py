@@ -10,6 +10,7 @@ import torch
 from data.batches import load_batches
 from data.tokenized import TokenizedDataset
 from model.objective import Objective
+from utils.errors import TrainingError
 from utils.training.distributed import DistributedContext
 from utils.training.out_of_memory import is_out_of_memory
 from utils.training.step import optimizer_step
@@ -56,8 +57,11 @@ class MemoryProbe:
         pad_id = self.objective.language_model.tokenizer.pad_token_id
         steps = self.objective.iter_steps(self.table, load_batches(self.table, batches, pad_id), [len(batches)])
         tokens = int(self.table.label_counts[np.concatenate(batches[:2])].sum())
-        optimizer_step(self.objective, islice(next(steps), 2), self.optimizer, self.context, label_tokens=tokens,
-                       learning_rate=0.0)
+        metrics = optimizer_step(self.objective, islice(next(steps), 2), self.optimizer, self.context,
+                                 label_tokens=tokens, learning_rate=0.0)
+        if metrics.skipped:
+            raise TrainingError(f"a step on the longest rows has loss {metrics.losses['loss']} and gradient norm "
+                                f"{metrics.grad_norm}: look at these rows, or set trainer_kwargs.precision to float32")
 
 
 def largest_that_fits(fits: Callable[[int], bool], limit: int) -> int:

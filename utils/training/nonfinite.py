@@ -1,5 +1,4 @@
-"""Losses, gradients, weights and learning rates that are NaN or infinite: skip the step or stop, and save nothing of
-it."""
+"""Losses, gradients and weights that are NaN or infinite: skip the step or stop, and save nothing of it."""
 
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -10,14 +9,21 @@ from torch import nn
 from data.batches import Step
 from data.tokenized import TokenizedDataset
 from utils.errors import TrainingError
-from utils.evaluation.evaluate import NotFinite
 from utils.training.distributed import DistributedContext
 from utils.training.optimization import find_nonfinite_state
 from utils.training.state import TrainState
-from utils.training.step import StepMetrics, is_finite_rate
+from utils.training.step import StepMetrics, first_nonfinite
 
 SHOWN = 8  # rows in a message
 KEY = "trainer_kwargs.skip_nonfinite_steps"
+
+
+class NotFinite(Exception):
+    """A measured loss is NaN or infinite. rows: of `table`, in this process's batches with such a loss."""
+
+    def __init__(self, name: str, loss: float, table: TokenizedDataset, rows: list[int]):
+        super().__init__(f"the {name} is {loss}")
+        self.name, self.loss, self.table, self.rows = name, loss, table, rows
 
 
 class NonFiniteHandler:
@@ -44,9 +50,8 @@ class NonFiniteHandler:
         number, what = state.step + 1, f"loss {metrics.losses['loss']}, gradient norm {metrics.grad_norm}"
         bad_rows = list(chain(*self.context.all_gather_object([int(row) for row in chain(*bad)])))
         rows = self.describe_rows(bad_rows or chain(*step), self.table)
-        if not is_finite_rate(metrics.learning_rate):
-            what, remedy = f"learning rate {metrics.learning_rate}", "lower optimizer_kwargs.lm_lr"
-        elif name := nonfinite_weight(self.objective):
+        if name := first_nonfinite(self.objective.named_parameters()):
+            name = name.removeprefix("language_model.model.")
             what, remedy = f"{what}, weights {name} not finite", "start again with a lower optimizer_kwargs.lm_lr"
         elif state.skipped_steps < self.max_skipped:
             state.skipped_steps += 1
@@ -73,7 +78,7 @@ class NonFiniteHandler:
     def check_before_saving(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Raises TrainingError if weights or optimizer state are not finite: good checkpoints stay."""
         state = find_nonfinite_state(optimizer)
-        if nonfinite_weight(self.objective) or state:
+        if state or first_nonfinite(self.objective.named_parameters()):
             what = f"optimizer's {state} is" if state else "weights are"
             raise TrainingError(f"after optimizer step {step} the {what} not finite: not saved; "
                                 f"{self.what_is_saved()}: lower optimizer_kwargs.lm_lr")
@@ -86,11 +91,3 @@ class NonFiniteHandler:
         rows = [int(row) for row in rows]
         more = f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"rows: {', '.join(table.names(rows[:SHOWN]))}{more}"
-
-
-def nonfinite_weight(module: nn.Module) -> str | None:
-    """The name of the first weight that is not finite, or None."""
-    for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
-            return name.removeprefix("language_model.model.")
-    return None

@@ -3,16 +3,19 @@
 import inspect
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
 
+from utils.config.fine_tune import OptimizerKwargs
 from utils.config.load import ConfigError
 from utils.text import shorten
+from utils.training.step import first_nonfinite
 
 
-def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay_all: bool = False):
-    """An optimizer of `torch.optim` over the trainable parameters of `module`.
+def build_optimizer(module: nn.Module, options: OptimizerKwargs) -> torch.optim.Optimizer:
+    """The optimizer of a config's `optimizer_kwargs` over the trainable parameters of `module`.
 
     Weight decay skips biases and norms (parameters of one dimension) unless decay_all. The fused version is used if
     torch has one, unless kwargs say otherwise.
@@ -20,43 +23,36 @@ def build_optimizer(module: nn.Module, name: str, kwargs: dict, lr: float, decay
     Raises:
         ConfigError: an unknown type, one that this loop cannot drive, or kwargs that it does not accept.
     """
+    name, kwargs, lr = options.type, options.kwargs, options.lm_lr
     cls = getattr(torch.optim, name, None)
     if not inspect.isclass(cls) or not issubclass(cls, torch.optim.Optimizer) or cls is torch.optim.Optimizer:
         known = sorted(key for key, value in vars(torch.optim).items() if inspect.isclass(value) and key != "Optimizer")
         raise ConfigError(f'optimizer_kwargs.type is "{name}": expected a class of torch.optim: {", ".join(known)}')
-    if name in ("LBFGS", "SparseAdam"):
-        raise ConfigError(f'optimizer_kwargs.type is "{name}": it needs another loop; use one such as AdamW')
-    if "lr" in kwargs:
-        raise ConfigError("optimizer_kwargs.kwargs.lr: set optimizer_kwargs.lm_lr instead")
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [{"params": parameters}]
-    if not decay_all:
+    if not options.decay_all:
         flat = [parameter for parameter in parameters if parameter.dim() < 2]
         groups = [{"params": [parameter for parameter in parameters if parameter.dim() >= 2]}]
         if flat:
             groups.append({"params": flat, "weight_decay": 0.0})
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in kwargs.items()}
     accepted = inspect.signature(cls.__init__).parameters
-    if not decay_all and "weight_decay" not in accepted:
+    if not options.decay_all and "weight_decay" not in accepted:
         groups = [{"params": parameters}]
     if "fused" in accepted and not settings.keys() & {"fused", "foreach", "differentiable"}:
         settings["fused"] = True
     try:
-        try_a_step(cls, lr, settings)
+        # A step on a parameter of its own: some wrong settings show only then.
+        parameter = nn.Parameter(torch.zeros(2, 2))
+        parameter.grad = torch.ones(2, 2)
+        cls([parameter], lr=lr, **settings).step()
+        if not parameter.isfinite().all():
+            raise ValueError("a step gives weights that are not finite")
         return cls(groups, lr=lr, **settings)
-    except (
-        TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError
-    ) as error:
+    except Exception as error:  # torch raises almost anything for wrong arguments
         reason = shorten(" ".join(str(error).split()), 300)
-        raise ConfigError(f"optimizer_kwargs.kwargs is {kwargs}: {name} does not accept them: {reason}; change "
-                          "them, or optimizer_kwargs.type") from error
-
-
-def try_a_step(cls, lr: float, settings: dict) -> None:
-    """One step on a parameter of its own, since some wrong settings show only then."""
-    parameter = nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.ones(2, 2)
-    cls([parameter], lr=lr, **settings).step()
+        raise ConfigError(f'optimizer_kwargs.type "{name}" with lm_lr {lr} and kwargs {kwargs} fails: {reason}; change '
+                          "one of them") from error
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -76,11 +72,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 def find_nonfinite_state(optimizer: torch.optim.Optimizer) -> str | None:
     """The name of the first tensor of the optimizer's state that is not finite, or None."""
-    for values in optimizer.state.values():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                return name
-    return None
+    return first_nonfinite(chain.from_iterable(values.items() for values in optimizer.state.values()))
 
 
 @dataclass(frozen=True)
@@ -117,23 +109,15 @@ def make_schedule(scheduler_kwargs, peak: float, total: int) -> LRSchedule:
     return LRSchedule(peak, min(warmup, total), total, scheduler_kwargs.type, scheduler_kwargs.min_lr_ratio)
 
 
-def schedule_notices(scheduler_kwargs, peak: float, steps: int) -> list[str]:
-    """One line for each of a config's `lr_scheduler_kwargs` that does not fit a run of `steps` optimizer steps."""
-    schedule = make_schedule(scheduler_kwargs, peak, steps)
-    asked, total = scheduler_kwargs.num_warmup_steps, scheduler_kwargs.num_training_steps
+def schedule_notices(schedule: LRSchedule, steps: int) -> list[str]:
+    """One line for each way in which a schedule does not fit a run of `steps` optimizer steps."""
     notices = []
-    if asked > schedule.warmup:
-        if scheduler_kwargs.max_warmup_steps == schedule.warmup:
-            limit = f"max_warmup_steps is {schedule.warmup}"
-        else:
-            limit = f"the run has {steps} optimizer steps" if total == -1 else f"num_training_steps is {total}"
-        notices.append(f"lr_scheduler_kwargs.num_warmup_steps is {asked}, but {limit}: warm-up takes {schedule.warmup} "
-                       "steps; lower num_warmup_steps")
-    elif schedule.warmup > steps:
-        notices.append(f"lr_scheduler_kwargs: warm-up takes {schedule.warmup} steps, but the run has {steps}: the "
-                       f"learning rate never reaches lm_lr ({peak:.2e}); lower num_warmup_steps or num_training_steps")
-    if -1 < total < steps:
-        notices.append(f"lr_scheduler_kwargs.num_training_steps is {total}, but the run has {steps} optimizer steps: "
-                       f"after step {total} the learning rate stays {schedule.learning_rate(total):.2e}; set "
-                       "num_training_steps to -1, or raise min_lr_ratio")
+    if schedule.warmup >= steps:
+        notices.append(f"lr_scheduler_kwargs: all {steps} optimizer steps of the run are warm-up; lower "
+                       "num_warmup_steps or num_training_steps")
+    if schedule.total < steps:
+        notices.append(f"lr_scheduler_kwargs.num_training_steps is {schedule.total}, but the run has {steps} optimizer "
+                       f"steps: after step {schedule.total} the learning rate stays "
+                       f"{schedule.learning_rate(schedule.total):.2e}; set num_training_steps to -1, or raise "
+                       "min_lr_ratio")
     return notices

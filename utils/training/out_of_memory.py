@@ -7,6 +7,7 @@ the batch and twice the accumulation train on the same rows in the same steps.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from utils.config.fine_tune import FineTuneConfig
 from utils.errors import TrainingError
@@ -21,11 +22,11 @@ SHORTER = "lower dataset_kwargs.max_length, or take a smaller model"
 
 
 class OutOfMemory(TrainingError):
-    """Memory is full; the message says what to set."""
+    """The message says what to set."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory is full."""
+    """Whether an error, or one that it was raised from, is of memory."""
     while error is not None:
         if FULL.search(f"{type(error).__name__}: {error}"):
             return True
@@ -35,7 +36,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def out_of_memory_remedy(remedy: str) -> Iterator[None]:
-    """Turns errors that say that memory is full into OutOfMemory with the remedy."""
+    """Turns errors of memory into OutOfMemory with the remedy."""
     try:
         yield
     except OutOfMemory:
@@ -43,8 +44,8 @@ def out_of_memory_remedy(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        memory = "the GPU's memory is full" if "CUDA" in f"{error} {error.__cause__}" else "memory is full"
-        raise OutOfMemory(f"{memory}: {remedy}") from error
+        gpu = "GPU " if "CUDA" in f"{error} {error.__cause__}" else ""
+        raise OutOfMemory(f"{gpu}out of memory: {remedy}") from error
 
 
 def training_remedy(config: FineTuneConfig) -> str:
@@ -56,7 +57,8 @@ def training_remedy(config: FineTuneConfig) -> str:
         values = with_batch_size(config, largest_divisor(data.train_batch_size, data.train_batch_size // 2))
     if values.get(TOKENS, data.train_batch_size) == 1:
         return f"the batch is one row already: {SHORTER}"
-    remedy = f"set {describe_changes(config, values)}: the optimizer steps stay the same"
+    changes = " and ".join(f"{key} {value} (now {attrgetter(key)(config)})" for key, value in values.items())
+    remedy = f"set {changes}: the optimizer steps stay the same"
     if distillation is not None and (distillation.method == "policy_gradient" or distillation.on_policy_fraction):
         rows = distillation.rollout_batch_size or data.val_batch_size
         remedy += f"; for rollouts set distillation_kwargs.rollout_batch_size {rows // 2 or 1} (now {rows})"
@@ -104,9 +106,3 @@ def with_batch_size(config: FineTuneConfig, batch_size: int) -> dict[str, int]:
         if count is not None and batch_size != before:
             values[f"trainer_kwargs.{key}"] = max(1, round(count * before / batch_size))
     return values
-
-
-def describe_changes(config: FineTuneConfig, values: dict[str, int]) -> str:
-    """`dataset_kwargs.train_batch_size 4 (now 8) and ...`."""
-    now = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in values}
-    return " and ".join(f"{key} {value} (now {now[key]})" for key, value in values.items())

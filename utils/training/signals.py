@@ -8,6 +8,10 @@ HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 KILLING = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(Exception):
+    """A signal asked to stop during an evaluation."""
+
+
 class Stopped(Exception):
     """A signal stopped the run after a checkpoint was written."""
 

@@ -1,7 +1,7 @@
 """Progress of a run: everything that is neither weights, optimizer nor random generators, as plain JSON values."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 # Of checkpoints written by earlier versions.
 FORMER_NAMES = {"reference_score": "patience_score", "evaluations_without_gain": "num_bad_evals"}
@@ -35,9 +35,6 @@ class TrainState:
     scaling_pending: bool = False
     stopped_early: bool = False
     skipped_steps: int = 0
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict) -> "TrainState":
@@ -80,20 +77,6 @@ class TrainState:
             self.baseline = baseline
             notices.append(f"the loss was scaled by {before['scaled_by']}, now by {now['scaled_by']}: baseline reset")
         return notices
-
-    def early_stopping_action(self, patience: int | None, may_increase: bool, max_accumulation: int) -> str | None:
-        """What to do when `patience` evaluations brought no gain: "stop", "increase" (accumulation doubled) or None.
-
-        max_accumulation: micro-batches in an epoch; with that many a step doubling is no use, and the run stops.
-        """
-        if patience is None or self.num_bad_evals < max(1, patience):
-            return None
-        if may_increase and self.accumulation < max_accumulation:
-            self.accumulation *= 2
-            self.num_bad_evals = 0
-            return "increase"
-        self.stopped_early = True
-        return "stop"
 
     def scale_loss(self, score: float, metric: str) -> None:
         """Adaptive loss scaling: sigmoid(baseline - score), and a better score becomes the baseline.

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model.objective import Objective
@@ -34,10 +35,6 @@ class StepMetrics:
     stop_requested: bool = False
     bad_micro_batches: list[int] = field(default_factory=list)
     skipped: bool = False
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.losses["loss"]) and math.isfinite(self.grad_norm)
 
 
 def optimizer_step(
@@ -90,9 +87,9 @@ def optimizer_step(
         {name: value / label_tokens for name, value in means.items()}, grad_norm, learning_rate, label_tokens,
         stop_requested=stops > 0,
     )
-    if not metrics.is_finite or not is_finite_rate(learning_rate):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         metrics.skipped = True
-        metrics.bad_micro_batches = [index for index, each in enumerate(losses) if not math.isfinite(each.item())]
+        metrics.bad_micro_batches = [index for index, loss in enumerate(losses) if not loss.isfinite()]
         return metrics
 
     torch._foreach_div_(gradients, label_tokens)
@@ -104,6 +101,6 @@ def optimizer_step(
     return metrics
 
 
-def is_finite_rate(learning_rate: float) -> bool:
-    """Whether float32, the type of the weights, can hold it."""
-    return abs(learning_rate) <= torch.finfo(torch.float32).max
+def first_nonfinite(values: Iterable[tuple[str, object]]) -> str | None:
+    """The name of the first tensor that is not finite, or None."""
+    return next((name for name, value in values if isinstance(value, Tensor) and not value.isfinite().all()), None)

@@ -1,9 +1,8 @@
 """The training loop: epochs of optimizer steps, validation after each epoch, checkpoints on the way."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import chain
 
 import torch
@@ -13,15 +12,13 @@ from data.tokenized import TokenizedDataset
 from model.objective import Objective, ObjectiveError
 from utils.config.fine_tune import FineTuneConfig
 from utils.errors import TrainingError, describe
-from utils.evaluation.evaluate import Interrupted, NotFinite, never
-from utils.evaluation.validation import Validation
 from utils.progress import progress_bar
 from utils.training.distributed import DistributedContext
-from utils.training.nonfinite import NonFiniteHandler
+from utils.training.nonfinite import NonFiniteHandler, NotFinite
 from utils.training.optimization import LRSchedule, make_schedule, restore_optimizer, schedule_notices
 from utils.training.out_of_memory import BATCH, OutOfMemory, evaluation_remedy, out_of_memory_remedy
 from utils.training.random_state import random_state, seed_everything, set_random_state
-from utils.training.signals import StopRequest
+from utils.training.signals import Interrupted, StopRequest
 from utils.training.state import TrainState
 from utils.training.step import StepMetrics, optimizer_step
 
@@ -29,14 +26,14 @@ from utils.training.step import StepMetrics, optimizer_step
 class Trainer:
     """Trains an objective's language model.
 
-    It knows nothing of teachers; objectives know nothing of optimizers. log, checkpoints: a `RunLog` and the
-    `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one. score_identities: the
-    metric and data of the stored scores ("judged_by", "scaled_by"); None if they are not measured.
+    It knows nothing of teachers; objectives know nothing of optimizers. validation, log, checkpoints: a `Validation`,
+    the `RunLog` and the `Checkpoints` of the run. fingerprint: what a resumed run must have in common with this one.
+    score_identities: the metric and data of the stored scores ("judged_by", "scaled_by"); None if not measured.
     """
 
     def __init__(
         self, objective: Objective, optimizer: torch.optim.Optimizer, config: FineTuneConfig, table: TokenizedDataset,
-        validation: Validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
+        validation, context: DistributedContext, log, checkpoints, stop: StopRequest, fingerprint: dict,
         score_identities: dict[str, str | None],
     ):
         self.objective, self.language_model, self.optimizer = objective, objective.language_model, optimizer
@@ -54,8 +51,8 @@ class Trainer:
 
     # -- resume --------------------------------------------------------------------------------------------------
 
-    def restore(self, state: dict, tensors: dict) -> list[str]:
-        """Continue from a checkpoint's state; returns notices."""
+    def restore(self, state: dict, tensors: dict) -> None:
+        """Continue from a checkpoint's state."""
         self.state = TrainState.from_json(state)
         # The rows of a step are the same as before, perhaps in other micro-batches.
         batch_size = self.config.dataset_kwargs.train_batch_size
@@ -63,20 +60,18 @@ class Trainer:
         before = {"judged_by": state["judged_by"], "scaled_by": state.get("scaled_by")}
         self.score_identities = {key: name or before[key] for key, name in self.score_identities.items()}
         self.saved = self.checkpoint_state()
-        notices = self.state.reset_best(before, self.score_identities, self.options.baseline_threshold)
+        for line in self.state.reset_best(before, self.score_identities, self.options.baseline_threshold):
+            self.log.info(line)
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
-        notices += self.learning_rate_notices()
+        self.report_learning_rate()
         generators = tensors["random"]
         same_size = len(generators) == self.context.world_size
-        if extra_states := tensors.get("objective"):  # if the number has changed, rank 0's
+        if extra_states := tensors.get("objective"):  # if the number of processes has changed, rank 0's
             self.objective.set_extra_state(extra_states[self.context.rank if same_size else 0])
-        self.note_weights()  # a kill may have come before it
-        if not same_size:
-            return [*notices, f"the checkpoint was written by {len(generators)} processes, now there are "
-                    f"{self.context.world_size}: dropout will differ"]
-        return notices + set_random_state(generators[self.context.rank])
+        if not (same_size and set_random_state(generators[self.context.rank])):
+            self.log.info("the checkpoint was written with another number of processes or GPUs: dropout will differ")
 
     def ended_by(self) -> str | None:
         """The key that ends the run here, or None if it continues."""
@@ -98,15 +93,13 @@ class Trainer:
                 before that step.
             Stopped: a signal asked to stop; a checkpoint has been written.
         """
-        steps = self.total_steps(len(self.plan()), self.state)
-        for line in schedule_notices(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, steps):
+        steps = len(self.plan())
+        for line in schedule_notices(self.schedule(steps), self.total_steps(steps)):
             self.log.info(line)
         while not self.ended_by():
             if not self.state.evaluation_pending:
                 self.train_epoch()
             self.finish_epoch()
-        if self.saved is None:
-            self.save()
         if problem := self.log.flush():
             raise TrainingError(f"{problem}; the training is finished and saved, the last lines of its log are missing")
 
@@ -200,11 +193,11 @@ class Trainer:
 
     # -- the plan of an epoch ------------------------------------------------------------------------------------
 
-    def plan(self, state: TrainState | None = None) -> list[Step]:
-        """All optimizer steps of the epoch of a state; None is the present one."""
-        data, state = self.config.dataset_kwargs, state or self.state
+    def plan(self) -> list[Step]:
+        """All optimizer steps of the epoch."""
+        data = self.config.dataset_kwargs
         return plan_epoch(
-            self.table.lengths, data.train_batch_size, state.accumulation, self.options.seed, state.epoch,
+            self.table.lengths, data.train_batch_size, self.state.accumulation, self.options.seed, self.state.epoch,
             data.tokens_per_batch, self.options.ckpt_training_batch, self.objective.passes,
         )
 
@@ -221,41 +214,28 @@ class Trainer:
         )
         return self.objective.iter_steps(self.table, batches, list(map(len, own)))
 
-    def total_steps(self, steps_in_epoch: int, state: TrainState) -> int:
-        """Optimizer steps of the run: those before the state's epoch, and all later epochs at its length."""
+    def total_steps(self, steps_in_epoch: int) -> int:
+        """Optimizer steps of the run: those before this epoch, and this and all later epochs at its length."""
+        state = self.state
         total = state.step - state.step_in_epoch + steps_in_epoch * (self.options.epochs - state.epoch)
         return total if self.options.max_steps is None else min(total, self.options.max_steps)
 
-    def schedule(self, steps_in_epoch: int, state: TrainState | None = None) -> LRSchedule:
-        """The learning rates in the epoch of a state; None is the present one."""
-        total = self.total_steps(steps_in_epoch, state or self.state)
-        return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr, total)
+    def schedule(self, steps_in_epoch: int) -> LRSchedule:
+        """The learning rates in this epoch."""
+        return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr,
+                             self.total_steps(steps_in_epoch))
 
-    def learning_rate_notices(self) -> list[str]:
-        """A line if the learning rate jumps at a resume, because the schedule has changed (more epochs, say)."""
-        state, saved_rate = self.state, self.optimizer.param_groups[0]["lr"]
-        taken = state.step - state.skipped_steps
-        if self.ended_by() or not taken:
-            return []
-        # The optimizer does not hold the rate of a skipped step.
-        if any(math.isclose(schedule.learning_rate(step), saved_rate, rel_tol=1e-6)
-               for schedule in self.schedules_before() for step in range(taken - 1, state.step)):
-            return []
-        now = self.schedule(len(self.plan()))
-        return [f"learning rate: {saved_rate:.2e} at the checkpoint's last step, {now.learning_rate(state.step):.2e} "
-                f"at the next: the schedule has changed, it now covers {now.total} steps from lm_lr {now.peak:.2e}; "
-                "set optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates"]
-
-    def schedules_before(self) -> Iterator[LRSchedule]:
-        """What today's config gives for the last step; if it ended its epoch, at the length of that epoch."""
-        state = self.state
-        if state.step_in_epoch:
-            yield self.schedule(len(self.plan()))
-            return
-        for accumulation in {state.accumulation, state.accumulation // 2 or 1}:  # a plateau may have doubled it since
-            epoch = replace(state, epoch=state.epoch - 1, accumulation=accumulation)
-            epoch.step_in_epoch = len(self.plan(epoch))
-            yield self.schedule(epoch.step_in_epoch, epoch)
+    def report_learning_rate(self) -> None:
+        """A line if the learning rate rises at a resume by more than a step of warm-up: the schedule is longer now."""
+        state, schedule = self.state, self.schedule(len(self.plan()))
+        before, after = self.optimizer.param_groups[0]["lr"], schedule.learning_rate(state.step)
+        usual = 0.0
+        if state.step <= schedule.warmup:  # the optimizer does not hold the rates of skipped steps
+            usual = 1.01 * schedule.peak * (1 + state.skipped_steps) / max(1, schedule.warmup)
+        if after - before > usual and not self.ended_by():
+            self.log.info(f"learning rate: {before:.2e} at the checkpoint's last step, {after:.2e} at the next: the "
+                          f"schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
+                          "optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates")
 
     # -- between steps -------------------------------------------------------------------------------------------
 
@@ -279,7 +259,7 @@ class Trainer:
         alone, problem, result = self.context.world_size == 1, None, None
         try:
             with out_of_memory_remedy(evaluation_remedy(self.config)):
-                result = measure((lambda: self.stop.requested) if alone else never)
+                result = measure(lambda: alone and self.stop.requested)
         except NotFinite as error:
             self.nonfinite.stop(error, self.state.step)
         except Interrupted:
@@ -310,21 +290,24 @@ class Trainer:
             self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
     def check_plateau(self, callbacks) -> None:
-        if self.state.step_in_epoch:  # max_steps ended the epoch early: a later run may continue its plan
+        """After `patience` evaluations without gain: double the accumulation, if asked to and possible, or stop."""
+        state, patience = self.state, callbacks.patience
+        # If max_steps ended the epoch early, a later run may continue its plan.
+        if patience is None or state.num_bad_evals < max(1, patience) or state.step_in_epoch:
             return
-        max_accumulation = math.ceil(len(self.table) / self.config.dataset_kwargs.train_batch_size)
         increase = self.config.lr_scheduler_kwargs.increase_batch_size_on_plateau
-        decision = self.state.early_stopping_action(callbacks.patience, increase, max_accumulation)
-        if decision == "increase":
-            self.log.info(f"no gain in {callbacks.patience} evaluations: accumulation is now {self.state.accumulation}")
-        elif decision == "stop":
-            best = self.state.best_step
-            self.log.info(f"no gain in {callbacks.patience} evaluations: stopped early; the best was step {best}")
+        # Not beyond one step per epoch.
+        if increase and state.accumulation * self.config.dataset_kwargs.train_batch_size < len(self.table):
+            state.accumulation, state.num_bad_evals = 2 * state.accumulation, 0
+            self.log.info(f"no gain in {patience} evaluations: accumulation is now {state.accumulation}")
+        else:
+            state.stopped_early = True
+            self.log.info(f"no gain in {patience} evaluations: stopped early; the best was step {state.best_step}")
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**self.state.to_json(), "identity": self.fingerprint, **self.score_identities}
+        return {**asdict(self.state), "identity": self.fingerprint, **self.score_identities}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless this state is saved already."""
