@@ -285,9 +285,8 @@ class Trainer:
             return
         score = self.evaluate(lambda interrupted: self.validation.score(self.options.adaptive_loss_metric, interrupted))
         self.state.scaling_pending = False
-        if score is not None:
-            self.state.scale_loss(score, self.options.adaptive_loss_metric)
-            self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
+        self.state.scale_loss(score, self.options.adaptive_loss_metric)
+        self.log.record("loss_scaling", self.state.step, score=score, loss_scale=self.state.loss_scale)
 
     def check_plateau(self, callbacks) -> None:
         """After `patience` evaluations without gain: double the accumulation, if asked to and possible, or stop."""
