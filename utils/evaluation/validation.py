@@ -108,7 +108,7 @@ class Validation:
     def score(self, metric: str, interrupted: Callable[[], bool] = never) -> float:
         """One metric of the validation set, for adaptive loss scaling."""
         if metric == "perplexity":
-            return self.losses("loss scaling", "loss scaling", interrupted)[metric]
+            return self.losses("loss scaling", "loss scaling loss", interrupted)[metric]
         return self.predict_and_score("validation", interrupted)[1][metric]
 
     def score_identity(self, metric: str) -> str | None:
