@@ -149,7 +149,6 @@ def generate(language_model: LanguageModel, prompts: Rows, new: int) -> Rows:
     """The library's greedy `generate` on one left-padded batch; ids without the end-of-text."""
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=END, pad_token_id=END)
     input_ids, mask = left_padded(prompts, language_model)
-    mask = torch.ones_like(input_ids) if mask is None else mask
     output = language_model.model.generate(input_ids, attention_mask=mask, generation_config=settings)
     rows = output[:, input_ids.shape[1] :].tolist()
     return [row[: row.index(END)] if END in row else row for row in rows]

@@ -105,12 +105,6 @@ class TeacherMixture(LogitsProcessor):
         return mixed.log_()
 
 
-def padded_prompts(prompts: Rows, language_model: LanguageModel) -> tuple[Tensor, Tensor]:
-    """input_ids and attention_mask [B, T], padded on the left."""
-    input_ids, mask = left_padded(prompts, language_model)
-    return input_ids, torch.ones_like(input_ids) if mask is None else mask
-
-
 def sample(student: LanguageModel, input_ids: Tensor, mask: Tensor, new: int, *processors, scores: bool = False):
     """What the library's `generate` returns; scores: also the logits [B, V] that each token was drawn from."""
     settings = GenerationConfig(
@@ -123,7 +117,7 @@ def sample(student: LanguageModel, input_ids: Tensor, mask: Tensor, new: int, *p
 
 def processor_rollouts(teacher: LanguageModel, student: LanguageModel, prompts: Rows, new: int, alpha: float) -> Tensor:
     """Tokens [B, new]."""
-    input_ids, mask = padded_prompts(prompts, student)
+    input_ids, mask = left_padded(prompts, student)
     return sample(student, input_ids, mask, new, TeacherMixture(teacher, mask, alpha)).sequences[:, input_ids.shape[1]:]
 
 
@@ -141,7 +135,7 @@ def read_all(language_model: LanguageModel, sequences: Tensor, mask: Tensor) -> 
 
 def minillm_rollouts(teacher: LanguageModel, student: LanguageModel, prompts: Rows, new: int, alpha: float) -> tuple:
     """tokens, log q, log p and log p~, rewards and importance weights, [B, new] each, and the reverse KL [B]."""
-    input_ids, mask = padded_prompts(prompts, student)
+    input_ids, mask = left_padded(prompts, student)
     mixed = sample(student, input_ids, mask, new, TeacherMixture(teacher, mask, alpha)).sequences
     reward, log_q_drawn = read_all(teacher, mixed, mask), read_all(student, mixed, mask)
     own = sample(student, input_ids, mask, new).sequences
@@ -203,7 +197,7 @@ def check_rollouts(name: str, pair: tuple, prompts: Rows, new: int, alpha: float
 def check_processor(pair: tuple, prompts: Rows, new: int, alpha: float) -> None:
     """All probabilities at each place against forward passes, and at the first place against what ours noted."""
     teacher, student = pair
-    input_ids, mask = padded_prompts(prompts, student)
+    input_ids, mask = left_padded(prompts, student)
     made = sample(student, input_ids, mask, new, TeacherMixture(teacher, mask, alpha), scores=True)
     tokens = made.sequences[:, input_ids.shape[1] :].tolist()
     check_length("processor", tokens, new)

@@ -17,9 +17,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from model.decoding.row_lengths import RowLengths
+from model.errors import ModelError
 from model.gpt2.kv_cache import GPT2KVCache
 from model.gpt2.packed_forward import can_pack
-from model.language_model import LanguageModel, ModelError
+from model.language_model import LanguageModel
 
 # Config keys whose numbers are lengths from which on a row is read in another way.
 LIMIT_KEYS = re.compile("window|local|chunk|original_max_position")

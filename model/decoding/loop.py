@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from model.decoding.kv_cache import can_decode_together, make_kv_cache
-from model.language_model import LanguageModel, ModelError, evaluating
+from model.errors import ModelError
+from model.language_model import LanguageModel, evaluating
 from model.losses.output_head import OutputHead, autocast_type, cut_head, head_logits
 from model.transfer import to_device
 

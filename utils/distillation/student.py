@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.loading import (
     DEMO_SHAPES,
     GPT2_SHAPES,

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from data.prompts import PromptFormat
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.loading import (
     DEMO_SHAPES,
     check_same_architecture,

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.loading import load_language_model
 from model.verify import verify_model
 from utils.config.fine_tune import FineTuneConfig
