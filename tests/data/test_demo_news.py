@@ -109,7 +109,8 @@ def test_rows_fit_the_context(tables, tokenizer):
     """Fault: rows longer than the demo models' 256 positions are cut, and the figures are those of another task."""
     for name in TABLES:
         texts = [f"{row['article']}\nTL;DR: {row['highlights']}<|endoftext|>" for row in tables[name]]
-        assert max(map(len, tokenizer(texts).input_ids)) <= 256
+        longest = sorted(texts, key=len)[-200:]
+        assert max(map(len, tokenizer(longest).input_ids)) <= 256
     articles, highlights = ([row[column] for row in tables["test"]] for column in ("article", "highlights"))
     for (ids, boundary), text in zip(
         PromptFormat(tokenizer, max_length=256).training_rows(articles, highlights), highlights, strict=True
