@@ -81,7 +81,8 @@ class Tensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("temperature", "dtype", "tolerance"), [(1.0, *DTYPES[0]), (2.0, *DTYPES[0]), (2.0, *DTYPES[1])])
+@pytest.mark.parametrize(("temperature", "dtype", "tolerance"), [
+    (1.0, *DTYPES[0]), (2.0, *DTYPES[0]), (2.0, *DTYPES[1])])
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_to_full_logits(name, temperature, dtype, tolerance):
     """Fault: A chunk is lost or counted twice, a weight or T^2 is missing, or padding rows take part."""
@@ -114,7 +115,7 @@ def test_scale_and_cap(transforms, bias, dtype, tolerance):
 
 @pytest.mark.parametrize("kd_weight", [0.0, 0.6])
 def test_without_a_teacher(kd_weight):
-    """Fault: Cross-entropy loses the share of a divergence that does not exist; or rows are cut that nobody asked to cut."""
+    """Fault: Cross-entropy loses the share of a divergence that does not exist; or rows are cut unasked."""
     hidden, head, targets, _ = random_inputs()
     loss = vocabulary_loss(hidden, head, targets, kd_weight=kd_weight, temperature=2.0, chunk_size=7)
     assert loss.divergence is None
