@@ -76,7 +76,7 @@ class Rows:
 
 
 def long_run(model: LanguageModel, kind, tolerance: float, seed: int = 0) -> None:
-    """Rows come, go on and leave by chance; each hidden state is compared with the row alone."""
+    """Rows come, continue and leave by chance; each hidden state is compared with the row alone."""
     rows = Rows(model, kind, 4, 24, seed)
     rows.prefill([20, 3, 1, 11], tolerance)
     for _ in range(8):

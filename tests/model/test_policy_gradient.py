@@ -206,7 +206,7 @@ def test_micro_batches_change_nothing(rollout):
 
 
 def test_second_pass_over_the_rollouts_clips_against_the_first():
-    """Fault: log q of the rollout is taken anew, so that rho stays 1; or the rollouts are drawn again."""
+    """Fault: log q of the rollout is computed again, so that rho stays 1; or the rollouts are drawn again."""
     student, teacher = network(1), network(2)
     objective = objective_of(student, teacher, rollout_epochs=2)
     first = take_step(objective, in_batches(ROWS, 2))

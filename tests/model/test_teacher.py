@@ -54,7 +54,7 @@ def test_teacher_is_frozen_and_in_eval_mode():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_cast_once_give_what_autocast_gives(family):
-    """Fault: the teacher's products run in bfloat16 on weights that are cast anew in each step, or its embedding and
+    """Fault: the teacher's products run in bfloat16 on weights that are cast again in each step, or its embedding and
     norms are rounded with them."""
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
     batch = random_rows([(20, [17, 18, 19]), (12, [10, 11])])
