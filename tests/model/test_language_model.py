@@ -21,7 +21,7 @@ def test_label_positions_of_a8():
     assert index.tolist() == [0 * 4 + 1, 0 * 4 + 2, 1 * 4 + 0]
     assert targets.tolist() == [2, 1, 0]
     for labels in (torch.tensor([[3], [4]]), torch.full((2, 3), -100)):
-        assert [each.shape for each in label_positions(labels)] == [(0,), (0,)]
+        assert [tensor.shape for tensor in label_positions(labels)] == [(0,), (0,)]
 
 
 def test_left_padding_of_a14():

@@ -116,7 +116,7 @@ def test_a_batch_without_labels_has_no_states(attended):
         hidden, targets = wrapped(network, pack_rows, prune_last_block).label_hidden(*batch)
         assert hidden.shape == (0, 24) and targets.shape == (0,)
         hidden.sum().backward()
-        assert all(each.grad is None or not each.grad.any() for each in network.parameters())
+        assert all(value.grad is None or not value.grad.any() for value in network.parameters())
 
 
 # -- the ordinary path -------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_padding_on_the_left():
     network = network_of()
     input_ids, mask, labels = random_rows([(9, [6, 7, 8]), (5, [3, 4])])
     expected = library_states(network, input_ids, mask, labels)
-    shifted = [torch.stack([each[0], each[1].roll(4)]) for each in (input_ids, mask, labels)]
+    shifted = [torch.stack([rows[0], rows[1].roll(4)]) for rows in (input_ids, mask, labels)]
     assert shifted[1].tolist()[1] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
     ours, targets = wrapped(network).label_hidden(*shifted)
     assert torch.equal(targets, targets_of(labels))
@@ -197,7 +197,7 @@ def test_dropout_keeps_the_mean(path, attn_rate, resid_rate, attended):
             picked = [1, 3, 4, 5, 8]  # of the 9 tokens of two rows
             positions = torch.tensor([*range(5), *range(4)])
             selected = torch.cat([torch.tensor(picked) + 9 * draw for draw in range(times)])
-            of_rows, queries = (row_layout(each * times, hidden.device) for each in (lengths, [3, 2]))
+            of_rows, queries = (row_layout(counts * times, hidden.device) for counts in (lengths, [3, 2]))
             packing = Packing(torch.arange(9 * times), positions.repeat(times), of_rows, selected, queries)
             mixed = attention_at(attn, hidden, packing)
             return attn.resid_dropout(attn.c_proj(mixed)).unflatten(0, (times, -1))

@@ -65,7 +65,7 @@ def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, fl
     freedom = len(cells) - 1
     spread = 2 / (9 * max(freedom, 1))  # Wilson and Hilferty: the cube root is nearly normal
     critical = freedom * (1 - spread + 3.0902 * math.sqrt(spread)) ** 3
-    return sum((count - each) ** 2 / each for count, each in cells), critical
+    return sum((count - share) ** 2 / share for count, share in cells), critical
 
 
 def last_probabilities(model: LanguageModel, ids: list[int], temperature: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_frequencies_of_single_draws(top_k, top_p):
     student, teacher = (last_probabilities(word_model(seed), [3, 1, 4], 0.7) for seed in (1, 2))
     exact = exact_mixture(student, teacher, 0.3, top_k, top_p)
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    logs = (torch.tensor(each).log().to(dtype).expand(count, -1) for each in (student, teacher))
+    logs = (torch.tensor(share).log().to(dtype).expand(count, -1) for share in (student, teacher))
     tokens, found = sample(*logs, options, uniforms)
     counts = np.bincount(tokens.numpy(), minlength=10)
     statistic, critical = chi_square(counts, exact)

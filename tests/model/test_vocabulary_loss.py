@@ -35,7 +35,7 @@ def random_inputs(dtype=torch.float64, positions=N, vocabulary=V, padding=(3, 1)
 
 
 def leaves_of(hidden, head):
-    return [each for each in (hidden, head.weight, head.bias) if each is not None]
+    return [part for part in (hidden, head.weight, head.bias) if part is not None]
 
 
 def full_logits(hidden, head, vocabulary=V, products=torch.float64):
@@ -52,7 +52,7 @@ def plain_cross_entropy(hidden, head, targets, *given):
 
 def distributions(hidden, head, teacher, temperature=1.0, *given):
     logits = full_logits(*teacher, *given).detach(), full_logits(hidden, head, *given)
-    return [torch.softmax(each / temperature, -1) for each in logits]
+    return [torch.softmax(part / temperature, -1) for part in logits]
 
 
 def divergence_called(name):
@@ -77,7 +77,7 @@ class Tensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        self.shapes |= {each.shape for each in tree_leaves(result) if isinstance(each, torch.Tensor)}
+        self.shapes |= {part.shape for part in tree_leaves(result) if isinstance(part, torch.Tensor)}
         return result
 
 
@@ -199,15 +199,15 @@ def test_bfloat16_autocast(name):
     exact = vocabulary_loss(hidden, head, targets, **given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = vocabulary_loss(hidden, head, targets, chunk_size=10, **given)
-    assert all(each.dtype == torch.float32 for each in loss)
-    assert [each.item() for each in loss] == pytest.approx([each.item() for each in exact], rel=1e-2)
+    assert all(part.dtype == torch.float32 for part in loss)
+    assert [part.item() for part in loss] == pytest.approx([part.item() for part in exact], rel=1e-2)
     of_rounded = 200, torch.bfloat16
     divergence = FORMULAS[name](*distributions(hidden, head, teacher, 1.0, *of_rounded)).sum().item()
     assert loss.divergence.item() == pytest.approx(divergence, rel=1e-5)
     cross_entropy = plain_cross_entropy(hidden, head, targets, *of_rounded).item()
     assert loss.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-5)
     leaves = leaves_of(hidden, head)
-    for ours, theirs in zip(*(torch.autograd.grad(each.loss_sum, leaves) for each in (loss, exact)), strict=True):
+    for ours, theirs in zip(*(torch.autograd.grad(part.loss_sum, leaves) for part in (loss, exact)), strict=True):
         assert ours.dtype == torch.float32 and (ours - theirs).norm() <= 2e-2 * theirs.norm()
 
 
