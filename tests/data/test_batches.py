@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from data.articles import read_articles
 from data.batches import collate, evaluation_batches, load_batches, plan_epoch
@@ -54,7 +53,7 @@ def test_steps_hold_the_same_rows_however_they_are_cut(count, tokens_per_batch):
             assert all(len(step) <= accumulation for step in plan)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     count=st.integers(0, 700),
     batch_size=st.integers(1, 40),
@@ -108,10 +107,8 @@ def test_the_budget_holds_but_for_single_rows():
     assert cut == [[250], [100], [30, 40], [5, 7, 10, 20]]
 
 
-@pytest.mark.parametrize(
-    ("limit", "sizes"),
-    [(1, [1]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (9, [4, 4, 1]), (1000, [4, 4, 1]), (None, [4, 4, 1])],
-)
+@pytest.mark.parametrize(("limit", "sizes"), [
+    (1, [1]), (4, [4]), (6, [4, 2]), (8, [4, 4]), (9, [4, 4, 1]), (1000, [4, 4, 1]), (None, [4, 4, 1])])
 def test_a_bound_on_micro_batches(limit, sizes):
     """`ckpt_training_batch` off by one, or a step that it cuts left out."""
     lengths = lengths_of(18)  # 2 x 4: steps of 8, 8 and 2 rows
@@ -134,10 +131,8 @@ def test_evaluation_takes_every_row_the_longest_first():
 def test_little_padding_on_real_lengths(shared):
     """Buckets that save nothing: random batches of CNN/DailyMail are a fifth padding and more."""
     articles, _ = read_articles(shared / "data" / "cnn_dm_train.csv")
-    sample = articles[::4]
-    prompt_format = PromptFormat(AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer"))
-    rows = prompt_format.training_rows([row.article for row in sample], [row.highlights for row in sample])
-    lengths = np.array([len(ids) for ids, _ in rows])
+    words = np.array([row.article.count(" ") + row.highlights.count(" ") for row in articles])
+    lengths = np.minimum(1024, words * 5 // 4)  # about as many as GPT-2's tokens
     order = np.random.default_rng(0).permutation(len(lengths))
     assert padding_share([order[start : start + 8] for start in range(0, len(order), 8)], lengths) > 0.15
     for epoch in range(3):
@@ -191,7 +186,7 @@ some_rows = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(rows=some_rows, pad_id=st.integers(0, END), data=st.data())
 def test_collation_is_that_of_the_plain_way(rows, pad_id, data):
     """Any row shifted, cut or masked wrongly: against torch's own padding of lists."""

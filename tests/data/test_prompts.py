@@ -7,28 +7,32 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.articles import DataError
-from data.prompts import DEFAULT_TEMPLATE, PromptFormat, RowTooLong
+from data.prompts import PromptFormat, RowTooLong
 from tests.conftest import END, SHARED, byte_tokenizer
 
 CASE_TEMPLATE = "{article} TL;DR: "
 SEPARATOR = list(b" TL;DR: ")
-TEMPLATES = [CASE_TEMPLATE, DEFAULT_TEMPLATE, "{article}", "Sum up.\n{article}\n\nSummary:\n"]
+TEMPLATES = [CASE_TEMPLATE, "{article} TL;DR:", "{article}", "Sum up.\n{article}\n\nSummary:\n"]
 BYTES = byte_tokenizer()
 some_texts = st.text(max_size=80)
 
 
+def formats_of(tokenizer) -> dict[str, PromptFormat]:
+    return {template: PromptFormat(tokenizer, template, 64) for template in TEMPLATES}
+
+
 @pytest.fixture(scope="module")
-def gpt2() -> PreTrainedTokenizerFast:
-    """GPT-2's own vocabulary."""
+def gpt2() -> dict[str, PromptFormat]:
+    """Formats of GPT-2's own vocabulary."""
     folder = SHARED / "data" / "gpt2-tokenizer"
     if not folder.is_dir():
         pytest.skip("GPT-2's vocabulary is not here (folder shared/data beside the project)")
-    return AutoTokenizer.from_pretrained(folder)
+    return formats_of(AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module", params=["bytes", "gpt2"])
-def tokenizer(request) -> PreTrainedTokenizerFast:
-    return BYTES if request.param == "bytes" else request.getfixturevalue("gpt2")
+def formats(request) -> dict[str, PromptFormat]:
+    return formats_of(BYTES) if request.param == "bytes" else request.getfixturevalue("gpt2")
 
 
 def case_format(max_length=128, tokenizer=BYTES) -> PromptFormat:
@@ -38,6 +42,14 @@ def case_format(max_length=128, tokenizer=BYTES) -> PromptFormat:
 def training_row(prompt_format, article, highlights):
     (row,) = prompt_format.training_rows([article], [highlights])
     return row
+
+
+def refusal(function) -> str:
+    """The one-line message of the DataError that a call raises."""
+    with pytest.raises(DataError) as caught:
+        function()
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
 
 
 def tokenizer_that_begins_texts() -> PreTrainedTokenizerFast:
@@ -53,27 +65,26 @@ def tokenizer_that_begins_texts() -> PreTrainedTokenizerFast:
 # -- A15: articles longer than the window ------------------------------------------------------------------------
 
 
-def test_a_long_article_is_cut_at_its_end():
-    """Right truncation that removes the summary, or a row longer than the context (A15)."""
-    ids, boundary = training_row(case_format(), "start" + "C" * 500, "0123456789")
-    assert ids == list(b"start" + b"C" * 104) + SEPARATOR + list(b"0123456789") + [END]
-    assert (len(ids), boundary, len(ids) - boundary) == (128, 117, 11)
-
-
-@pytest.mark.parametrize(("characters", "length", "kept"), [(108, 127, 108), (109, 128, 109), (110, 128, 109)])
-def test_rows_about_as_long_as_the_window(characters, length, kept):
-    """Off by one at the edge: rows of 127, 128 and 129 ids before the cut (A15)."""
-    ids, boundary = training_row(case_format(), "C" * characters, "0123456789")
+@pytest.mark.parametrize(("article", "length", "kept"), [
+    ("C" * 108, 127, 108), ("C" * 109, 128, 109), ("C" * 110, 128, 109), ("start" + "C" * 500, 128, 109),
+], ids=["127", "128", "129", "long"])
+def test_rows_about_as_long_as_the_window(article, length, kept):
+    """Right truncation that removes the summary, a row longer than the context, or off by one at the edge (A15)."""
+    ids, boundary = training_row(case_format(), article, "0123456789")
+    assert ids == [*article[:kept].encode(), *SEPARATOR, *b"0123456789", END]
     assert (len(ids), boundary) == (length, kept + 8)
-    assert ids[kept : kept + 8] == SEPARATOR
 
 
-@pytest.mark.parametrize("characters", [99, 100, 101, 500])
-def test_prompts_about_as_long_as_the_window(characters):
-    """Off by one at the edge of a prompt that shares the window with 20 new tokens; a separator cut with the article
-    (A15)."""
-    (prompt,) = case_format().prediction_prompts(["C" * characters], 20)
-    assert prompt == list(b"C" * min(characters, 100)) + SEPARATOR
+def test_prompts_about_as_long_as_the_window():
+    """Off by one at the edge of a prompt that shares the window with new tokens; a separator cut with the article; a
+    negative slice that hands the model a prompt and an answer that do not fit (A15)."""
+    for characters in (99, 100, 101, 500):
+        (prompt,) = case_format().prediction_prompts(["C" * characters], 20)
+        assert prompt == list(b"C" * min(characters, 100)) + SEPARATOR
+    assert case_format().prediction_prompts(["C" * 500], 119) == [[ord("C"), *SEPARATOR]]
+    for max_new_tokens in (120, 128, 500):  # at most 128 - 8 of the separator - 1 of the article
+        message = refusal(lambda count=max_new_tokens: case_format().prediction_prompts(["C" * 500], count))
+        assert f"max_generation_length is {max_new_tokens}" in message and "at most 119" in message
 
 
 def words_and_no_more() -> PreTrainedTokenizerFast:
@@ -95,72 +106,45 @@ def test_tokens_of_many_characters(article):
     assert training_row(prompt_format, article, "a") == ([*ids[:17], 3, 1, 0], len(ids[:17]) + 1)
 
 
-@pytest.mark.parametrize(("characters", "fits"), [(117, True), (118, True), (119, False), (500, False)])
-def test_the_longest_highlights_that_fit(characters, fits):
+def test_the_longest_highlights_that_fit():
     """Off by one if highlights leave room for exactly one article token (1 + 8 + 118 + 1 = 128); a negative slice, or
     highlights cut without a word (A15)."""
-    row = training_row(case_format(), "xyz", "s" * characters)
-    if fits:
-        assert len(row[0]) - row[1] == characters + 1
-        assert row[0][0] == ord("x")
-    else:
-        assert isinstance(row, RowTooLong)
+    for characters in (117, 118):
+        ids, boundary = training_row(case_format(), "xyz", "s" * characters)
+        assert len(ids) - boundary == characters + 1 and ids[0] == ord("x")
+    for characters in (119, 500):
+        row = training_row(case_format(), "xyz", "s" * characters)
+        assert isinstance(row, RowTooLong) and len(str(row).splitlines()) == 1
         assert f"highlights of {characters} tokens" in str(row) and "128 tokens" in str(row)
-        assert len(str(row).splitlines()) == 1
-
-
-@pytest.mark.parametrize("max_new_tokens", [120, 128, 500])
-def test_more_new_tokens_than_the_window_has_are_refused(max_new_tokens):
-    """A negative slice that hands the model a prompt and an answer that do not fit (A15)."""
-    with pytest.raises(DataError) as caught:
-        case_format().prediction_prompts(["C" * 500], max_new_tokens)
-    message = str(caught.value)
-    assert f"max_generation_length is {max_new_tokens}" in message
-    assert "at most 119" in message  # 128 - 8 of the separator - 1 of the article
-    assert len(message.splitlines()) == 1
-    (prompt,) = case_format().prediction_prompts(["C" * 500], 119)
-    assert len(prompt) == 9
 
 
 # -- A16: the seam between prompt and summary ------------------------------------------------------------------
 
 
-def test_gpt2_tokens_of_the_two_ways_to_write_the_separator(gpt2):
-    """A boundary that loses the first summary token, or tokens at the seam that prediction never sees (A16)."""
-    row = training_row(PromptFormat(gpt2, "{article} TL;DR:"), "Article text.", "The cat sat.")
+def test_token_ids_of_gpt2(gpt2):
+    """A boundary that loses the first summary token, or tokens at the seam that prediction never sees; "He is a fire" +
+    "fighter" joined into one word in training alone; signs of other families taken for special tokens of GPT-2 (A16);
+    a start token that the model never saw: GPT-2 has one but does not add it."""
+    row = training_row(gpt2["{article} TL;DR:"], "Article text.", "The cat sat.")
     assert row == ([14906, 2420, 13, 24811, 26, 7707, 25, 383, 3797, 3332, 13, 50256], 7)
-    row = training_row(PromptFormat(gpt2, "{article} TL;DR: "), "Article text.", "The cat sat.")
+    row = training_row(gpt2[CASE_TEMPLATE], "Article text.", "The cat sat.")
     assert row == ([14906, 2420, 13, 24811, 26, 7707, 25, 220, 464, 3797, 3332, 13, 50256], 8)
-
-
-def test_gpt2_words_merge_within_the_prompt_alone(gpt2):
-    """"He is a fire" + "fighter" joined into one word in training alone, or across the seam to the highlights (A16)."""
-    prompt_format = PromptFormat(gpt2, "{article}fighter\n")
+    tokenizer = gpt2["{article}"].tokenizer
+    prompt_format = PromptFormat(tokenizer, "{article}fighter\n")
     (prompt,) = prompt_format.prediction_prompts(["He is a fire"], 10)
     ids, boundary = training_row(prompt_format, "He is a fire", "x")
-    assert 43105 in prompt and prompt == gpt2("He is a firefighter\n").input_ids
-    assert ids[:boundary] == prompt
+    assert 43105 in prompt and prompt == ids[:boundary] == tokenizer("He is a firefighter\n").input_ids
+    end, start, plain = gpt2["{article}"].prediction_prompts(["</s>", "<|startoftext|>", "He"], 8)
+    assert (end, len(start), plain) == ([3556, 82, 29], 7, [1544])
+    assert tokenizer.bos_token_id == 50256
 
 
-@pytest.mark.parametrize(("text", "expected"), [("</s>", [3556, 82, 29]), ("<|startoftext|>", None)])
-def test_signs_of_other_models_are_plain_text_for_gpt2(gpt2, text, expected):
-    """Special tokens of other families taken for special ones of GPT-2: 3 and 7 tokens of plain text (A16)."""
-    ids = PromptFormat(gpt2, "{article}\n").prediction_prompts([text], 8)[0][:-1]
-    assert len(ids) == (3 if expected else 7)
-    assert expected is None or ids == expected
-
-
-@pytest.fixture(scope="module")
-def formats(tokenizer) -> list[PromptFormat]:
-    return [PromptFormat(tokenizer, template, 64) for template in TEMPLATES]
-
-
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_prompt_is_the_beginning_of_its_training_row(formats, data):
     """Prediction that begins otherwise than training did, for any text (A16), also with GPT-2's merges, which join
     letters across a seam that is not kept; text that does not come back (A24)."""
-    prompt_format = data.draw(st.sampled_from(formats))
+    prompt_format = formats[data.draw(st.sampled_from(TEMPLATES))]
     article, highlights = data.draw(some_texts), data.draw(some_texts)
     row = training_row(prompt_format, article, highlights)
     if isinstance(row, RowTooLong):
@@ -177,9 +161,10 @@ def test_prompt_is_the_beginning_of_its_training_row(formats, data):
 # -- A12: special tokens ----------------------------------------------------------------------------------------
 
 
-def test_end_of_text_inside_a_text_is_plain_text(tokenizer):
+def test_end_of_text_inside_a_text_is_plain_text(formats):
     """An article that ends its own row with the characters of a special token (A12)."""
-    ids, boundary = training_row(case_format(tokenizer=tokenizer), "a<|endoftext|>b", "<|endoftext|>")
+    tokenizer = formats[CASE_TEMPLATE].tokenizer
+    ids, boundary = training_row(formats[CASE_TEMPLATE], "a<|endoftext|>b", "<|endoftext|>")
     assert [index for index, token in enumerate(ids) if token == tokenizer.eos_token_id] == [len(ids) - 1]
     assert tokenizer.decode(ids[:boundary]) == "a<|endoftext|>b TL;DR: "
     assert tokenizer.decode(ids[boundary:-1]) == "<|endoftext|>"
@@ -192,12 +177,6 @@ def test_begin_of_text_of_tokenizers_that_add_one():
     assert ids == [END, *b"C" * 108, *SEPARATOR, *b"0123456789", END]
     assert boundary == 117
     assert prompt_format.prediction_prompts(["C" * 500], 11) == [ids[:boundary]]
-
-
-def test_no_begin_of_text_where_the_tokenizer_adds_none(gpt2):
-    """A start token that the model never saw: GPT-2 has one but does not add it."""
-    assert gpt2.bos_token_id == 50256
-    assert PromptFormat(gpt2, "{article}").prediction_prompts(["He"], 5) == [[1544]]
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, tokenizer_that_begins_texts])
@@ -224,12 +203,8 @@ def test_the_users_tokenizer_stays_as_it_is(make):
 @pytest.mark.parametrize("template", ["", "TL;DR:", "{article}{article}", "{articles}\nTL;DR:", "{ article }"])
 def test_a_template_holds_the_article_exactly_once(template):
     """A misspelt place for the article, so that every row is trained on the template alone."""
-    with pytest.raises(DataError) as caught:
-        PromptFormat(BYTES, template)
-    message = str(caught.value)
-    assert message.startswith(f"prompt_template is {template!r}: expected")
-    assert "{article}" in message
-    assert len(message.splitlines()) == 1
+    message = refusal(lambda: PromptFormat(BYTES, template))
+    assert message.startswith(f"prompt_template is {template!r}: expected") and "{article}" in message
 
 
 def test_other_braces_in_a_template_are_text():
@@ -238,21 +213,16 @@ def test_other_braces_in_a_template_are_text():
     assert bytes(prompt) == b'{"text": "x {y}"}'
 
 
-@pytest.mark.parametrize("max_length", [8, 9, 10])
-def test_a_template_that_fills_the_window_is_refused(max_length):
+def test_a_template_that_fills_the_window_is_refused():
     """Rows without a place for article, highlights and end: 8 tokens of template need a window of 11."""
-    with pytest.raises(DataError, match=f"prompt_template takes 8 tokens of the {max_length} that") as caught:
-        case_format(max_length)
-    assert len(str(caught.value).splitlines()) == 1
-    ids, boundary = training_row(case_format(11), "xyz", "s")
-    assert ids == [ord("x"), *SEPARATOR, ord("s"), END]
-    assert boundary == 9
+    for length in (8, 10):
+        message = refusal(lambda length=length: case_format(length))
+        assert f"prompt_template takes 8 tokens of the {length} that" in message
+    assert training_row(case_format(11), "xyz", "s") == ([ord("x"), *SEPARATOR, ord("s"), END], 9)
 
 
-@pytest.mark.parametrize(
-    ("template", "start"),
-    [("{article}\nTL;DR:", b" The"), ("{article}\nTL;DR: ", b"The"), ("{article}\n", b"The"), ("{article}", b" The")],
-)
+@pytest.mark.parametrize(("template", "start"), [
+    ("{article}\nTL;DR:", b" The"), ("{article}\nTL;DR: ", b"The"), ("{article}\n", b"The"), ("{article}", b" The")])
 def test_highlights_begin_with_one_space_or_none(template, start):
     """Two spaces or none between the cue and the summary: outer white space of the highlights does not count."""
     for highlights in ("The cat", "  The cat \n"):
@@ -263,28 +233,20 @@ def test_highlights_begin_with_one_space_or_none(template, start):
 # -- A24: decoding ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("ids", "text"),
-    [
-        ([88, 318, 5633], "y is ?"),
-        ([47249, 222], "😀"),
-        ([383, 3797, 3332, 13], "The cat sat."),
-        ([383, 3797, 3332, 50256], "The cat sat"),
-        ([], ""),
-    ],
-)
-def test_decoded_text_of_gpt2(gpt2, ids, text):
+def test_decoded_text_of_gpt2(gpt2):
     """Spaces "cleaned up", signs of several tokens torn, a leading space or a special token left in the text (A24)."""
-    assert PromptFormat(gpt2).decode(ids) == text
+    for ids, text in (([88, 318, 5633], "y is ?"), ([47249, 222], "😀"), ([383, 3797, 3332, 13], "The cat sat."),
+                      ([383, 3797, 3332, 50256], "The cat sat"), ([], "")):
+        assert gpt2["{article}"].decode(ids) == text
 
 
 ANY_SCRIPT = ["café à Zürich", "Премьер ушёл", "首相辞任", "👩\u200d👩\u200d👧 😀", "a\nb", "e\u0301 \u00e9", "it 's ."]
 
 
 @pytest.mark.parametrize("text", ANY_SCRIPT)
-def test_any_script_comes_back_as_it_was(tokenizer, text):
+def test_any_script_comes_back_as_it_was(formats, text):
     """Text changed on its way through ids: accents, scripts, joined emoji, line ends, detokenised spaces (A24)."""
-    prompt_format = PromptFormat(tokenizer)
+    prompt_format = formats["{article} TL;DR:"]
     ids, boundary = training_row(prompt_format, text, text)
     assert prompt_format.decode(ids[boundary:]) == text
 

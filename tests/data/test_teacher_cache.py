@@ -70,10 +70,10 @@ def test_rows_come_back(tmp_path, table):
     assert_same(again.read(np.array([1])), values_of([1]))
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink, lambda path: path.write_bytes(b"\xff"),
-])
-@pytest.mark.parametrize("name", ["ids.bin", "log_probs.bin", "progress.json"])
+@pytest.mark.parametrize(("name", "damage"), [
+    ("ids.bin", lambda path: path.write_bytes(path.read_bytes()[:-1])), ("log_probs.bin", Path.unlink),
+    ("progress.json", Path.unlink), ("progress.json", lambda path: path.write_bytes(b"\xff")),
+], ids=["cut", "gone", "no progress", "damaged progress"])
 def test_missing_and_truncated_files_are_filled_again(tmp_path, table, name, damage):
     """Fault: a file that is cut off or gone is read, or ends every run with a traceback."""
     cache = filled(tmp_path, table)

@@ -307,7 +307,7 @@ def objectives() -> dict:
 
 
 @contextmanager
-def told_of_waits():
+def waits_are_errors():
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -332,7 +332,7 @@ def test_no_micro_batch_waits_for_the_device(autocast):
         passes()  # the libraries set themselves up, and the memory is there
         torch.cuda.synchronize()
         try:
-            with told_of_waits():
+            with waits_are_errors():
                 passes()
         except RuntimeError as error:
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -56,7 +56,7 @@ def test_multi_gpu_with_one_gpu(tmp_path, capsys, monkeypatch):
         init_distributed("cuda", 0, "auto", "key", True)
 
 
-def test_a_place_in_a_group_of_nccl(tmp_path):
+def test_a_group_of_nccl(tmp_path):
     """Fault: NCCL, which takes tensors of the GPU alone, is handed others."""
     distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:

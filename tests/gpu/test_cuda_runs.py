@@ -149,8 +149,8 @@ def test_resume_with_the_usual_kernels(tmp_path, step):
     assert difference_of_a_stop(run, tmp_path, fine_tuning(tmp_path), step) < 1e-5
 
 
-def test_a_killed_run_goes_on(tmp_path):
-    """Fault: what SIGKILL leaves (a lock, a context of the GPU, half a checkpoint) keeps the run from going on."""
+def test_a_killed_run_continues(tmp_path):
+    """Fault: what SIGKILL leaves (a lock, a context of the GPU, half a checkpoint) keeps the run from continuing."""
     config = changed(
         make_project(tmp_path, rows=400, layers=2, dropout=0.1), optimizer_kwargs=SMOOTH,
         trainer_kwargs={"device": DEVICE.type, "monitor_val": False, "n_batch_ckpt_save": 10},
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert largest_difference(last(tmp_path / "run"), last(tmp_path / "whole")) < 1e-3
 
 
-def test_a_checkpoint_goes_on_on_another_device(tmp_path):
+def test_a_checkpoint_continues_on_another_device(tmp_path):
     """Fault: a checkpoint of a GPU can only be read where there is one, or its optimizer stays behind."""
     config = changed(make_project(tmp_path, rows=8), optimizer_kwargs=SMOOTH,
                      lr_scheduler_kwargs={"num_training_steps": 4})

@@ -35,21 +35,22 @@ def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[draw.randrange(256) for _ in range(length)] for length in lengths]
 
 
-def test_batch_equals_generate():
-    """A left-padded batch of very different lengths decodes other tokens than each prompt alone (A14)."""
-    model = ending_model()
-    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33])
-    expected = [generated(model, prompt, 20) for prompt in prompts]
-    assert len({len(ids) for ids in expected}) > 3, "the rows should end at different times"
+@pytest.mark.parametrize(("make", "prompts", "new"), [
+    (ending_model, random_prompts([3, 80, 1, 41, 80, 7, 25, 2]), 20),
+    (lambda: tiny_language_model(positions=32, width=32, std=0.4), random_prompts([22, 3]), 10),
+    (lambda: ending_model(2), [[97, END, 98], [END], [END, END, 99, 100, 101]], 12),
+], ids=["very different lengths", "a prompt that fills the context", "an end in the prompt"])
+def test_batch_equals_generate(make, prompts, new):
+    """A left-padded batch decodes other tokens than each prompt alone (A14); prompt + new tokens = context is refused
+    or reads a position past the last; an end-of-text inside a prompt is taken for padding or a row's end (A12)."""
+    model = make()
+    expected = [generated(model, prompt, new) for prompt in prompts]
+    assert len(prompts) < 5 or len({len(ids) for ids in expected}) > 3, "the rows should end at different times"
     for batch_size in (1, 3, 10):
-        assert greedy_decode(model, prompts, 20, batch_size) == expected
+        assert greedy_decode(model, prompts, new, batch_size) == expected
 
 
-def test_prompt_that_fills_the_context():
-    """Prompt + new tokens = context is refused, or a position past the last one is read."""
-    model = tiny_language_model(positions=32, width=32, std=0.4)
-    prompts = random_prompts([22, 3])
-    assert greedy_decode(model, prompts, 10) == [generated(model, prompt, 10) for prompt in prompts]
+
 
 
 def test_end_at_once_and_no_end_in_the_output():
@@ -60,13 +61,6 @@ def test_end_at_once_and_no_end_in_the_output():
     assert greedy_decode(model, [[1, 2], [3]], 6) == [[], []]
     model = ending_model()
     assert not any(END in ids for ids in greedy_decode(model, random_prompts([4] * 12), 30))
-
-
-def test_end_in_the_prompt_ends_nothing():
-    """An end-of-text inside a prompt is taken for padding or for the end of the row (A12)."""
-    model = ending_model(2)
-    prompts = [[97, END, 98], [END], [END, END, 99, 100, 101]]
-    assert greedy_decode(model, prompts, 12) == [generated(model, prompt, 12) for prompt in prompts]
 
 
 @pytest.mark.parametrize("decode", [greedy_decode, lambda *args, **kw: beam_search(*args, num_beams=2, **kw)])
@@ -88,28 +82,16 @@ def test_train_mode_comes_back(decode):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_progress_adds_up():
-    """Rows or tokens are reported twice or not at all."""
-    model, reports = ending_model(), []
-    prompts = random_prompts([3, 80, 1, 41, 80, 7, 25, 2, 60, 33, 5])
-    results = greedy_decode(model, prompts, 30, batch_size=4, progress=lambda *report: reports.append(report))
-    ended = sum(len(ids) < 30 for ids in results)
-    assert sum(rows for rows, _ in reports) == len(prompts)
-    assert sum(tokens for _, tokens in reports) == sum(map(len, results)) + ended
-    reports.clear()
-    results = beam_search(model, prompts, 10, 2, batch_size=4, progress=lambda *report: reports.append(report))
-    assert sum(rows for rows, _ in reports) == len(prompts)
-    assert sum(tokens for _, tokens in reports) == sum(map(len, results))
-
-
 @pytest.mark.parametrize("early_stopping", [False, True])
 def test_beam_search_equals_generate(early_stopping):
-    """Batched beam search differs from the library's for one prompt, or mixes up the rows."""
-    model = ending_model(4)
+    """Batched beam search differs from the library's for one prompt, mixes up the rows or their progress."""
+    model, reports = ending_model(4), []
     prompts = random_prompts([3, 40, 1, 17, 9])
     options = {"num_beams": 3, "early_stopping": early_stopping}
     expected = [generated(model, prompt, 12, **options) for prompt in prompts]
-    assert beam_search(model, prompts, 12, batch_size=2, **options) == expected
+    assert beam_search(model, prompts, 12, batch_size=2, progress=lambda *report: reports.append(report),
+                       **options) == expected
+    assert [sum(counts) for counts in zip(*reports, strict=True)] == [len(prompts), sum(map(len, expected))]
 
 
 def test_longest_prompts_come_first():

@@ -75,7 +75,7 @@ def random_logits(positions, vocabulary, seed=0, scale=2.0, dtype=torch.float64)
     return scale * torch.randn(shape, generator=generator, dtype=dtype)
 
 
-A1 = [[math.log(each) for each in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.3, 0.6))]
+A1 = [[math.log(share) for share in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.3, 0.6))]
 
 
 @pytest.mark.parametrize(("vocabulary", "temperature", "dtype", "tolerance"), [
@@ -155,7 +155,7 @@ def test_extreme_logits(name, dtype):
     assert gradient[0].tolist() == pytest.approx((-slope, slope), abs=1e-6)
     wide = random_logits(4, 50, scale=1e4, dtype=dtype)
     for teacher, student in (wide, wide.flip(0), (wide[0], wide[0])):
-        assert all(each.isfinite().all() for each in with_gradient(name, teacher, student, temperature=0.5))
+        assert all(result.isfinite().all() for result in with_gradient(name, teacher, student, temperature=0.5))
 
 
 @pytest.mark.parametrize("name", NAMES)

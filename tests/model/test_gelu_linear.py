@@ -55,6 +55,6 @@ def test_keeps_no_activation():
     """Fault: gelu(inner) is kept until the backward pass, as large as inner itself."""
     inner, weight, bias = inputs(torch.float32)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         gelu_linear(inner, weight, bias)
-    assert {each.data_ptr() for each in kept} == {inner.data_ptr(), weight.data_ptr()}
+    assert {tensor.data_ptr() for tensor in kept} == {inner.data_ptr(), weight.data_ptr()}

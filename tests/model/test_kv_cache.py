@@ -28,7 +28,6 @@ KINDS = [
     ("Gemma2", BatchKVCache, GEMMA2),
     ("Bloom", PerRowKVCaches, {}),
 ]
-PRECISIONS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
 
 def alone(model: LanguageModel, ids: list[int]) -> torch.Tensor:
@@ -77,7 +76,7 @@ class Rows:
 
 
 def long_run(model: LanguageModel, kind, tolerance: float, seed: int = 0) -> None:
-    """Rows come, go on and leave by chance; each hidden state is compared with the row alone."""
+    """Rows come, continue and leave by chance; each hidden state is compared with the row alone."""
     rows = Rows(model, kind, 4, 24, seed)
     rows.prefill([20, 3, 1, 11], tolerance)
     for _ in range(8):
@@ -93,15 +92,13 @@ def long_run(model: LanguageModel, kind, tolerance: float, seed: int = 0) -> Non
     assert rows.compared > 50
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize(("name", "kind", "changes"), KINDS)
 @torch.no_grad()
-def test_rows_in_slots_equal_rows_alone(name, kind, changes, dtype, tolerance):
+def test_rows_in_slots_equal_rows_alone(name, kind, changes):
     """Fault: wrong positions or masks, a window in the wrong place, or a row that moved or came later sees another."""
-    model = tiny_family(name, **changes).eval().to(dtype)
+    model = tiny_family(name, **changes).eval().double()
     assert type(make_kv_cache(model, 2, 16)) is kind
-    takes_float32 = name in ("Bloom", "Gemma2")  # for the softmax in attention, whatever the weights' type
-    long_run(model, kind, 1e-6 if takes_float32 and dtype == torch.float64 else tolerance)
+    long_run(model, kind, 1e-6 if name in ("Bloom", "Gemma2") else 1e-10)  # these two take the softmax in float32
 
 
 @pytest.mark.parametrize("changes", [
@@ -134,7 +131,7 @@ def replayed(model: LanguageModel, count: int, room: int) -> GPT2KVCache:
     return slots
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @torch.no_grad()
 def test_replayed_steps_equal_rows_alone(seed, monkeypatch):
     """Fault: a recorded step sees the tokens, lengths or keys of when it was recorded, or of a free slot."""
@@ -214,8 +211,7 @@ MOST = 6
 PLAN = [(3, 1), (14, None), (1, 4), (7, 1), (7, 1), (2, None), (11, 6), (5, 2), (9, 5), (4, 1)]
 
 
-@pytest.mark.parametrize("check_every", [None, 1, 3])
-@pytest.mark.parametrize("slots", [1, 3, 40])
+@pytest.mark.parametrize(("slots", "check_every"), [(1, 3), (3, None), (3, 1), (40, 3)])
 @torch.no_grad()
 def test_the_loop_shows_each_row_its_own_states(slots, check_every):
     """Fault: rows, places, tokens and hidden states of the slots do not belong together once rows have left."""

@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from model.language_model import (
-    LanguageModel,
-    ModelError,
-    evaluating,
-    is_right_padded,
-    label_positions,
-)
+from model.language_model import LanguageModel, ModelError, is_right_padded, label_positions
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 
 HELLO = [72, 101, 108, 108, 111]
@@ -27,7 +21,7 @@ def test_label_positions_of_a8():
     assert index.tolist() == [0 * 4 + 1, 0 * 4 + 2, 1 * 4 + 0]
     assert targets.tolist() == [2, 1, 0]
     for labels in (torch.tensor([[3], [4]]), torch.full((2, 3), -100)):
-        assert [each.shape for each in label_positions(labels)] == [(0,), (0,)]
+        assert [tensor.shape for tensor in label_positions(labels)] == [(0,), (0,)]
 
 
 def test_left_padding_of_a14():
@@ -45,6 +39,14 @@ def test_left_padding_of_a14():
     assert library.std() == pytest.approx(0.113, abs=1e-3)
 
 
+def test_is_right_padded():
+    """Left padding or a hole in the mask passes for right padding, and its mask is dropped."""
+    for mask in ([[1, 1, 1], [1, 0, 0]], [[1, 1, 1]], [[1]], [[0, 0]]):
+        assert is_right_padded(torch.tensor(mask)) is True
+    for mask in ([[0, 1, 1], [1, 1, 1]], [[1, 0, 1]]):
+        assert is_right_padded(torch.tensor(mask)) is False
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_masks_on_cpu_and_gpu_agree():
     """A mask left on the CPU gives other hidden states than one on the GPU."""
@@ -55,34 +57,17 @@ def test_masks_on_cpu_and_gpu_agree():
         assert torch.equal(model.hidden_states(ids, mask), model.hidden_states(ids, mask.to("cuda")))
 
 
-@pytest.mark.parametrize(
-    ("mask", "right"),
-    [([[1, 1, 1], [1, 0, 0]], True), ([[1, 1, 1]], True), ([[0, 1, 1], [1, 1, 1]], False), ([[1, 0, 1]], False),
-     ([[1]], True), ([[0, 0]], True)],
-)
-def test_is_right_padded(mask, right):
-    """Left padding or a hole in the mask passes for right padding, and its mask is dropped."""
-    assert is_right_padded(torch.tensor(mask)) is right
-
-
-def test_facts():
-    """A tied head is counted twice (A22: 9,472 parameters), or context and end-of-text are not the model's."""
-    model = tiny_language_model(positions=64)
-    assert tiny_language_model().parameter_count() == 9472
-    assert (model.context, model.end_ids, model.device.type) == (64, [END], "cpu")
-    assert model.prompt_template is None and model.prompt_max_length is None
-    model.record_training("{article} =>", 50)
-    assert (model.prompt_template, model.prompt_max_length) == ("{article} =>", 50)
-
-
 def test_vocabulary_never_grows():
-    """A [PAD] row is added, whose logit of about 0 beats GPT-2's of about -35 (A13); or a pad token is replaced."""
-    network, tokenizer, padded = tiny_gpt2(), byte_tokenizer(), byte_tokenizer()
+    """A [PAD] row is added, whose logit of about 0 beats GPT-2's of about -35 (A13); or a pad token is replaced; or
+    context and end-of-text are not the model's."""
+    network, tokenizer, padded = tiny_gpt2(positions=64), byte_tokenizer(), byte_tokenizer()
     padded.pad_token = "a"
     assert LanguageModel(network, padded).tokenizer.pad_token_id == ord("a")
     model = LanguageModel(network, tokenizer)
     assert model.tokenizer.pad_token_id == END
     assert len(model.tokenizer) == network.get_input_embeddings().weight.shape[0] == 257
+    assert (model.context, model.end_ids, model.device.type) == (64, [END], "cpu")
+    assert model.prompt_template is None and model.prompt_max_length is None
 
 
 def test_tokenizer_that_cannot_serve():
@@ -97,17 +82,3 @@ def test_tokenizer_that_cannot_serve():
     slow = type("SlowTokenizer", (), {"is_fast": False})()
     with pytest.raises(ModelError, match="SlowTokenizer has no fast version"):
         LanguageModel(tiny_gpt2(), slow)
-
-
-def test_evaluating_restores_each_part():
-    """After validation the student stays in eval mode, or a part that was in eval is set to train (A19)."""
-    model = tiny_language_model(layers=2, dropout=0.1).train()
-    frozen = model.model.transformer.h[0].eval()
-    before = {name: part.training for name, part in model.named_modules()}
-    with evaluating(model):
-        assert not any(part.training for part in model.modules())
-    assert {name: part.training for name, part in model.named_modules()} == before
-    with pytest.raises(KeyError), evaluating(model):
-        raise KeyError
-    assert {name: part.training for name, part in model.named_modules()} == before
-    assert model.training and not frozen.training

@@ -46,8 +46,9 @@ def test_prefixes_of_a22():
     assert list(stripped) == ["transformer.wte.weight", "transformer.h.0.submodule.weight", "transformer.mymodule.bias"]
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "_orig_mod.", "module._orig_mod.", "model.gpt2."])
-@pytest.mark.parametrize("wrapper", [None, "model_state_dict", "state_dict", "model"])
+@pytest.mark.parametrize(("prefix", "wrapper"), [
+    ("", None), ("", "model"), ("module.", "model_state_dict"), ("module.module.", "state_dict"), ("_orig_mod.", None),
+    ("module._orig_mod.", "model"), ("model.gpt2.", "model_state_dict")])
 def test_legacy_file_loads(tmp_path, architecture, prefix, wrapper):
     """Prefixed keys, a nested state dict or old buffers leave the weights random, without an error (A22)."""
     source = tiny_gpt2(seed=3)
@@ -61,18 +62,15 @@ def test_legacy_file_loads(tmp_path, architecture, prefix, wrapper):
     assert model.parameter_count() == 9472
 
 
-def test_legacy_file_of_a_named_architecture(tmp_path, architecture):
-    """A `.pt` file needs the hub, although only the shape of its architecture is asked for."""
-    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 128}
-    path = saved(tmp_path, tiny_gpt2(seed=3).state_dict())
-    model = load_language_model("gpt2", tokenizer=architecture, from_scratch=True, architecture=sizes, weights=path)
-    assert_same_weights(model.model, tiny_gpt2(seed=3))
-
-
-def test_legacy_formats_and_folder_without_weights(tmp_path, architecture):
-    """The format before torch 1.6, half precision or a folder without weights of its own is refused."""
+def test_legacy_formats_and_architectures(tmp_path, architecture):
+    """A `.pt` file needs the hub or a folder with weights, although only the shape of its architecture is asked for;
+    the format before torch 1.6 or half precision is refused."""
     (tmp_path / "model" / "model.safetensors").unlink()
     source = tiny_gpt2(seed=3)
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 128}
+    path = saved(tmp_path, source.state_dict())
+    model = load_language_model("gpt2", tokenizer=architecture, from_scratch=True, architecture=sizes, weights=path)
+    assert_same_weights(model.model, source)
     torch.save(source.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert_same_weights(load_language_model(architecture, weights=str(tmp_path / "old.pt")).model, source)
     half = {key: value.half() for key, value in source.state_dict().items()}
@@ -108,21 +106,18 @@ def test_code_in_a_pickle_never_runs(tmp_path, protocol):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda s: s.pop("transformer.ln_f.bias"), "1 missing (transformer.ln_f.bias)"),
-        (lambda s: s.update({"transformer.more": torch.ones(1)}), "1 unexpected (transformer.more)"),
-        (lambda s: s.update({"transformer.ln_f.bias": torch.ones(3)}), "transformer.ln_f.bias is [3], expected [16]"),
-        (lambda s: s.update({"transformer.ln_f.bias": torch.tensor(1.0)}), "ln_f.bias is [], expected [16]"),
-        (lambda s: s.update({"lm_head.weight": torch.ones(257, 16)}), "lm_head.weight differs from transformer.wte"),
-        (lambda s: s.update({"transformer.wte.weight": torch.tensor(1.0)}), "transformer.wte.weight"),
-        (lambda s: s.update(dict.fromkeys(["transformer.wte.weight", "lm_head.weight"], torch.ones(259, 16))),
-         "is [259, 16], expected [257, 16]"),  # more than the one [PAD] row
-        (lambda s: s.update(tiny_gpt2(layers=2).state_dict()), "12 unexpected (transformer.h.1.attn.c_attn.bias)"),
-        (lambda s: [s.update({f"{key}.x": s.pop(key)}) for key in list(s)], "17 missing"),
-    ],
-)
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda s: s.pop("transformer.ln_f.bias"), "1 missing (transformer.ln_f.bias)"),
+    (lambda s: s.update({"transformer.more": torch.ones(1)}), "1 unexpected (transformer.more)"),
+    (lambda s: s.update({"transformer.ln_f.bias": torch.ones(3)}), "transformer.ln_f.bias is [3], expected [16]"),
+    (lambda s: s.update({"transformer.ln_f.bias": torch.tensor(1.0)}), "ln_f.bias is [], expected [16]"),
+    (lambda s: s.update({"lm_head.weight": torch.ones(257, 16)}), "lm_head.weight differs from transformer.wte"),
+    (lambda s: s.update({"transformer.wte.weight": torch.tensor(1.0)}), "transformer.wte.weight"),
+    (lambda s: s.update(dict.fromkeys(["transformer.wte.weight", "lm_head.weight"], torch.ones(259, 16))),
+     "is [259, 16], expected [257, 16]"),  # more than the one [PAD] row
+    (lambda s: s.update(tiny_gpt2(layers=2).state_dict()), "12 unexpected (transformer.h.1.attn.c_attn.bias)"),
+    (lambda s: [s.update({f"{key}.x": s.pop(key)}) for key in list(s)], "17 missing"),
+])
 def test_keys_that_do_not_fit(tmp_path, change, expected):
     """Missing, unexpected or misshaped keys leave random weights without an error (A22)."""
     state = dict(tiny_gpt2(seed=3).state_dict())
@@ -136,19 +131,15 @@ def test_not_a_state_dict(tmp_path, content):
     assert "is not a state dict" in legacy_refusal(saved(tmp_path, content))
 
 
-@pytest.mark.parametrize("part", [0, 0.001, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_legacy_file_cut_off(tmp_path, part, zipped):
-    """A half-copied file ends in a traceback, or half of its weights are loaded (A21)."""
+def test_legacy_file_cut_off_or_missing(tmp_path, zipped):
+    """A half-copied file, another one or a wrong path ends in a traceback, or half of the weights are loaded (A21)."""
     path = tmp_path / "old.pt"
+    assert "does not exist" in legacy_refusal(path)
     torch.save(tiny_gpt2(seed=3).state_dict(), path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
+    for part in (0, 0.001, 0.1, 0.5, 0.999):
+        path.write_bytes(content[: int(part * len(content))])
+        assert "damaged" in legacy_refusal(path)
+    path.write_text("hello")
     assert "damaged" in legacy_refusal(path)
-
-
-def test_no_file(tmp_path):
-    """A wrong path ends in a traceback."""
-    assert "does not exist" in legacy_refusal(tmp_path / "old.pt")
-    (tmp_path / "text.pt").write_text("hello")
-    assert "damaged" in legacy_refusal(tmp_path / "text.pt")

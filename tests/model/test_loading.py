@@ -116,15 +116,12 @@ def test_folder_without_weights_or_tokenizer(folder):
     assert f"{folder} has no tokenizer (tokenizer.json)" in message and "model_arch.tokenizer" in message
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"n_layer": 2}, "12 of its weights do not fit its config.json, the first is transformer.h.1.attn.c_attn.bias"),
-        ({"n_positions": 64}, "1 of its weights do not fit its config.json, the first is transformer.wpe.weight"),
-        ({"n_layer": "x"}, "cannot be loaded: "),
-        ({"model_type": "t5"}, "cannot be loaded: "),
-    ],
-)
+@pytest.mark.parametrize(("values", "expected"), [
+    ({"n_layer": 2}, "12 of its weights do not fit its config.json, the first is transformer.h.1.attn.c_attn.bias"),
+    ({"n_positions": 64}, "1 of its weights do not fit its config.json, the first is transformer.wpe.weight"),
+    ({"n_layer": "x"}, "cannot be loaded: "),
+    ({"model_type": "t5"}, "cannot be loaded: "),
+])
 def test_config_that_does_not_fit_the_weights(folder, values, expected):
     """Weights that are missing or of another shape are random in silence (A22), or a traceback."""
     edit_config(folder, **values)
@@ -133,14 +130,14 @@ def test_config_that_does_not_fit_the_weights(folder, values, expected):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("size", [0, 20, 500])
-def test_file_cut_off(folder, file, size):
+def test_file_cut_off(folder, file):
     """A half-copied folder ends in a traceback of one of the libraries (A21)."""
     path = folder / file
     content = path.read_bytes()
-    path.write_bytes(content[: min(size, len(content) - 5)])
-    message = refusal(folder)
-    assert message.startswith(str(folder)) and "cannot be loaded" in message
+    for size in (0, 20, 500):
+        path.write_bytes(content[: min(size, len(content) - 5)])
+        message = refusal(folder)
+        assert message.startswith(str(folder)) and "cannot be loaded" in message
 
 
 def test_code_beside_a_model_never_runs(folder, tmp_path, monkeypatch):
@@ -195,11 +192,9 @@ def test_hub_out_of_reach(name, offline, monkeypatch):
 def test_gpt2_shapes_need_no_hub(name, tokenizer):
     """A shape of the GPT-2 family is not known without the hub, or is not the published one."""
     with torch.device("meta"):
-        model = load_language_model(
-            "openai-community/" + name, tokenizer=tokenizer, from_scratch=True, architecture={"vocab_size": 50257}
-        )
-    assert model.parameter_count() == GPT2_PARAMETERS[name]
-    assert model.context == 1024
+        model = load_language_model("openai-community/" + name, tokenizer=tokenizer, from_scratch=True,
+                                    architecture={"vocab_size": 50257})
+    assert (model.parameter_count(), model.context) == (GPT2_PARAMETERS[name], 1024)
     check_same_architecture(model.model.config, name)
 
 
@@ -210,22 +205,18 @@ def test_from_scratch(tokenizer):
     config = model.model.config
     assert (config.vocab_size, config.eos_token_id, config.bos_token_id) == (257, END, END)
     assert (len(model.model.transformer.h), model.context) == (3, 32)
-    assert model.parameter_count() == 257 * 16 + 32 * 16 + 3 * (12 * 16**2 + 13 * 16) + 2 * 16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     other = load_language_model("gpt2", tokenizer=tokenizer, from_scratch=True, architecture=sizes)
     assert not torch.equal(model.model.transformer.wte.weight, other.model.transformer.wte.weight)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "expected"),
-    [
-        ({"n_layre": 2}, "architecture.n_layre is unknown: did you mean n_layer?"),
-        ({"n_positions": -1}, "architecture.n_positions is -1: expected at least 1"),
-        ({"n_layer": "two"}, "architecture.n_layer is 'two': "),
-        ({"n_head": 5}, "'gpt2' cannot be built with this architecture: "),
-        ({"vocab_size": 256}, "257 tokens but the model's embedding only 256 rows"),
-    ],
-)
+@pytest.mark.parametrize(("architecture", "expected"), [
+    ({"n_layre": 2}, "architecture.n_layre is unknown: did you mean n_layer?"),
+    ({"n_positions": -1}, "architecture.n_positions is -1: expected at least 1"),
+    ({"n_layer": "two"}, "architecture.n_layer is 'two': "),
+    ({"n_head": 5}, "'gpt2' cannot be built with this architecture: "),
+    ({"vocab_size": 256}, "257 tokens but the model's embedding only 256 rows"),
+])
 def test_architecture_that_cannot_be(tokenizer, architecture, expected):
     """A misspelt or impossible override is ignored, gives a model without layers, or a traceback."""
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2} | architecture
@@ -233,9 +224,12 @@ def test_architecture_that_cannot_be(tokenizer, architecture, expected):
 
 
 def test_architecture_of_pretrained_weights(folder):
-    """An override is applied to a model whose stored weights then do not fit."""
+    """An override is applied to a model whose stored weights then do not fit; a name that is not theirs is believed."""
     message = refusal(folder, architecture={"n_layer": 2})
     assert "{'n_layer': 2}" in message and "from_scratch" in message
+    check_same_architecture(tiny_gpt2().config, str(folder))
+    with pytest.raises(ModelError, match=r"not a 'gpt2-medium': its num_hidden_layers is 1, 'gpt2-medium' has 24"):
+        check_same_architecture(tiny_gpt2().config, "gpt2-medium")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -263,11 +257,3 @@ def test_demo_models(tokenizer, monkeypatch, tmp_path, name, layers, width):
     assert dropout_rates(model) == {0.0}
     monkeypatch.setattr(loading, "DEMO_TOKENIZER", tmp_path / "no-tokenizer")
     assert "no-tokenizer is missing" in (message := refusal(name)) and "python -m data.demo_news" in message
-
-
-def test_same_architecture(folder):
-    """A model name that is not the checkpoint's is believed."""
-    network = tiny_gpt2()
-    check_same_architecture(network.config, str(folder))
-    with pytest.raises(ModelError, match=r"not a 'gpt2-medium': its num_hidden_layers is 1, 'gpt2-medium' has 24"):
-        check_same_architecture(network.config, "gpt2-medium")

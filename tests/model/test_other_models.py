@@ -1,5 +1,7 @@
 """Models that others made, against the library's own reading, `generate` and `pipeline`."""
 
+import copy
+import functools
 import json
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def with_added(tokenizer: PreTrainedTokenizerFast, *tokens: str, **special) -> P
     return tokenizer
 
 
+@functools.cache
 def trained_tokenizer(kind: str, start: bool = True) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer with special tokens. kind: ByteLevel, or how it puts "▁" before a text: Metaspace "always"
     or "first", or the normalizer "prepend" of Llama 2. start: whether it puts <s> before a text."""
@@ -89,79 +92,95 @@ TEMPLATES = [
 ]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("kind", ["bytes", "always", "first", "prepend"])
-def test_prompt_is_what_the_library_reads(kind, template):
-    """Fault: a special token in prompt_template was cut into characters, and a tokenizer that begins every text with
-    "▁" did so at each part of the prompt: ROUGE 0 for a model fine-tuned elsewhere on such prompts."""
-    tokenizer = trained_tokenizer(kind)
-    prompt_format = PromptFormat(tokenizer, template, max_length=200)
-    (prompt,) = prompt_format.prediction_prompts([TEXT], 20)
-    assert prompt == tokenizer(template.format(article=TEXT)).input_ids
-    ((ids, boundary),) = prompt_format.training_rows([TEXT], ["He left."])
-    assert ids[:boundary] == prompt and ids[-1] == tokenizer.eos_token_id
-    assert prompt_format.decode(ids[boundary:]) == "He left."
-    if not template.endswith(("\n", "<|sum|>", "[/INST]")):
-        assert ids[:-1] == tokenizer(template.format(article=TEXT) + " He left.").input_ids
-
-
-@pytest.mark.parametrize("special", ["<|sum|>", "</s>", "[/INST]"])
-def test_special_tokens_in_texts_stay_text(special):
-    """Fault: an article or highlights that hold the text of a special token would end or divide the row (A12)."""
-    tokenizer = trained_tokenizer("bytes")
-    prompt_format = PromptFormat(tokenizer, "{article}<|sum|>", max_length=200)
-    ((ids, boundary),) = prompt_format.training_rows([f"a{special}b"], [f"c {special} d"])
-    token = tokenizer.convert_tokens_to_ids(special)
-    assert ids.count(token) == {"<|sum|>": 1, "</s>": 1, "[/INST]": 0}[special]
-    assert ids[boundary - 1] == tokenizer.convert_tokens_to_ids("<|sum|>")
-
-
-def test_begin_of_text_stands_once():
-    """Fault: a template that writes the begin-of-text, as chat formats do, had it twice."""
-    tokenizer = trained_tokenizer("always")
-    (prompt,) = PromptFormat(tokenizer, "<s>[INST] {article} [/INST]", 200).prediction_prompts([TEXT], 20)
-    assert prompt == tokenizer(f"<s>[INST] {TEXT} [/INST]", add_special_tokens=False).input_ids
-    assert prompt.count(tokenizer.bos_token_id) == 1
-
-
 MODERN = "[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s+"  # as Llama 3 splits
 
 
-@pytest.mark.parametrize("template", [
-    "{article}\nTL;DR:", '"{article}"\nTL;DR:', "({article}) =>", "{article}. Summary:"])
-def test_article_and_template_are_read_together(template):
-    """Fault: a tokenizer that reads "." and a line end as one token (Llama 3, Qwen) was given two."""
+def modern_tokenizer() -> PreTrainedTokenizerFast:
+    """It reads "." and a line end as one token, as Llama 3 and Qwen do."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(MODERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
     lines = [*SENTENCES, *(f"{text}\nTL;DR: a" for text in SENTENCES), '."\n', ".\n", "..", ".)"]
     made.train_from_iterator(lines * 3, trainers.BpeTrainer(
         vocab_size=500, special_tokens=["</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
-    for text in (TEXT, TEXT + "\n", "He said:", "no end"):
-        prompt_format = PromptFormat(tokenizer, template, 200)
-        (prompt,) = prompt_format.prediction_prompts([text], 20)
-        assert prompt == tokenizer(template.format(article=text)).input_ids
-    (prompt,) = prompt_format.prediction_prompts([TEXT * 20], 20)
-    assert len(prompt) == 180 and prompt[-len(prompt_format.suffix_ids) :] == prompt_format.suffix_ids
-    ((ids, boundary),) = prompt_format.training_rows([TEXT], ["He left."])
-    shorter = prompt_format.shorten(ids[:boundary], 200 - boundary + 5)
-    assert len(shorter) <= boundary - 5 and shorter[-len(prompt_format.suffix_ids) :] == prompt_format.suffix_ids
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
 
 
-def test_spaces_before_words_stay():
-    """Fault: a tokenizer that splits at white space first and then puts "▁" before each word (T5, XLM-R) lost every
-    space in highlights and in the template."""
+def words_first() -> PreTrainedTokenizerFast:
+    """It splits at white space and then puts "▁" before each word, as T5 and XLM-R do."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     made.decoder = decoders.Metaspace()
     made.train_from_iterator(SENTENCES + list("TLDR;:"), trainers.UnigramTrainer(
         vocab_size=120, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
-    ((ids, boundary),) = PromptFormat(tokenizer, "{article} TL;DR:", 200).training_rows([TEXT], [TEXT])
-    assert ids[:-1] == tokenizer(f"{TEXT} TL;DR: {TEXT}").input_ids
-    assert PromptFormat(tokenizer).decode(ids[boundary:]) == TEXT
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+def with_runs() -> PreTrainedTokenizerFast:
+    """Runs of line ends or spaces are added tokens that are not special, as Gemma's and NeoX's."""
+    tokenizer = copy.deepcopy(trained_tokenizer("bytes"))
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("  ", normalized=False)])
+    return tokenizer
+
+
+ENDINGS = [TEXT + "\n", "He said:", "no end", TEXT]
+READ = {  # tokenizer, templates, articles, the last of which is long enough to be cut
+    **{kind: (lambda kind=kind: trained_tokenizer(kind), TEMPLATES, [TEXT])
+       for kind in ("bytes", "always", "first", "prepend")},
+    "modern": (modern_tokenizer, ["{article}\nTL;DR:", '"{article}"\nTL;DR:', "({article}) =>", "{article}. Summary:"],
+               ENDINGS),
+    "words first": (words_first, ["{article} TL;DR:"], [TEXT]),
+    "runs": (with_runs, ["{article}\n\nTL;DR:", "News:\n\n{article}   TL;DR:", "<|sum|>  {article}"],
+             [" " + TEXT, *ENDINGS]),
+}
+
+
+@pytest.mark.parametrize(("make", "templates", "articles"), READ.values(), ids=READ)
+def test_prompt_is_what_the_library_reads(make, templates, articles):
+    """Fault: a special token in prompt_template was cut into characters; a tokenizer that begins every text with "▁"
+    did so at each part of the prompt; what it reads as one token across a seam was two; spaces before words were lost:
+    ROUGE 0 for a model fine-tuned elsewhere on such prompts."""
+    tokenizer = make()
+    for template in templates:
+        prompt_format = PromptFormat(tokenizer, template, max_length=200)
+        for article in articles:
+            ((ids, boundary),) = prompt_format.training_rows([article], ["He left."])
+            assert ids[:boundary] == tokenizer(template.format(article=article)).input_ids, template
+            assert prompt_format.prediction_prompts([article], 20) == [ids[:boundary]]
+            assert ids[-1] == tokenizer.eos_token_id and prompt_format.decode(ids[boundary:]) == "He left."
+            if not template.endswith(("\n", "<|sum|>", "[/INST]")) and make is not with_runs:
+                assert ids[:-1] == tokenizer(template.format(article=article) + " He left.").input_ids
+        (cut,) = prompt_format.prediction_prompts([TEXT * 20], 20)
+        suffix = prompt_format.suffix_ids
+        assert len(cut) == 180 and cut[180 - len(suffix) :] == suffix
+        shorter = prompt_format.shorten(ids[:boundary], 200 - boundary + 5)
+        assert len(shorter) <= boundary - 5 and shorter[len(shorter) - len(suffix) :] == suffix
+
+
+@pytest.mark.parametrize("kind", ["always", "bytes"])
+def test_begin_of_text_is_there_once(kind):
+    """Fault: a template that writes the begin-of-text, as chat formats do, had it twice."""
+    tokenizer = trained_tokenizer(kind)
+    (prompt,) = PromptFormat(tokenizer, "<s>[INST] {article} [/INST]", 200).prediction_prompts([TEXT], 20)
+    assert prompt == tokenizer(f"<s>[INST] {TEXT} [/INST]", add_special_tokens=False).input_ids
+    assert prompt.count(tokenizer.bos_token_id) == 1
+
+
+def test_special_tokens_in_texts_stay_text():
+    """Fault: an article or highlights that hold the text of a special token would end or divide the row (A12)."""
+    tokenizer = trained_tokenizer("bytes")
+    prompt_format = PromptFormat(tokenizer, "{article}<|sum|>", max_length=200)
+    for special, count in (("<|sum|>", 1), ("</s>", 1), ("[/INST]", 0)):
+        ((ids, boundary),) = prompt_format.training_rows([f"a{special}b"], [f"c {special} d"])
+        assert ids.count(tokenizer.convert_tokens_to_ids(special)) == count
+        assert ids[boundary - 1] == tokenizer.convert_tokens_to_ids("<|sum|>")
+    # Of a long article the end is cut, not a marker or the beginning of the template.
+    template = "News: {article}<|sum|>"
+    (prompt,) = PromptFormat(tokenizer, template, max_length=60).prediction_prompts([TEXT * 20], 10)
+    assert len(prompt) == 50 and prompt[-1] == tokenizer.convert_tokens_to_ids("<|sum|>")
+    assert prompt[:-1] == tokenizer(template.format(article=TEXT * 20)).input_ids[:49]
 
 
 def test_what_changes_ids_changes_the_fingerprint():
@@ -173,16 +192,6 @@ def test_what_changes_ids_changes_the_fingerprint():
             rows = str(prompt_format.training_rows([TEXT, "a", ""], [TEXT, "b", "c"]))
             assert seen.setdefault(prompt_format.fingerprint(), rows) == rows
     assert len(seen) == 4 * len(TEMPLATES)
-
-
-def test_added_tokens_that_are_not_special():
-    """Fault: runs of line ends or spaces that a tokenizer has as added tokens (Gemma, NeoX) ended the text around."""
-    tokenizer = trained_tokenizer("bytes")
-    tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("  ", normalized=False)])
-    for template in ("{article}\n\nTL;DR:", "News:\n\n{article}   TL;DR:", "<|sum|>  {article}"):
-        for text in (TEXT, TEXT + "\n", " " + TEXT):
-            (prompt,) = PromptFormat(tokenizer, template, 200).prediction_prompts([text], 20)
-            assert prompt == tokenizer(template.format(article=text)).input_ids
 
 
 def test_begin_of_text_of_a_tokenizer_without_the_letter_a():
@@ -203,17 +212,6 @@ def test_an_end_that_its_file_does_not_flag_as_special():
                                         eos_token="<|endoftext|>")
     (prompt,) = PromptFormat(tokenizer, "{article}", 100).prediction_prompts(["a<|endoftext|>b"], 5)
     assert END not in prompt
-
-
-def test_long_article_is_cut_between_template_and_special_tokens():
-    """Fault: of an article that is too long, a marker or the template's beginning is cut away."""
-    tokenizer = trained_tokenizer("bytes")
-    template = "News: {article}<|sum|>"
-    prompt_format = PromptFormat(tokenizer, template, max_length=60)
-    (prompt,) = prompt_format.prediction_prompts([TEXT * 20], 10)
-    assert len(prompt) == 50 and prompt[-1] == tokenizer.convert_tokens_to_ids("<|sum|>")
-    whole = tokenizer(template.format(article=TEXT * 20)).input_ids
-    assert prompt[:-1] == whole[:49]
 
 
 # -- rows of the embedding that no token uses ----------------------------------------------------------------------
@@ -245,8 +243,7 @@ def model_with_unused(kind: str, family: str) -> tuple[LanguageModel, list[int],
     return model, unused, kept
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Llama"])
-@pytest.mark.parametrize("kind", UNUSED)
+@pytest.mark.parametrize(("kind", "family"), [("pad row", "Llama"), ("gaps and padding", "GPT2")])
 def test_unused_rows_are_never_generated(kind, family, tmp_path):
     """Fault: the loss leaves out rows of the embedding behind the tokenizer's tokens, decoding did not: perplexity 1.3
     and every prediction empty, here and in the library on the saved folder."""
@@ -345,7 +342,7 @@ def test_a_student_with_padding_rows_is_distilled(tmp_path):
 
 
 def test_a_run_with_removed_rows_resumes_exactly(tmp_path):
-    """Fault: rows are removed again, or not, when a run goes on, so that its weights or optimizer no longer fit."""
+    """Fault: rows are removed again, or not, when a run resumes, so that its weights or optimizer no longer fit."""
     weights = []
     for stops in ((6,), (3, 6)):
         folder = tmp_path / str(len(stops))
@@ -367,10 +364,10 @@ def test_a_row_ends_at_any_end(family, listed, tmp_path):
     """Fault: a generation_config lists several ends of text (Llama 3, Qwen, Gemma): the library stops at any, we at
     one; or it names another than the tokenizer's, or none, and what we saved did not say where its texts end."""
     network = on_tokenizer(byte_tokenizer(), family=family).model
-    prompts = random_prompts([3, 9, 25, 14, 7, 2])
-    settings = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": END}
+    prompts = random_prompts([3, 9, 25, 2])
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": END}
     endless = generated(network, prompts, [], **settings)
-    first, second = endless[0][8], endless[1][20]
+    first, second = endless[0][8], endless[1][14]
     others = {"end and others": [first, second], "one other": [first], "none": []}[listed]
     network.generation_config.eos_token_id = {
         "end and others": [END, *others], "one other": first, "none": None}[listed]
@@ -378,16 +375,16 @@ def test_a_row_ends_at_any_end(family, listed, tmp_path):
     assert model.end_ids == expected
     settings["eos_token_id"] = expected
     wanted = generated(network, prompts, expected, **settings)
-    assert greedy_decode(model, prompts, 40, 4) == wanted
-    assert listed == "none" or min(map(len, wanted)) < 20
+    assert greedy_decode(model, prompts, 24, 3) == wanted
+    assert listed == "none" or min(map(len, wanted)) < 15
     assert beam_search(model, prompts, 10, 3) == generated(
         model.model, prompts, expected, **{**settings, "max_new_tokens": 10, "num_beams": 3})
-    drawn = draw_rollouts(make_decoder(model), None, prompts, 40, 3, SamplingOptions(0.0, 1.0),
-                          row_uniforms(0, 0, list(range(6)), 40))
+    drawn = draw_rollouts(make_decoder(model), None, prompts, 24, 3, SamplingOptions(0.0, 1.0),
+                          row_uniforms(0, 0, list(range(4)), 24))
     for ids in drawn.tokens:
-        assert not set(ids[:-1]) & set(expected) and (len(ids) == 40 or ids[-1] in expected)
+        assert not set(ids[:-1]) & set(expected) and (len(ids) == 24 or ids[-1] in expected)
 
-    model.record_training("{article}", 300, 40)
+    model.record_training("{article}", 300, 24)
     model.save(tmp_path)
     saved, config = (json.loads((tmp_path / name).read_text()) for name in ("generation_config.json", "config.json"))
     assert saved["eos_token_id"] == (expected if len(expected) > 1 else END)
@@ -414,8 +411,8 @@ def texts_of_pipeline(folder: Path, prompts: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("own", [
-    {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
-    {"num_beams": 4, "length_penalty": 2.0}, {"min_new_tokens": 12}, {"max_length": 20},
+    {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.8, "no_repeat_ngram_size": 2},
+    {"num_beams": 4, "length_penalty": 2.0, "min_new_tokens": 12, "max_length": 20},
 ])
 def test_the_plain_client_writes_what_we_write(own, tmp_path):
     """Fault: `pipeline("text-generation", checkpoint)` sampled, or kept the penalties and limits of the base."""
@@ -424,7 +421,7 @@ def test_the_plain_client_writes_what_we_write(own, tmp_path):
     model.model.config.task_specific_params = {"text-generation": {"do_sample": True, "max_length": 50}}
     prompt_format = PromptFormat(model.tokenizer, max_length=128)
     model.record_training(prompt_format.template, 128, 15)
-    articles = [row["article"][:80] for row in make_rows(12)]
+    articles = [row["article"][:80] for row in make_rows(8)]
     prompts = prompt_format.prediction_prompts(articles, 15)
     texts = [prompt_format.decode(ids) for ids in greedy_decode(model, prompts, 15)]
     assert len(set(map(len, texts))) > 2, "the rows should end at different times"
@@ -441,10 +438,8 @@ LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "sho
 LIMITED = {
     "GPTNeo": {"vocab_size": 257, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64,
                "max_position_embeddings": 128, "window_size": WINDOW, "attention_types": [[["global", "local"], 1]]},
-    "Mistral": {"sliding_window": WINDOW},
     "Qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
-    "Gemma2": {"sliding_window": WINDOW, "head_dim": 8},
-    "Gemma3Text": {"sliding_window": WINDOW, "head_dim": 8, "num_hidden_layers": 7},
+    "Gemma3Text": {"sliding_window": WINDOW, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "Phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": WINDOW, "pad_token_id": None},
     "Llama": {"rope_parameters": LONG_ROPE},
     "Llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0,
@@ -461,11 +456,11 @@ def test_rows_on_both_sides_of_a_limit(name):
     config = getattr(transformers, f"{name.split()[0]}Config")(**{**common, **LIMITED[name]})
     model = LanguageModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32), byte_tokenizer())
     verify_model(model)
-    prompts = random_prompts([WINDOW - 1, 3, WINDOW, WINDOW + 1, 2, WINDOW + 9, 40, 1, 60, WINDOW - 5])
+    prompts = random_prompts([WINDOW - 1, 3, WINDOW, WINDOW + 1, 40, WINDOW - 5])
     settings = {"do_sample": False, "eos_token_id": END, "pad_token_id": END}
     assert greedy_decode(model, prompts, 12) == generated(model.model, prompts, [END], max_new_tokens=12, **settings)
-    assert beam_search(model, prompts, 5, 2) == generated(
-        model.model, prompts, [END], max_new_tokens=5, num_beams=2, **settings)
+    assert beam_search(model, prompts[:4], 5, 2) == generated(
+        model.model, prompts[:4], [END], max_new_tokens=5, num_beams=2, **settings)
 
 
 # -- the same vocabulary, read otherwise ---------------------------------------------------------------------------
@@ -504,9 +499,9 @@ def test_another_reading_of_the_same_vocabulary_is_refused(kind):
     assert plain.get_vocab() == other.get_vocab()
     check_same_reading(plain, PromptFormat(changed_tokenizer(lambda values: None)), [*VARIED, TEXT])
     for teacher, student in ((plain, other), (other, plain)):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(ModelError, match="read text differently") as caught:
             check_same_reading(teacher, PromptFormat(student), [*VARIED, TEXT])
-        assert "read text differently" in str(caught.value) and "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_train_kd_refuses_another_reading(tmp_path, capsys):

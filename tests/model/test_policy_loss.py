@@ -36,8 +36,8 @@ class Case:
         self.embeddings = unit_embeddings(random(VOCABULARY, 5))
 
     def leaves(self, dtype=None) -> list:
-        return [None if each is None else each.detach().to(dtype or each.dtype).requires_grad_()
-                for each in (self.hidden, self.weight, self.bias)]
+        return [None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+                for tensor in (self.hidden, self.weight, self.bias)]
 
     def ours(self, **options):
         """(PolicyLoss, gradients of hidden, weight, bias)."""
@@ -45,13 +45,13 @@ class Case:
         loss = policy_loss(hidden, OutputHead(weight, bias, self.scale, self.cap), self.drawn, self.of_teacher,
                            vocabulary=VOCABULARY, **options)
         loss.loss_sum.backward()
-        return loss, [each.grad for each in leaves if each is not None]
+        return loss, [tensor.grad for tensor in leaves if tensor is not None]
 
 
 def pair_penalties(q: torch.Tensor, embeddings: torch.Tensor, floor: float = FLOOR) -> list[torch.Tensor]:
     """Frequency, diversity and entropy of one sequence, pair by pair."""
     pairs = [(left, right) for left in range(len(q)) for right in range(len(q)) if left != right]
-    entropy = sum(torch.relu(1 + (each * each.log()).sum() / floor) for each in q) / len(q)
+    entropy = sum(torch.relu(1 + (tensor * tensor.log()).sum() / floor) for tensor in q) / len(q)
     if not pairs:
         return [q.new_zeros(()), q.new_zeros(()), entropy]
     points = q @ embeddings
@@ -68,9 +68,9 @@ def formula(case: Case, temperature=1.0, factor=1.0, clip=EPSILON, weights=None)
     logits = logits if case.cap is None else case.cap * torch.tanh(logits / case.cap)
     states, head = case.of_teacher
     of_teacher = states.double() @ head.weight.double().T + head.bias.double()
-    q, p = (torch.softmax(each[:, :VOCABULARY] / temperature, -1) for each in (logits, of_teacher))
+    q, p = (torch.softmax(tensor[:, :VOCABULARY] / temperature, -1) for tensor in (logits, of_teacher))
     tokens, _, log_drawn, advantages, of_tokens, of_states, _ = (
-        each.double() if torch.is_tensor(each) and each.is_floating_point() else each for each in case.drawn)
+        tensor.double() if torch.is_tensor(tensor) and tensor.is_floating_point() else tensor for tensor in case.drawn)
     x = of_tokens * q[torch.arange(POSITIONS), tokens] / log_drawn.exp()
     plain = -x * advantages
     clipped = plain if clip is None else -x.clamp(1 - clip, 1 + clip) * advantages
@@ -81,13 +81,14 @@ def formula(case: Case, temperature=1.0, factor=1.0, clip=EPSILON, weights=None)
         **dict.fromkeys(["frequency_penalty", "diversity_penalty", "entropy_penalty"], q.new_zeros(())),
     }
     if weights is not None:
-        for each in q.split(COUNTS):
-            for name, value in zip(list(sums)[-3:], pair_penalties(each, case.embeddings.double()), strict=True):
-                sums[name] = sums[name] + len(each) * value
+        for tensor in q.split(COUNTS):
+            for name, value in zip(list(sums)[-3:], pair_penalties(tensor, case.embeddings.double()), strict=True):
+                sums[name] = sums[name] + len(tensor) * value
     weighted = sum(by * sums[name] for by, name in zip(weights or (0, 0, 0), list(sums)[-3:], strict=True))
     sums["loss_sum"] = factor * (sums["single_step"] + sums["long_term"] + weighted)
     sums["loss_sum"].backward()
-    return {name: each.detach() for name, each in sums.items()}, [each.grad for each in leaves if each is not None]
+    gradients = [tensor.grad for tensor in leaves if tensor is not None]
+    return {name: tensor.detach() for name, tensor in sums.items()}, gradients
 
 
 def assert_as_formula(ours, theirs, tolerance: float) -> None:
@@ -127,23 +128,23 @@ def test_heads_in_float32(options):
 def test_no_sequence_at_all_gives_a_zero_with_a_graph():
     """Fault: NaN, or a constant without a graph, where a process has no rollouts."""
     case = Case()
-    none = PolicyTokens(case.drawn.tokens[:0], [], *(each[:0] for each in case.drawn[2:]))
+    none = PolicyTokens(case.drawn.tokens[:0], [], *(tensor[:0] for tensor in case.drawn[2:]))
     hidden, weight, bias = leaves = [case.hidden[:0].requires_grad_(), *case.leaves()[1:]]
     for penalties in (None, Penalties(*WEIGHTS, FLOOR, case.embeddings)):
         loss = policy_loss(hidden, OutputHead(weight, bias), none, case.of_teacher._replace(hidden=torch.zeros(
             0, TEACHER_WIDTH, dtype=torch.float64)), vocabulary=VOCABULARY, penalties=penalties)
-        assert all(each == 0 for each in loss)
-        assert all((each == 0).all() for each in torch.autograd.grad(loss.loss_sum, leaves))
+        assert all(tensor == 0 for tensor in loss)
+        assert all((tensor == 0).all() for tensor in torch.autograd.grad(loss.loss_sum, leaves))
 
 
 def test_constants_have_no_gradient_and_sums_no_graph():
     """Fault: the advantage, the weight or the teacher is differentiated, or the log keeps the graph alive."""
     case = Case()
-    case.drawn = PolicyTokens(*(each.requires_grad_() if torch.is_tensor(each) and each.is_floating_point() else each
-                                for each in case.drawn))
+    case.drawn = PolicyTokens(*(part.requires_grad_() if torch.is_tensor(part) and part.is_floating_point() else part
+                                for part in case.drawn))
     loss, _ = case.ours(penalties=Penalties(*WEIGHTS, FLOOR, case.embeddings))
-    assert all(each.grad is None for each in case.drawn if torch.is_tensor(each))
-    assert not any(each.requires_grad for each in loss[1:])
+    assert all(tensor.grad is None for tensor in case.drawn if torch.is_tensor(tensor))
+    assert not any(tensor.requires_grad for tensor in loss[1:])
 
 
 def test_chunks_hold_whole_sequences():

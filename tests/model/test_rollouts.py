@@ -72,8 +72,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("options", "temperature"), zip(OPTIONS, [1.0, 0.6] * 3 + [1.0], strict=True), ids=str)
 def test_rollouts_equal_a_plain_sampler(student, teacher, options, temperature):
     """Fault: another mixture, temperature or truncation than asked; or what is noted belongs to another place."""
     rollouts = rolled(student, teacher, options, temperature=temperature)
@@ -97,15 +96,15 @@ def test_rollouts_equal_a_plain_sampler(student, teacher, options, temperature):
     assert not any(values.requires_grad for values in rollouts[1:])
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[6]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[2], OPTIONS[6]], ids=str)
 def test_a_row_depends_on_no_other(student, teacher, options):
     """Fault: slots, neighbours or their order change what a row draws."""
     right = rolled(student, teacher, options, slots=1).tokens
-    for slots in (2, 3, 5, 7, 50):
+    for slots in (3, 5, 50):
         assert rolled(student, teacher, options, slots).tokens == right
-    for row, tokens in enumerate(right):
+    for row in (0, 4):
         one = rolled(student, teacher, options, 1, [PROMPTS[row]], UNIFORMS[row : row + 1])
-        assert one.tokens == [tokens]
+        assert one.tokens == [right[row]]
 
 
 def test_what_was_asked_for_later_changes_nothing_before(student, teacher):
@@ -118,13 +117,12 @@ def test_what_was_asked_for_later_changes_nothing_before(student, teacher):
         tokens[:1] for tokens in right
     ]
     sets = [rolled(student, teacher, options, uniforms=row_uniforms(*numbers, list(range(7)), MOST)).tokens
-            for numbers in ((1, 0), (1, 1), (1, 2), (2, 0))]
+            for numbers in ((1, 0), (1, 1), (2, 0))]
     assert all(one != other for one, other in itertools.combinations(sets, 2))
     assert len({tuple(tokens[:3]) for tokens in rolled(student, teacher, options, 3, [[1, 2]] * 7).tokens}) > 1
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_padding_rows_of_a_head_are_never_drawn(alpha):
+def test_padding_rows_of_a_head_are_never_drawn():
     """Fault: rows of the head behind the vocabulary, here the likeliest by far, take part in the softmax."""
     models = [word_model(seed, SIZE, padding=3) for seed in (1, 2)]
     decoders = []
@@ -132,7 +130,7 @@ def test_padding_rows_of_a_head_are_never_drawn(alpha):
         bias = torch.zeros(SIZE + 3, dtype=torch.float64)
         bias[SIZE:] = 1000.0
         decoders.append(make_decoder(model, OutputHead(model.output_head().weight, bias), SIZE))
-    options = SamplingOptions(alpha)
+    options = SamplingOptions(0.5)
     rollouts = draw_rollouts(*decoders, PROMPTS, MOST, 3, options, UNIFORMS)
     for row, prompt in enumerate(PROMPTS):
         tokens, logs = sampled(*models, prompt, UNIFORMS[row], options)
@@ -140,7 +138,7 @@ def test_padding_rows_of_a_head_are_never_drawn(alpha):
         assert rollouts.behavior_log_probs[row, : len(tokens)].tolist() == pytest.approx(logs, abs=1e-10)
 
 
-@pytest.mark.parametrize(("first", "second"), [("Llama", "GPT2"), ("GPT2", "Bloom"), ("Gemma2", "Mistral")])
+@pytest.mark.parametrize(("first", "second"), [("GPT2", "Bloom"), ("Gemma2", "Mistral")])
 def test_models_of_two_families(first, second):
     """Fault: two kinds of slots in one loop, or a head's cap, give other rollouts than the models alone."""
     models = [tiny_family(name).eval().double() for name in (first, second)]
@@ -174,7 +172,7 @@ def test_bfloat16_autocast():
         drawing = log_softmax(forward(models[0], prompt + tokens)[1][len(prompt) - 1 : -1], 0.7)
         entropy = -(np.exp(drawing) * drawing).sum(-1)
         np.testing.assert_allclose(rollouts.entropy[row, : len(tokens)].numpy(), entropy, rtol=0, atol=0.08)
-    assert all(each.isfinite().all() for each in rollouts[1:])
+    assert all(noted.isfinite().all() for noted in rollouts[1:])
 
 
 def test_nothing_and_too_much(student):
@@ -199,8 +197,8 @@ LABELS = [[-100, -100, 111, 107, 256, -100], [-100, -100, 110, 111, 33, 256]]
 def test_as_batch_and_back():
     """Fault: an end-of-text that was drawn is taken for padding, or padding for a label, as pad = end (A12)."""
     ours = as_batch([[81, 58], [81, 58]], [[111, 107, 256], [110, 111, 33, 256]], END)
-    assert [each.tolist() for each in ours] == [IDS, ATTENDED, LABELS]
-    assert all(each.dtype == torch.int64 for each in ours)
+    assert [tensor.tolist() for tensor in ours] == [IDS, ATTENDED, LABELS]
+    assert all(tensor.dtype == torch.int64 for tensor in ours)
     ids, attended, labels = as_batch([[256, 1, 2], [3]], [[256], [256, 4, 256, 5, 6]], END)  # ends in prompt and middle
     assert ids.tolist() == [[256, 1, 2, 256, 256, 256], [3, 256, 4, 256, 5, 6]]
     assert attended.tolist() == [[1, 1, 1, 1, 0, 0], [1] * 6]
@@ -210,7 +208,7 @@ def test_as_batch_and_back():
     assert split_rows(parts) == (prompts, tokens)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 11, 128])
+@pytest.mark.parametrize("chunk_size", [1, 3, 128])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_token_log_probs(chunk_size, dtype, tolerance, temperature):

@@ -38,7 +38,7 @@ def test_teacher_is_frozen_and_in_eval_mode():
     objective.train()
     assert all(part.training for part in objective.modules())
     assert not any(part.training for part in teacher.modules())
-    assert not any(each.requires_grad for each in teacher.parameters())
+    assert not any(value.requires_grad for value in teacher.parameters())
     batch = random_rows([(20, [18, 19])])
     first, second = (objective.teacher.outputs(*batch) for _ in range(2))
     assert torch.equal(first.hidden, second.hidden)
@@ -47,14 +47,14 @@ def test_teacher_is_frozen_and_in_eval_mode():
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.1)
     objective(*batch).loss_sum.backward()
     optimizer.step()
-    assert all(each.grad is None for each in teacher.parameters())
+    assert all(value.grad is None for value in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(part.training for part in student.modules())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_cast_once_give_what_autocast_gives(family):
-    """Fault: the teacher's products run in bfloat16 on weights that are cast anew in each step, or its embedding and
+    """Fault: the teacher's products run in bfloat16 on weights that are cast again in each step, or its embedding and
     norms are rounded with them."""
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
     batch = random_rows([(20, [17, 18, 19]), (12, [10, 11])])
@@ -109,9 +109,9 @@ def test_outputs_go_to_the_student_s_device():
     batch = random_rows(ROWS)
     assert teacher.hidden(*batch).device.type == "cpu"
     outputs = [teacher.outputs(*batch), next(iter(teacher.iter_steps(None, dicts([batch]))))[3]]
-    for each in outputs:
-        assert each.hidden.device.type == each.head.weight.device.type == "meta"
-        assert each.hidden.shape == (8, 32)
+    for output in outputs:
+        assert output.hidden.device.type == output.head.weight.device.type == "meta"
+        assert output.hidden.shape == (8, 32)
     assert outputs[0].head.weight is outputs[1].head.weight is teacher.head.weight
     assert Teacher(model).student_device.type == "cpu"
 

