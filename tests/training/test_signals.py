@@ -1,4 +1,4 @@
-"""A closed terminal stops a run in order; nohup keeps it going: signals.py. (SIGINT, SIGTERM: test_resume.py.)"""
+"""Signals stop a run in order; nohup keeps it going: signals.py. (In a process of its own: test_resume.py.)"""
 
 import os
 import signal
@@ -28,13 +28,13 @@ def hang_up() -> None:
 
 
 def test_a_terminal_that_closes_is_heard_once(handlers, capsys):
-    """A closed terminal kills the run, at once or with the second of the signals that it sends."""
+    """Fault: a closed terminal kills the run, at once or with the second of the signals that it sends."""
     with StopRequest() as stop:
         assert not stop.requested
         for _ in range(3):
             hang_up()
         assert stop.requested and stop.number == signal.SIGHUP
-    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert {number: signal.getsignal(number) for number in handlers} == handlers | {signal.SIGHUP: signal.SIG_DFL}
     assert capsys.readouterr().err.count("SIGHUP: stopping at the next step") == 1
 
 
@@ -84,7 +84,7 @@ def test_the_second_does_what_it_does_elsewhere(handlers):
 
 
 def test_nohup_is_respected():
-    """A run under nohup ends when its user logs out."""
+    """Fault: a run under nohup ends when its user logs out."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest() as stop:
         hang_up()
@@ -92,8 +92,9 @@ def test_nohup_is_respected():
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_training_whose_terminal_closes_goes_on_later(tmp_path, monkeypatch, capsys, one_thread):
-    """An epoch of training is lost with the connection to the machine."""
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_is_resumed(tmp_path, monkeypatch, capsys, one_thread, number):
+    """Fault: the work since the last checkpoint is lost with Ctrl-C or with the connection to the machine."""
     config = make_project(tmp_path, rows=8, dropout=0.1)
     assert run(tmp_path, config) == 0
     (tmp_path / "run").rename(tmp_path / "whole")
@@ -101,13 +102,15 @@ def test_a_training_whose_terminal_closes_goes_on_later(tmp_path, monkeypatch, c
 
     def closing(trainer, *arguments):
         if trainer.state.step == 2:
-            hang_up()
+            signal.raise_signal(number)
         return train_step(trainer, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", closing)
-        assert run(tmp_path, config) == 128 + signal.SIGHUP
-    assert "stopped at optimizer step 3 by SIGHUP, checkpoint written; " in capsys.readouterr().err
+        assert run(tmp_path, config) == 128 + number
+    printed = capsys.readouterr().err
+    assert f"stopped at optimizer step 3 by {number.name}, checkpoint written; run the same command to" in printed
+    assert "Traceback" not in printed
     assert run(tmp_path, config) == 0
     assert_equal_weights(weights(tmp_path / "whole/model_checkpoints/last"),
                          weights(tmp_path / "run/model_checkpoints/last"))
