@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
-from model.errors import ModelError as ModelError  # callers import both from here
 from model.gpt2.packed_forward import can_pack, packed_hidden_states, plan_packing
 from model.gpt2.tied_weight import tied
 from model.label_shift import label_positions

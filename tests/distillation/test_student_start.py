@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from data.prompts import DEFAULT_TEMPLATE
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.student_init import copy_teacher_layers, spread_layers
 from tests.conftest import END, byte_tokenizer, tiny_gpt2
 from tests.small_kd_runs import POSITIONS, make_kd_project, random_rows, randomised, run_kd, save_model, tiny_teacher

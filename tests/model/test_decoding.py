@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.decoding.loop import batches_by_length, beam_search, greedy_decode
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.model.test_fine_tuning import gpt2_with_constant_logits
 

@@ -6,7 +6,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from model.decoding.loop import greedy_decode
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.verify import verify_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.model.test_decoding import generated, random_prompts

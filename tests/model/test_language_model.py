@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from model.language_model import LanguageModel, ModelError, is_right_padded, label_positions
+from model.errors import ModelError
+from model.language_model import LanguageModel, is_right_padded, label_positions
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 
 HELLO = [72, 101, 108, 108, 111]

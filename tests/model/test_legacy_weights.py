@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model.decoding.loop import greedy_decode
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.legacy import load_legacy_weights, strip_prefixes
 from model.loading import load_language_model
 from tests.conftest import byte_tokenizer, tiny_gpt2, tiny_language_model

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 from model import loading
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.loading import check_same_architecture, load_language_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2, tiny_language_model
 from tests.model.test_fine_tuning import FineTuning, right_padded

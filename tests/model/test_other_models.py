@@ -15,8 +15,9 @@ from data.prompts import PromptFormat
 from model.decoding.loop import beam_search, greedy_decode, make_decoder
 from model.decoding.rollouts import draw_rollouts
 from model.decoding.sampling import SamplingOptions, row_uniforms
+from model.errors import ModelError
 from model.fine_tuning import FineTuning
-from model.language_model import LanguageModel, ModelError
+from model.language_model import LanguageModel
 from model.loading import load_language_model
 from model.verify import verify_model
 from tests.conftest import END, byte_tokenizer, tiny_gpt2

@@ -9,7 +9,8 @@ import torch
 from model.decoding.loop import make_decoder
 from model.decoding.rollouts import as_batch, draw_rollouts, split_rows, token_log_probs
 from model.decoding.sampling import SamplingOptions, row_uniforms
-from model.language_model import LanguageModel, ModelError
+from model.errors import ModelError
+from model.language_model import LanguageModel
 from model.losses.output_head import OutputHead
 from tests.conftest import END
 from tests.model.test_families import tiny_family

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from model.language_model import ModelError
+from model.errors import ModelError
 from model.vocabulary import shared_vocabulary
 from tests.conftest import byte_tokenizer
 

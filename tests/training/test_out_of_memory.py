@@ -10,7 +10,7 @@ import pytest
 import utils.evaluation.evaluate
 import validate_model
 from data.batches import plan_epoch
-from model.language_model import ModelError
+from model.errors import ModelError
 from tests.conftest import byte_tokenizer, tiny_gpt2, write_rows
 from tests.faults.memory import CPU_ERRORS, GPU, full_in, full_in_forward
 from tests.small_runs import changed, largest_difference, make_project, make_rows, metrics, run, weights
