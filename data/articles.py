@@ -147,9 +147,12 @@ def json_rows(path: Path, file) -> Iterator[list[str] | Row]:
         number += 1
         where = f"{path}: row {number} (line {line})"
         try:
-            row = {key: as_text(value) for key, value in json.loads(text).items()}
-        except (ValueError, RecursionError, AttributeError) as error:
-            raise DataError(f"{where}: is not a JSON object ({error}): expected {{\"article\": ...}}") from None
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: is not JSON ({error}): one object a line") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: is not a JSON object: expected {{\"article\": ...}}")
+        row = {key: as_text(value) for key, value in values.items()}
         check_text(where, row.values())
         if number == 1:
             yield list(row)

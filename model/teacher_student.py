@@ -34,7 +34,7 @@ class TeacherStudent(nn.Module):
     parameters: of the divergence, such as beta (`model/losses/registry.py`).
 
     Raises:
-        ValueError: an unknown kl_div or parameter, or a number out of range.
+        ValueError: an unknown kl_div, a parameter that it does not have, or one out of range.
         ModelError: teacher and student have different vocabularies.
     """
 

@@ -42,7 +42,10 @@ def print_table(options: argparse.Namespace) -> int:
         width = {heading: len(heading) + 1 for heading in table}  # two spaces between columns
         text = "\n".join([table.to_string(col_space=width), "", *notes(rows, **settings), *remarks]) + "\n"
     elif options.format == "csv":
-        text = pandas.DataFrame(rows, dtype=object).to_csv(index=False)
+        table = pandas.DataFrame(rows, dtype=object)
+        for column in ("method", "set"):  # an apostrophe keeps spreadsheet programs from running a name as a formula
+            table[column] = table[column].str.replace(r"^(\s*[=+\-@])", r"'\1", regex=True)
+        text = table.to_csv(index=False)
     else:
         text = json.dumps({"settings": settings, "rows": rows, "remarks": remarks}, indent=2, ensure_ascii=False) + "\n"
     if options.format != "text":

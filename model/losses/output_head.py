@@ -24,8 +24,14 @@ class OutputHead(NamedTuple):
 
 
 def cut_head(head: OutputHead, vocabulary: int | None = None, dtype: torch.dtype | None = None) -> OutputHead:
-    """The head of only the first `vocabulary` tokens; None = `head.vocabulary`. dtype: of the weight."""
+    """The head of only the first `vocabulary` tokens; None = `head.vocabulary`. dtype: of the weight.
+
+    Raises:
+        ValueError: more tokens than the head has rows, or none.
+    """
     size = head.vocabulary if vocabulary is None else vocabulary
+    if size is not None and not 1 <= size <= len(head.weight):
+        raise ValueError(f"vocabulary is {size}: expected a number from 1 to the rows of the head, {len(head.weight)}")
     bias = None if head.bias is None else head.bias[:size]
     return head._replace(weight=head.weight[:size].to(dtype=dtype), bias=bias, vocabulary=size)
 

@@ -42,10 +42,15 @@ def importance_weights(student_log_probs: Tensor, sampling_log_probs: Tensor, ma
     level: "token", q(y_t) / p~(y_t), MiniLLM's approximation; "sequence", the product over all real tokens of the
     sequence, the same at each of them: unbiased, with a variance that grows with the length. A weight too large for
     the number format is its largest number, so that weight times 0 is 0.
+
+    Raises:
+        ValueError: another level.
     """
     ratio = log_ratio(student_log_probs, sampling_log_probs, mask)
     if level == "sequence":
         ratio = ratio.sum(1, keepdim=True).expand_as(ratio)
+    elif level != "token":
+        raise ValueError(f"importance_weight is {level!r}: expected token or sequence")
     return exponential(ratio, mask)
 
 

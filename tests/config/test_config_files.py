@@ -34,12 +34,15 @@ from utils.config.reference import END, START, schema
         ('{"trainer_kwargs": {"epochs": 1, "epochs": 2}}', ['"epochs"', "twice"]),
         ('{"a": ' + "9" * 5000 + "}", []),
         ("[]", ["object", "[]"]),
+        ('{"a": ' + "[" * 5000, []),
+        ('{"optimizer_kwargs": {"kwargs": ' + '{"a": ' * 600 + "1" + "}" * 602, ["nested too deeply"]),
+        ('{"trainer_kwargs": 3}', ["trainer_kwargs: Input should be an object {...} (got 3)"]),
     ],
 )
 def test_broken_json(tmp_path, text, words):
     """Fault: a syntax error without its position, a key given twice of which one silently wins, or a traceback."""
     (line,) = refusal(tmp_path, text)
-    assert line.startswith("config.json ") and all(word in line for word in words)
+    assert line.startswith("config.json") and all(word in line for word in words)
 
 
 def test_files_that_cannot_be_read(tmp_path):

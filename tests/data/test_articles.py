@@ -148,7 +148,7 @@ def test_values_of_other_types_become_text(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("a.jsonl", b'{"article": "a"}\n', "no column 'id', 'highlights' (columns found: 'article')"),
-    ("a.jsonl", b'{"id": 1,\n', "row 1 (line 1): is not a JSON object (Expecting property name"),
+    ("a.jsonl", b'{"id": 1,\n', "row 1 (line 1): is not JSON (Expecting property name"),
     ("a.jsonl", b'\n[1, 2]\n', "row 1 (line 2): is not a JSON object"),
     ("a.jsonl", b'{"id": 1, "article": "\xe9"}\n', "row 1 (line 1): holds the byte 0xE9"),
     ("a.jsonl", b'{"id": 1, "article": "half of an emoji \\ud83d"}\n', "row 1 (line 1): holds the byte 0x3D"),

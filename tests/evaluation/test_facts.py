@@ -21,7 +21,7 @@ def test_whole_words_count():
                     ("none", json.dumps(["Monday"]))) == 2 / 4
 
 
-@pytest.mark.parametrize("cell", ["", "{}", '{"a": "b"}', '"abc"', "[1, 2]", "[[]]", "not JSON", "3", "[]"])
+@pytest.mark.parametrize("cell", ["", "{}", '{"a": "b"}', '"abc"', "[1, 2]", "[[]]", "not JSON", "3", "[]", "[" * 9999])
 def test_something_else_is_no_score(cell):
     """Fault: a column that happens to be named facts is scored by its letters or keys."""
     assert facts_of(("abc 12", cell)) is None

@@ -242,3 +242,12 @@ def test_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward pass"):
         loss.backward()
+
+
+@pytest.mark.parametrize("vocabulary", [0, -5, V + 10**6])
+def test_a_wrong_vocabulary_is_refused(vocabulary):
+    """Fault: a plausible loss over other tokens than those of the models."""
+    hidden, head, targets, teacher = random_inputs(torch.float64)
+    with pytest.raises(ValueError, match=f"vocabulary is {vocabulary}: expected a number from 1 to the rows"):
+        vocabulary_loss(hidden, head, targets, vocabulary=vocabulary, teacher=teacher,
+                        divergence=divergence_called("JS"))

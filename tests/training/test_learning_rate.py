@@ -1,5 +1,7 @@
 """Learning rates that are not what the user expects are reported: after a resume, or beyond the schedule."""
 
+import shutil
+
 import pytest
 
 from tests.small_runs import changed, make_project, metrics, run
@@ -24,13 +26,28 @@ def test_a_longer_run_reports_its_new_rate(tmp_path, capsys):
     longer = changed(config, trainer_kwargs={"epochs": 2})
     assert run(tmp_path, longer) == 0
     (notice,) = reported(capsys)
-    assert notice.startswith("learning rate: 3.33e-03 at the checkpoint's last step, 5.00e-03 at the next: ")
+    assert notice.startswith("learning rate: 5.00e-03 at the next step, 0.00e+00 when the checkpoint was written: ")
     assert "now covers 6 steps from lm_lr 1.00e-02; set optimizer_kwargs.lm_lr" in notice
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [f"{line['learning_rate']:.2e}" for line in lines[2:4]] == ["3.33e-03", "5.00e-03"]
     assert run(tmp_path, longer) == 0  # finished
     assert reported(capsys) == []
+
+
+def test_a_fall_is_reported_too(tmp_path, capsys):
+    """Fault: a resumed run is back in a longer warm-up, or has the rate of another lm_lr, without a word."""
+    config = changed(make_project(tmp_path, rows=6), trainer_kwargs={"monitor_val": False, "max_steps": 2},
+                     lr_scheduler_kwargs={"num_training_steps": 6})
+    assert run(tmp_path, config) == 0
+    for change, rate in (({"lr_scheduler_kwargs": {"num_training_steps": 60}}, "3.33e-03"),
+                         ({"optimizer_kwargs": {"lm_lr": 1e-3}}, "6.67e-04")):
+        shutil.copytree(tmp_path / "run", tmp_path / "again", symlinks=True)
+        again = {"output_dir": str(tmp_path / "again"), "max_steps": 3}
+        assert run(tmp_path, changed(changed(config, **change), trainer_kwargs=again)) == 0
+        (notice,) = reported(capsys)
+        assert notice.startswith(f"learning rate: {rate} at the next step, 6.67e-03 when the checkpoint was written: ")
+        shutil.rmtree(tmp_path / "again")
 
 
 # -- a schedule that does not fit ------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from utils.text import shorten
 
 FREE_TEXT = "_description"  # keys that start with it
 MAX_ERRORS = 20  # a JSON file of something else has thousands
+AN_OBJECT = "Input should be an object {...}"  # pydantic's own words name Python's types
+MESSAGES = {"dict_type": AN_OBJECT, "model_type": AN_OBJECT}
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"  # in JSON
 
 
@@ -62,7 +64,7 @@ def read_json(path: str | PathLike) -> dict:
     except OSError as error:
         remedy = "name a config with --config FILE, or run ./demo.sh, which needs none"
         raise ConfigError(f"{name} cannot be read: {error.strerror}: {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} should hold an object, {{...}} (got {show(values)})")
@@ -90,7 +92,7 @@ def apply_override(values: dict, text: str) -> tuple[str, ...]:
             raise ConfigError(f"--set {shorten(text)}: {section} is {show(values)}, which has no keys")
     try:
         values[key] = json.loads(raw, object_pairs_hook=without_duplicates)
-    except ValueError:
+    except (ValueError, RecursionError):
         values[key] = raw
     return path
 
@@ -106,9 +108,11 @@ def validate_model(model: type[BaseModel], values: dict, source_of: Callable[[tu
     Raises:
         ConfigError: one line for each key or value that is wrong.
     """
-    values = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
     try:
+        values = {key: value for key, value in without_free_text(values).items() if key != "$schema"}
         return model.model_validate(values)
+    except RecursionError as error:
+        raise ConfigError(f"{source_of(())}: it is nested too deeply") from error
     except ValidationError as error:
         by_path: dict[tuple, list[dict]] = {}  # several for a key of several types: pydantic reports each type
         for item in error.errors(include_url=False):
@@ -143,8 +147,8 @@ def describe_errors(model: type[BaseModel], path: tuple, errors: list[dict]) -> 
         return [f"{name} is unknown: {nearest(model, path)}"]
     if "missing" in types:
         return [f"{name} is missing"]
-    messages = dict.fromkeys(error["msg"].removeprefix("Value error, ") for error in errors)
-    text = " or ".join(messages).replace(" or Input should be ", " or ")
+    messages = dict.fromkeys(MESSAGES.get(error["type"], error["msg"]) for error in errors)
+    text = " or ".join(messages).replace(" or Input should be ", " or ").removeprefix("Value error, ")
     if not path:
         return text.split("\n")
     in_quotes = types & {"int_type", "float_type"} and isinstance(value, str) and re.fullmatch(NUMBER, value)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from utils.cli import OneLineParser, user_path
 from utils.config.fine_tune import Beams, Columns, Count, Name, Section, Template
-from utils.config.load import ConfigError, read_json, validate_model
+from utils.config.load import ConfigError, read_json, validate_model, without_duplicates
 from utils.text import shorten
 
 LEAD_3 = "lead-3"
@@ -71,15 +72,19 @@ def validate_parser(description: str) -> argparse.ArgumentParser:
         elif get_origin(field.annotation) is Literal:
             options = {"choices": get_args(field.annotation)}
         elif name == "columns":
-            options = {"type": json_value, "metavar": "JSON"}
+            options = {"type": json_object, "metavar": "JSON"}
         text = (field.description + default).replace("%", "%%")
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def json_value(text: str):
-    return json.loads(text)  # argparse names this function if the text is no JSON
+def json_object(text: str) -> dict:
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text, object_pairs_hook=without_duplicates), dict):
+            return value
+    example = '\'{"article": "text"}\''
+    raise argparse.ArgumentTypeError(f"{shorten(text)} is not a JSON object: write such as {example}")
 
 
 def read_options(arguments: argparse.Namespace) -> ValidateOptions:

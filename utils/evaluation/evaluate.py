@@ -181,7 +181,7 @@ def fact_share(texts: list[str], facts: list[str]) -> float | None:
         if not all(isinstance(values, list) for values in lists):
             return None
         found = [holds_words(text, value) for text, values in zip(texts, lists, strict=True) for value in values]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return sum(found) / len(found) if found else None
 

@@ -1,5 +1,6 @@
 """The training loop: epochs of optimizer steps, validation after each epoch, checkpoints on the way."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -65,7 +66,7 @@ class Trainer:
         restore_optimizer(self.optimizer, tensors["optimizer"])
         patience = self.config.callbacks_kwargs.kwargs.patience
         self.state.stopped_early &= patience is not None and self.state.num_bad_evals >= max(1, patience)
-        self.report_learning_rate()
+        self.report_learning_rate(state.get("next_learning_rate"))
         generators = tensors["random"]
         same_size = len(generators) == self.context.world_size
         if extra_states := tensors.get("objective"):  # if the number of processes has changed, rank 0's
@@ -225,16 +226,16 @@ class Trainer:
         return make_schedule(self.config.lr_scheduler_kwargs, self.config.optimizer_kwargs.lm_lr,
                              self.total_steps(steps_in_epoch))
 
-    def report_learning_rate(self) -> None:
-        """A line if the learning rate rises at a resume by more than a step of warm-up: the schedule is longer now."""
-        state, schedule = self.state, self.schedule(len(self.plan()))
-        before, after = self.optimizer.param_groups[0]["lr"], schedule.learning_rate(state.step)
-        usual = 0.0
-        if state.step <= schedule.warmup:  # the optimizer does not hold the rates of skipped steps
-            usual = 1.01 * schedule.peak * (1 + state.skipped_steps) / max(1, schedule.warmup)
-        if after - before > usual and not self.ended_by():
-            self.log.info(f"learning rate: {before:.2e} at the checkpoint's last step, {after:.2e} at the next: the "
-                          f"schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
+    def next_learning_rate(self) -> float:
+        return self.schedule(len(self.plan())).learning_rate(self.state.step)
+
+    def report_learning_rate(self, before: float | None) -> None:
+        """A line if the schedule has changed (more epochs, say). before: the next rate when the checkpoint was written;
+        None: of an earlier version."""
+        schedule, after = self.schedule(len(self.plan())), self.next_learning_rate()
+        if before is not None and not math.isclose(before, after, rel_tol=1e-6) and not self.ended_by():
+            self.log.info(f"learning rate: {after:.2e} at the next step, {before:.2e} when the checkpoint was written: "
+                          f"the schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
                           "optimizer_kwargs.lm_lr or lr_scheduler_kwargs for other rates")
 
     # -- between steps -------------------------------------------------------------------------------------------
@@ -306,7 +307,8 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def checkpoint_state(self) -> dict:
-        return {**asdict(self.state), "identity": self.fingerprint, **self.score_identities}
+        return {**asdict(self.state), "next_learning_rate": self.next_learning_rate(), "identity": self.fingerprint,
+                **self.score_identities}
 
     def save(self, best: bool = False) -> None:
         """Write `step-N`, unless this state is saved already."""
