@@ -18,7 +18,7 @@ from tests.faults.runs import Run, fork_server, scratch
 from tests.small_kd_runs import make_kd_project
 from tests.small_runs import changed, make_project, make_rows, write_config
 
-MOST_PER_STEP = 4096  # bytes
+MAX_GROWTH_PER_STEP = 4096  # bytes
 ROUNDING = 48 << 20  # bytes, whatever the length of the run: a forked child makes pages its own for a while
 RUNS = {
     "fine-tuning": None,
@@ -33,7 +33,7 @@ def growth(samples: list, steps: int) -> list[str]:
     samples = [sample for sample in samples if sample[0] > 0]  # not of the process that has just ended
     later = samples[len(samples) // 3 :]
     memory, *others = ([max(sample[index] for sample in part) for part in halves(later)] for index in range(3))
-    allowed = ROUNDING + MOST_PER_STEP * steps / 3
+    allowed = ROUNDING + MAX_GROWTH_PER_STEP * steps / 3
     lines = [f"memory grew from {memory[0]:,} to {memory[1]:,} bytes"] if memory[1] - memory[0] > allowed else []
     return lines + [f"{name} grew from {first} to {second}" for name, (first, second)
                     in zip(("open files", "threads"), others, strict=True) if second > first]
