@@ -145,7 +145,7 @@ def test_full_demo_runs(demo):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("FULL_DEMO"), reason="six minutes: FULL_DEMO=1 ./test.sh --all -k demo_teaches")
+@pytest.mark.skipif(not os.environ.get("FULL_DEMO"), reason="four minutes: FULL_DEMO=1 ./test.sh --all -k demo_teaches")
 def test_demo_teaches(demo):
     """Fault: a demo that learns nothing, or whose teacher does not help."""
     scores = table(demo())
