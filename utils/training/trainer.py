@@ -232,7 +232,8 @@ class Trainer:
     def report_learning_rate(self, before: float | None) -> None:
         """A line if the schedule has changed (more epochs, say). before: the next rate when the checkpoint was written;
         None: of an earlier version."""
-        schedule, after = self.schedule(len(self.plan())), self.next_learning_rate()
+        schedule = self.schedule(len(self.plan()))
+        after = schedule.learning_rate(self.state.step)
         if before is not None and not math.isclose(before, after, rel_tol=1e-6) and not self.ended_by():
             self.log.info(f"learning rate: {after:.2e} at the next step, {before:.2e} when the checkpoint was written: "
                           f"the schedule now covers {schedule.total} steps from lm_lr {schedule.peak:.2e}; set "
